@@ -1,0 +1,136 @@
+"""Atomic writes, digests and strict JSON / YAML. No torch."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llmcompress.errors import InputError, MachineError
+
+CHUNK_BYTES = 1 << 22
+
+
+def _umask() -> int:
+    # Reading the mask through os.umask() would change it for a moment, for every thread.
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("Umask:"):
+                return int(line.split()[1], 8)
+    except OSError:
+        pass
+    return 0o022
+
+
+def sync_folder(folder: Path) -> None:
+    """fsync a directory, so that a rename inside it survives a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def commit_bytes(path: Path, *pieces: bytes | memoryview) -> None:
+    """Write `path` durably and atomically: aside, fsync, rename, fsync the folder.
+
+    Raises MachineError when the disk refuses; `path` is then as it was.
+    """
+    aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
+        handle = os.open(aside, flags, 0o666 & ~_umask())
+        with os.fdopen(handle, "wb") as stream:
+            for piece in pieces:
+                stream.write(piece)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.rename(aside, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        hint = "free space and run the same command again; finished work is kept"
+        raise MachineError(f"cannot write {path.name}: {error.strerror or error}", hint) from error
+
+
+def to_json(value: object) -> str:
+    """Strict, readable JSON: no NaN, no Infinity, one trailing newline."""
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def commit_json(path: Path, value: object) -> None:
+    """Write a JSON document durably and atomically."""
+    commit_bytes(path, to_json(value).encode())
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file's content."""
+    state = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(CHUNK_BYTES):
+            state.update(chunk)
+    return state.hexdigest()
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"duplicate key {key!r}")
+        found[key] = value
+    return found
+
+
+def _no_constant(word: str) -> float:
+    raise ValueError(f"{word} is not JSON")
+
+
+def parse_json(text: str | bytes, where: str) -> Any:
+    """Strict JSON: duplicate keys, NaN and absurd nesting raise InputError naming `where`."""
+    try:
+        return json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        what = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise InputError(f"{where}: not valid JSON: {what}", "download the file again or repair it") from None
+
+
+def read_json(path: Path) -> Any:
+    """`parse_json` of a file. Raises InputError when it cannot be read."""
+    try:
+        return parse_json(path.read_bytes(), path.name)
+    except OSError as error:
+        raise InputError(f"{path.name}: {error.strerror}", "check the path and its permissions") from None
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML without aliases and without duplicate keys."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.events.AliasEvent):
+            line = self.peek_event().start_mark.line + 1  # type: ignore[no-untyped-call]
+            raise yaml.YAMLError(f"line {line}: aliases are not allowed")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen: set[object] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise yaml.YAMLError(f"line {key_node.start_mark.line + 1}: keys must be words")
+            if key in seen:
+                raise yaml.YAMLError(f"line {key_node.start_mark.line + 1}: duplicate key {key!r}")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """Safe YAML without aliases, tags or duplicate keys. Raises InputError naming the line."""
+    try:
+        return yaml.load(text, Loader=_StrictLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        words = " ".join(str(error).split())
+        raise InputError(
+            f"{where}: not a valid recipe: {words}", "see `llmcompress list recipes` for examples"
+        ) from None

@@ -1,0 +1,119 @@
+"""What a user may ask for: the recipe schema, and the ready-made recipes beside this file."""
+
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from llmcompress.errors import InputError
+from llmcompress.files import parse_yaml
+from llmcompress.plugins import nearest
+from llmcompress.types import Noun, QuantizerOptions, ScorerOptions
+
+SUFFIX = ".yaml"
+
+
+class CalibrationPart(Noun):
+    """The text that is run through the model, and how much of it scoring uses."""
+
+    source: str = "builtin"
+    samples: int = Field(default=128, ge=1)
+    sequence_length: int = Field(default=512, ge=8)
+    score_samples: int = Field(default=32, ge=1)
+    batch_size: int = Field(default=8, ge=1)
+
+
+class PlanPart(Noun):
+    """The formats a linear may get."""
+
+    bits: tuple[int, ...] = (2, 3, 4, 5, 6, 8)
+    group_size: int = Field(default=128, ge=32)
+
+
+class Recipe(Noun):
+    """Everything a run can be told, with defaults; unknown keys are refused."""
+
+    name: str = "default"
+    description: str = ""
+    scorer: str = "fisher"
+    quantizer: str = "gptq"
+    calibration: CalibrationPart = CalibrationPart()
+    plan: PlanPart = PlanPart()
+    score: ScorerOptions = ScorerOptions()
+    quantize: QuantizerOptions = QuantizerOptions()
+    seed: int = Field(default=0, ge=0)
+
+
+def recipe_names() -> tuple[str, ...]:
+    """Names of the ready-made recipes."""
+    folder = resources.files(__name__)
+    return tuple(sorted(p.name.removesuffix(SUFFIX) for p in folder.iterdir() if p.name.endswith(SUFFIX)))
+
+
+def recipe_text(word: str) -> tuple[str, str]:
+    """The YAML of a ready-made recipe or of a file, and what to call it in messages. Raises InputError."""
+    if word in recipe_names():
+        return (resources.files(__name__) / f"{word}{SUFFIX}").read_text(encoding="utf-8"), word
+    path = Path(word)
+    if not path.suffix and not path.exists():
+        raise InputError(f"unknown recipe: {word}", nearest(word, recipe_names()))
+    try:
+        return path.read_text(encoding="utf-8"), path.name
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise InputError(f"recipe {word}: {reason}", "give a file, or one of: " + ", ".join(recipe_names())) from None
+
+
+def load_recipe(word: str, changes: tuple[str, ...] = ()) -> Recipe:
+    """Read a recipe and apply `key=value` changes to it.
+
+    Raises InputError naming the key and the place; keys are dotted, e.g. `plan.group_size=64`.
+    """
+    text, where = recipe_text(word)
+    document = parse_yaml(text, where)
+    if not isinstance(document, dict):
+        raise InputError(f"{where}: a recipe is a list of `key: value` lines", "see `llmcompress list recipes`")
+    for change in changes:
+        _apply_change(document, change)
+    return _validated(document, where)
+
+
+def _apply_change(document: dict[str, Any], change: str) -> None:
+    key, equals, value = change.partition("=")
+    if not equals or not key.strip():
+        raise InputError(f"--set {change}: write it as key=value", "for example --set plan.group_size=64")
+    *path, leaf = key.strip().split(".")
+    place = document
+    for part in path:
+        place = place.setdefault(part, {})
+        if not isinstance(place, dict):
+            raise InputError(f"--set {change}: {part} has no parts", "for example --set plan.group_size=64")
+    place[leaf] = parse_yaml(value, f"--set {change}")
+
+
+def _keys(model: type[Noun] = Recipe, prefix: str = "") -> tuple[str, ...]:
+    names: list[str] = []
+    for name, field in model.model_fields.items():
+        part = field.annotation
+        if isinstance(part, type) and issubclass(part, Noun):
+            names += _keys(part, f"{prefix}{name}.")
+        else:
+            names.append(prefix + name)
+    return tuple(names)
+
+
+def _validated(document: dict[str, Any], where: str) -> Recipe:
+    try:
+        recipe = Recipe.model_validate_json(json.dumps(document, default=str))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        hint = nearest(place, _keys()) if first["type"] == "extra_forbidden" else "see `llmcompress list recipes`"
+        what = "no such key" if first["type"] == "extra_forbidden" else first["msg"]
+        raise InputError(f"{where}: {place}: {what}", hint) from None
+    wrong = [bits for bits in recipe.plan.bits if not 2 <= bits <= 8]
+    if wrong or not recipe.plan.bits:
+        raise InputError(f"{where}: plan.bits: {wrong or 'empty'}", "give widths from 2 to 8, e.g. [2, 3, 4, 5, 6, 8]")
+    return recipe

@@ -1,0 +1,244 @@
+"""The nouns: frozen, strict, hashable values that pass between the stages. No tensor enters one.
+
+Each stage file (`trace.json`, `scores.json`, `plan.json`, ...) is one of these as JSON, so a
+corrupted or hand-edited file is refused with the place named.
+"""
+
+import hashlib
+import json
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from llmcompress.errors import InputError
+
+SCALE_BITS = 16
+WORD_BITS = 32
+SHAPE_BITS = 2 * 64  # `weight_shape` is two int64
+
+Unit = Literal["nats/token", "proxy loss", "unitless"]
+
+
+class Noun(BaseModel):
+    """Base of every noun: immutable, no unknown fields, no silent conversions."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    def digest(self) -> str:
+        """sha256 of the canonical JSON of this value."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @classmethod
+    def parse(cls, text: str | bytes, where: str) -> Self:
+        """Read from JSON. Raises InputError naming `where` and the first offending place."""
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"])) or "top level"
+            raise InputError(f"{where}: {place}: {first['msg']}", "the file is damaged or was edited by hand") from None
+
+
+class LinearSpec(Noun):
+    """Format of one linear: symmetric integer codes of `bits` bits, one 16-bit scale per `group_size` inputs."""
+
+    bits: int = Field(ge=2, le=8)
+    group_size: int = Field(ge=1)
+
+    def storage_bits(self, rows: int, columns: int) -> int:
+        """True bits on disk of a `(rows, columns)` weight: padded codes, scales and the shape record."""
+        words = -(-columns * self.bits // WORD_BITS)
+        scales = columns // self.group_size
+        return rows * (words * WORD_BITS + scales * SCALE_BITS) + SHAPE_BITS
+
+    def bits_per_weight(self, rows: int, columns: int) -> float:
+        """`storage_bits` over the number of weights."""
+        return self.storage_bits(rows, columns) / (rows * columns)
+
+
+class LinearInfo(Noun):
+    """One linear `(rows = outputs, columns = inputs)` and where its weight is kept.
+
+    `transposed` marks GPT-2's Conv1D, stored `(columns, rows)`. Linears of one `unit` are fused by
+    serving runtimes and must share a format; `shared_input` numbers the tensor the linear reads.
+    """
+
+    name: str
+    tensor: str
+    rows: int
+    columns: int
+    transposed: bool = False
+    unit: str
+    shared_input: int
+
+    @property
+    def weights(self) -> int:
+        return self.rows * self.columns
+
+
+class NormFeed(Noun):
+    """The norm module whose output is the input of one shared-input group."""
+
+    shared_input: int
+    norm: str
+
+
+class BlockTrace(Noun):
+    """What one forward of a block showed: its linears in call order and the norms that feed them."""
+
+    index: int
+    name: str
+    linears: tuple[LinearInfo, ...]
+    norms: tuple[NormFeed, ...]
+
+
+class ModelTrace(Noun):
+    """The traced model: its blocks and the size of everything else."""
+
+    model_type: str
+    blocks: tuple[BlockTrace, ...]
+    parameters: int
+    other_bytes: int  # tensors in the checkpoint that belong to no traced linear
+    untraced_share: float  # of the weights inside the blocks, e.g. fused experts
+
+    @property
+    def linears(self) -> tuple[LinearInfo, ...]:
+        return tuple(linear for block in self.blocks for linear in block.linears)
+
+
+class Candidate(Noun):
+    """One format a linear could get and the damage expected of it, in the unit of the Scores."""
+
+    spec: LinearSpec
+    damage: float = Field(ge=0)
+
+
+class LayerScore(Noun):
+    """Damage of each candidate for one linear, and the importance it came from where there is one."""
+
+    linear: str
+    importance: float | None = None
+    candidates: tuple[Candidate, ...]
+
+
+class Scores(Noun):
+    """The outcome of one scorer over one model and one calibration text."""
+
+    scorer: str
+    unit: Unit
+    model_digest: str
+    calibration_digest: str
+    seed: int
+    layers: tuple[LayerScore, ...]
+
+
+class ScoreFile(Noun):
+    """`scores.json`: scores with the trace they belong to, enough to plan without the model."""
+
+    version: Literal[1] = 1
+    trace: ModelTrace
+    scores: Scores
+    group_size: int
+    other_bytes: int  # of the shards, beyond the packed linears
+
+
+class Kept(Noun):
+    """A linear left at the source precision, and why."""
+
+    linear: str
+    reason: str
+
+
+class Assigned(Noun):
+    """The format one linear gets."""
+
+    linear: str
+    spec: LinearSpec
+
+
+class Fallback(Noun):
+    """Something that could not be done as asked, and what was done instead."""
+
+    where: str
+    reason: str
+
+
+class BitAllocation(Noun):
+    """Which linear gets which format, and how good that choice provably is."""
+
+    assigned: tuple[Assigned, ...]
+    kept: tuple[Kept, ...]
+    fallbacks: tuple[Fallback, ...]
+    budget: str
+    budget_bits: int  # over the quantized linears
+    storage_bits: int  # over the quantized linears
+    bits_per_weight: float
+    file_bytes: int  # expected bytes of all weight shards
+    file_bits_per_weight: float
+    expected_damage: float
+    lower_bound: float
+    status: Literal["optimal", "gap"]
+    under_budget_reason: str = ""
+
+    @property
+    def gap(self) -> float:
+        """Relative distance between the choice and the proven bound."""
+        span = max(abs(self.expected_damage), 1e-30)
+        return max(self.expected_damage - self.lower_bound, 0.0) / span
+
+
+class ScorerOptions(Noun):
+    """What a scorer may be told; each ignores what it has no use for."""
+
+    lim_mode: Literal["token", "flat"] = "token"
+    lim_skip_first: bool = True
+    zd_sides: Literal["one", "two"] = "one"
+
+
+class QuantizerOptions(Noun):
+    """What a quantizer may be told; each ignores what it has no use for."""
+
+    damp: float = Field(default=0.01, gt=0, le=1)
+    act_order: bool = True
+    clip: bool = True
+
+
+class Plan(Noun):
+    """All decisions of a run, hashed; a resumed run compares it with the one that began."""
+
+    version: int = 1
+    model: str
+    model_digest: str
+    calibration: str
+    calibration_digest: str
+    scorer: str
+    quantizer: str
+    options: QuantizerOptions
+    allocation: BitAllocation
+    seed: int
+    batch_size: int
+
+    def spec_of(self, linear: str) -> LinearSpec | None:
+        """The format of one linear, None where it is kept at the source precision."""
+        return next((a.spec for a in self.allocation.assigned if a.linear == linear), None)
+
+
+class LinearOutcome(Noun):
+    """What quantizing one linear cost."""
+
+    linear: str
+    bits: int
+    proxy_loss: float
+    relative_loss: float
+
+
+class BlockOutcome(Noun):
+    """What became of one block; `shard` is its file in the output."""
+
+    block: int
+    shard: str
+    linears: tuple[LinearOutcome, ...]
+    fallbacks: tuple[Fallback, ...]
+    seconds: float
+    resumed: bool = False
