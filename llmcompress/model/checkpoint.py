@@ -1,0 +1,76 @@
+"""Lazy reads of one tensor at a time, by the name it has in the file, from a validated source."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Protocol
+
+import numpy
+import torch
+from torch import Tensor
+
+from llmcompress.errors import InputError
+from llmcompress.model.header import TensorEntry
+
+TORCH_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
+    {
+        "F64": torch.float64,
+        "F32": torch.float32,
+        "F16": torch.float16,
+        "BF16": torch.bfloat16,
+        "I64": torch.int64,
+        "I32": torch.int32,
+        "I16": torch.int16,
+        "I8": torch.int8,
+        "U8": torch.uint8,
+        "BOOL": torch.bool,
+    }
+)
+
+
+class TensorReader(Protocol):
+    """Where a model's tensors come from: a checkpoint, or a packed checkpoint seen dequantized."""
+
+    def names(self) -> tuple[str, ...]: ...
+
+    def read(self, name: str) -> Tensor: ...
+
+
+def read_raw(entry: TensorEntry) -> bytes:
+    """The bytes of one tensor as they stand in its shard. Raises InputError when the file changed underneath."""
+    with entry.path.open("rb") as stream:
+        stream.seek(entry.start)
+        data = stream.read(entry.stop - entry.start)
+    if len(data) != entry.stop - entry.start:
+        raise InputError(f"{entry.path.name}: ends inside tensor {entry.name}", "the file changed while it was read")
+    return data
+
+
+def read_tensor(entry: TensorEntry) -> Tensor:
+    """One tensor in the dtype and shape it has on disk."""
+    dtype = TORCH_DTYPES[entry.dtype]
+    if entry.elements == 0:
+        return torch.empty(entry.shape, dtype=dtype)
+    buffer = numpy.fromfile(entry.path, dtype=numpy.uint8, count=entry.stop - entry.start, offset=entry.start)
+    if len(buffer) != entry.stop - entry.start:
+        raise InputError(f"{entry.path.name}: ends inside tensor {entry.name}", "the file changed while it was read")
+    return torch.from_numpy(buffer).view(dtype).reshape(entry.shape)
+
+
+class CheckpointReader:
+    """Tensors of a plain checkpoint, straight from the validated shards."""
+
+    def __init__(self, tensors: Mapping[str, TensorEntry]) -> None:
+        self._tensors = tensors
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._tensors)
+
+    def read(self, name: str) -> Tensor:
+        """One tensor as stored."""
+        return read_tensor(self._tensors[name])
+
+
+def folder_bytes(folder: Path) -> int:
+    """Total size of the regular files of a flat directory."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -1,0 +1,87 @@
+"""One pass over the weights: a sha256 per shard, and a search for NaN and infinity."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import numpy
+
+from llmcompress.errors import InputError
+from llmcompress.files import CHUNK_BYTES
+from llmcompress.model.header import DTYPE_BYTES, TensorEntry
+from llmcompress.model.preflight import SourceFiles
+
+# Little-endian integer view of each float, and the exponent bits that are all set in NaN and infinity.
+EXPONENTS: Mapping[str, tuple[str, int]] = MappingProxyType(
+    {
+        "F64": ("<u8", 0x7FF0_0000_0000_0000),
+        "F32": ("<u4", 0x7F80_0000),
+        "F16": ("<u2", 0x7C00),
+        "BF16": ("<u2", 0x7F80),
+    }
+)
+
+
+@dataclass(frozen=True)
+class FileDigest:
+    """Name, size and sha256 of one shard."""
+
+    name: str
+    size_bytes: int
+    sha256: str
+
+
+def scan(files: SourceFiles) -> tuple[FileDigest, ...]:
+    """Digest every shard. Raises InputError naming the file, tensor and index of the first NaN or infinity."""
+    return tuple(_scan_shard(files, name) for name in files.shards)
+
+
+def _scan_shard(files: SourceFiles, name: str) -> FileDigest:
+    path = files.folder / name
+    entries = sorted((e for e in files.tensors.values() if e.path == path), key=lambda e: e.start)
+    state = hashlib.sha256()
+    position = 0
+    with path.open("rb") as stream:
+        for entry in entries:
+            while position < entry.start:
+                piece = stream.read(min(CHUNK_BYTES, entry.start - position))
+                if not piece:
+                    break
+                state.update(piece)
+                position += len(piece)
+            while position < entry.stop:
+                piece = stream.read(min(CHUNK_BYTES, entry.stop - position))
+                if not piece:
+                    raise InputError(f"{name}: ends inside tensor {entry.name!r}", "the file changed while it was read")
+                state.update(piece)
+                _check_finite(name, entry, piece, position - entry.start)
+                position += len(piece)
+        while piece := stream.read(CHUNK_BYTES):
+            state.update(piece)
+            position += len(piece)
+    return FileDigest(name, position, state.hexdigest())
+
+
+def _check_finite(shard: str, entry: TensorEntry, piece: bytes, offset: int) -> None:
+    """Chunks are whole multiples of every float's size, so no value is cut."""
+    if entry.dtype not in EXPONENTS:
+        return
+    view, mask = EXPONENTS[entry.dtype]
+    values = numpy.frombuffer(piece, dtype=view)
+    bad = (values & mask) == mask
+    if bad.any():
+        place = offset // DTYPE_BYTES[entry.dtype] + int(bad.argmax())
+        raise InputError(
+            f"{shard}: tensor {entry.name!r} has NaN or infinity at index {place}",
+            "the weights are damaged; download the model again",
+        )
+
+
+def digest_source(digests: tuple[FileDigest, ...], config: Mapping[str, Any]) -> str:
+    """One sha256 for a model: its shards' names, sizes and digests, and its config."""
+    files = [[d.name, d.size_bytes, d.sha256] for d in digests]
+    text = json.dumps([files, dict(config)], sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,246 @@
+"""A model without its weights: parameters on the meta device, filled a block at a time.
+
+Names in a checkpoint are not module names: transformers renames and fuses while loading. All
+naming goes through transformers' own conversion, and a parameter left on meta is an error.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+
+from llmcompress.errors import InputError
+from llmcompress.model.checkpoint import CheckpointReader, TensorReader
+from llmcompress.model.preflight import SourceFiles, check_source
+from llmcompress.plugins import nearest
+
+Decode = Callable[[TensorReader, Mapping[str, Any]], TensorReader]
+
+HARMLESS = re.compile(r"(attn|attention)\.(masked_)?bias$|rotary_emb\.inv_freq$|position_ids$")
+
+
+@dataclass(frozen=True)
+class NameMap:
+    """Where each tensor of the file goes in the model."""
+
+    module_of: Mapping[str, str]  # tensor name in the file -> parameter name in the model
+    converted: frozenset[str]  # tensor names that are merged or split on their way
+    ignored: frozenset[str]
+
+
+def quiet_transformers() -> None:
+    """Silence transformers' own progress bars and chatter: the command line has its own."""
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def read_config(files: SourceFiles) -> Any:
+    """The transformers config of a source, without any quantization section. Raises InputError."""
+    known = tuple(transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    model_type = str(files.config.get("model_type"))
+    if model_type not in known:
+        raise InputError(f"config.json: no causal language model of type {model_type!r}", nearest(model_type, known))
+    plain = {key: value for key, value in files.config.items() if key != "quantization_config"}
+    plain.pop("model_type")
+    try:
+        return AutoConfig.for_model(model_type, **plain)
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        words = " ".join(str(error).split())[:200]
+        raise InputError(f"config.json: {words}", "compare it with the config.json of the published model") from None
+
+
+def find_blocks(model: nn.Module, count: int) -> tuple[str, nn.ModuleList]:
+    """Name and list of the decoder blocks: the one ModuleList of `count` members of one class."""
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count and len({type(m) for m in module}) == 1
+    ]
+    if len(found) != 1:
+        raise InputError(
+            f"cannot tell the decoder blocks: {len(found)} lists of {count} equal modules", "report this model family"
+        )
+    return found[0]
+
+
+class Skeleton:
+    """A causal language model whose blocks are loaded and freed one at a time.
+
+    `blocks[i]` is the i-th decoder block, on meta until `load_block(i)`; everything outside the
+    blocks is loaded by `load_rest()`. Weights are float32 on `device`.
+    """
+
+    def __init__(self, files: SourceFiles, reader: TensorReader, device: str = "cpu") -> None:
+        quiet_transformers()
+        self.files = files
+        self.reader = reader
+        self.device = torch.device(device)
+        self.config = read_config(files)
+        with init_empty_weights(include_buffers=False):
+            self.model = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
+        self.model.eval()
+        self.model.requires_grad_(False)
+        layers = int(self.config.get_text_config().num_hidden_layers)
+        self.blocks_name, self.blocks = find_blocks(self.model, layers)
+        self.names = self._map_names()
+        self._check_complete()
+
+    @classmethod
+    def open(cls, folder: Path, device: str = "cpu", *, decode: Decode | None = None) -> Self:
+        """Validate a model directory and build its skeleton. Raises InputError.
+
+        With `decode` the directory may hold a packed checkpoint, which `decode` shows as a plain one.
+        """
+        files = check_source(folder, packed=decode is not None)
+        reader: TensorReader = CheckpointReader(files.tensors)
+        if decode is not None and "quantization_config" in files.config:
+            reader = decode(reader, files.config)
+        return cls(files, reader, device)
+
+    def _conversions(self) -> tuple[list[WeightRenaming], list[WeightConverter]]:
+        mapping = get_model_conversion_mapping(self.model)
+        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        return renamings, [entry for entry in mapping if isinstance(entry, WeightConverter)]
+
+    def _map_names(self) -> NameMap:
+        renamings, converters = self._conversions()
+        state = self.model.state_dict()
+        prefix = self.model.base_model_prefix
+        module_of, converted, ignored, unknown = {}, set(), set(), []
+        for name in self.reader.names():
+            target, pattern = rename_source_key(name, renamings, converters, prefix, state)
+            if target not in state and name in state:
+                target, pattern = name, None
+            if target in state:
+                module_of[name] = target
+                if pattern is not None:
+                    converted.add(name)
+            elif HARMLESS.search(name) or self._ignored_by_transformers(target):
+                ignored.add(name)
+            else:
+                unknown.append(name)
+        if unknown:
+            raise InputError(
+                f"{len(unknown)} tensor(s) do not belong to a {self.config.model_type} model: {unknown[0]}",
+                "config.json and the weights are not of the same model",
+            )
+        return NameMap(module_of, frozenset(converted), frozenset(ignored))
+
+    def _ignored_by_transformers(self, name: str) -> bool:
+        patterns = getattr(self.model, "_keys_to_ignore_on_load_unexpected", None) or ()
+        return any(re.search(pattern, name) for pattern in patterns)
+
+    def _check_complete(self) -> None:
+        """Every parameter must come from the file, be tied to one that does, or be made by a merge."""
+        if self.names.converted:
+            return  # merged names are only known while loading; `_fill` checks them then
+        tied = self.tied()
+        given = set(self.names.module_of.values())
+        wanted = [name for name, _ in self.model.named_parameters(remove_duplicate=False)]
+        missing = [name for name in wanted if name not in given and tied.get(name) not in given]
+        if missing:
+            raise InputError(
+                f"{len(missing)} tensor(s) are missing from the checkpoint: {missing[0]}",
+                "transformers would fill these with random numbers; download the model again",
+            )
+
+    def tied(self) -> dict[str, str]:
+        """Parameters that are another parameter under a second name: name -> the name of the original."""
+        return dict(getattr(self.model, "all_tied_weights_keys", None) or {})
+
+    def block_name(self, index: int) -> str:
+        """Module path of block `index`, e.g. `model.layers.3`."""
+        return f"{self.blocks_name}.{index}"
+
+    def block_tensors(self, index: int) -> tuple[str, ...]:
+        """Names in the file of the tensors of one block."""
+        start = self.block_name(index) + "."
+        return tuple(name for name, module in self.names.module_of.items() if module.startswith(start))
+
+    def rest_tensors(self) -> tuple[str, ...]:
+        """Names in the file of the tensors outside the blocks, ignored ones included."""
+        start = self.blocks_name + "."
+        inside = {name for name, module in self.names.module_of.items() if module.startswith(start)}
+        return tuple(name for name in self.reader.names() if name not in inside)
+
+    def load_block(self, index: int) -> nn.Module:
+        """Fill block `index` and return it. Raises InputError when a tensor is missing or misshapen."""
+        self._fill(self.block_tensors(index))
+        self._check_filled(self.blocks[index], self.block_name(index))
+        return self.blocks[index]
+
+    def load_rest(self) -> None:
+        """Fill everything outside the blocks and tie what is tied."""
+        self._fill(name for name in self.rest_tensors() if name in self.names.module_of)
+        for name, original in self.tied().items():
+            owner, _, leaf = name.rpartition(".")
+            source = self.model.get_parameter(original)
+            if not source.is_meta and self.model.get_parameter(name).is_meta:
+                setattr(self.model.get_submodule(owner), leaf, source)
+        for name, module in self.model.named_children():
+            self._check_filled(module, name, skip=self.blocks)
+
+    def free(self, module: nn.Module) -> None:
+        """Give the memory of a module's parameters back."""
+        for part in module.modules():
+            self._free_own(part)
+
+    def free_rest(self) -> None:
+        """Give the memory of everything outside the blocks back."""
+        inside = {id(part) for part in self.blocks.modules()}
+        for part in self.model.modules():
+            if id(part) not in inside:
+                self._free_own(part)
+
+    @staticmethod
+    def _free_own(part: nn.Module) -> None:
+        for leaf, parameter in list(part.named_parameters(recurse=False)):
+            empty = torch.empty_like(parameter, device="meta")
+            setattr(part, leaf, nn.Parameter(empty, requires_grad=False))
+
+    def _read(self, name: str) -> Tensor:
+        tensor = self.reader.read(name)
+        if name in getattr(self.reader, "row_major", ()):
+            module = self.model.get_submodule(self.names.module_of[name].rpartition(".")[0])
+            return tensor if isinstance(module, nn.Linear) else tensor.T.contiguous()  # Conv1D keeps (in, out)
+        return tensor
+
+    def _fill(self, names: Iterable[str]) -> None:
+        tensors = {name: self._read(name) for name in names}
+        settings = LoadStateDictConfig(
+            weight_mapping=get_model_conversion_mapping(self.model),
+            dtype=torch.float32,
+            device_map={"": self.device},
+        )
+        info, _ = convert_and_load_state_dict_in_model(self.model, tensors, settings)
+        wrong = [*info.mismatched_keys, *info.conversion_errors, *info.unexpected_keys]
+        if wrong:
+            name = wrong[0][0] if isinstance(wrong[0], tuple) else wrong[0]
+            raise InputError(
+                f"tensor {name} does not fit a {self.config.model_type} model of this config.json",
+                "config.json and the weights are not of the same model",
+            )
+
+    def _check_filled(self, module: nn.Module, where: str, skip: nn.Module | None = None) -> None:
+        skipped = {id(p) for p in skip.parameters()} if skip is not None else set()
+        for name, parameter in module.named_parameters():
+            if parameter.is_meta and id(parameter) not in skipped:
+                raise InputError(
+                    f"tensor {where}.{name} is missing from the checkpoint",
+                    "transformers would fill it with random numbers; download the model again",
+                )

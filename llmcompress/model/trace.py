@@ -1,0 +1,143 @@
+"""Ask a model what it does: linears, which of them read the same tensor, which norm feeds them.
+
+One short forward of each kind of block with every module watched. Linears that receive the very
+same tensor object form a shared-input group; those of one group under one parent module form a
+fused unit (`{q, k, v}`, `{gate, up}`), which serving runtimes store together.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmcompress.model.skeleton import Skeleton
+from llmcompress.model.stream import BlockStream, hidden_of, linear_modules
+from llmcompress.types import BlockTrace, LinearInfo, ModelTrace, NormFeed
+
+PROBE_TOKENS = 8
+
+
+@dataclass
+class _Watch:
+    """What one forward of a block showed; tensors are held so that their identities stay unique."""
+
+    inputs: list[tuple[str, Tensor]] = field(default_factory=list)
+    norms: list[tuple[str, Tensor]] = field(default_factory=list)
+
+
+def _watch(block: nn.Module, run: Any) -> _Watch:
+    seen = _Watch()
+    handles = []
+    for name, module in linear_modules(block).items():
+
+        def before(_: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
+            seen.inputs.append((name, args[0]))
+
+        handles.append(module.register_forward_pre_hook(before))
+    for name, module in block.named_modules():
+        if "norm" in type(module).__name__.lower():
+
+            def after(_: nn.Module, __: Any, output: Any, name: str = name) -> None:
+                seen.norms.append((name, hidden_of(output)))
+
+            handles.append(module.register_forward_hook(after))
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _signature(block: nn.Module) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    return tuple((name, tuple(parameter.shape)) for name, parameter in block.named_parameters())
+
+
+@dataclass(frozen=True)
+class _Pattern:
+    """Structure shared by all blocks of one signature, with names relative to the block."""
+
+    linears: tuple[tuple[str, int], ...]  # name, shared-input group, in call order
+    norms: tuple[tuple[int, str], ...]
+
+
+def _pattern(seen: _Watch) -> _Pattern:
+    groups: dict[int, int] = {}
+    linears = []
+    for name, tensor in seen.inputs:
+        linears.append((name, groups.setdefault(id(tensor), len(groups))))
+    norms = []
+    for name, tensor in seen.norms:
+        if id(tensor) in groups:
+            norms.append((groups[id(tensor)], name))
+    return _Pattern(tuple(linears), tuple(norms))
+
+
+def _linear_infos(skeleton: Skeleton, index: int, pattern: _Pattern) -> Iterable[LinearInfo]:
+    modules = linear_modules(skeleton.blocks[index])
+    file_name = {module: name for name, module in skeleton.names.module_of.items()}
+    prefix = skeleton.block_name(index)
+    for name, group in pattern.linears:
+        tensor = file_name.get(f"{prefix}.{name}.weight")
+        if tensor is None or tensor in skeleton.names.converted:
+            continue  # merged from several tensors of the file: left as it is, and counted as untraced
+        module = modules[name]
+        transposed = not isinstance(module, nn.Linear)
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        rows, columns = (weight.shape[1], weight.shape[0]) if transposed else (weight.shape[0], weight.shape[1])
+        parent = name.rpartition(".")[0]
+        yield LinearInfo(
+            name=f"{prefix}.{name}",
+            tensor=tensor,
+            rows=rows,
+            columns=columns,
+            transposed=transposed,
+            unit=f"{prefix}.{parent}#{group}" if parent else f"{prefix}#{group}",
+            shared_input=group,
+        )
+
+
+def trace(skeleton: Skeleton) -> ModelTrace:
+    """Trace every block of a model; blocks of the same structure are traced once.
+
+    Raises InputError where the skeleton does.
+    """
+    stream = BlockStream(skeleton)
+    vocabulary = int(skeleton.config.get_text_config().vocab_size)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(vocabulary, (1, PROBE_TOKENS), generator=generator)
+    hidden, calls = stream.start([tokens])
+    patterns: dict[tuple[tuple[str, tuple[int, ...]], ...], _Pattern] = {}
+    blocks = []
+    for index in range(len(skeleton.blocks)):
+        kind = _signature(skeleton.blocks[index])
+        if kind not in patterns:
+            block = skeleton.load_block(index)
+
+            def run(index: int = index) -> None:
+                stream.run_block(index, hidden[0], calls[0][index])
+
+            with torch.no_grad():
+                patterns[kind] = _pattern(_watch(block, run))
+        skeleton.free(skeleton.blocks[index])
+        infos = tuple(_linear_infos(skeleton, index, patterns[kind]))
+        norms = tuple(NormFeed(shared_input=g, norm=n) for g, n in patterns[kind].norms)
+        blocks.append(BlockTrace(index=index, name=skeleton.block_name(index), linears=infos, norms=norms))
+    skeleton.free_rest()
+    return _model_trace(skeleton, tuple(blocks))
+
+
+def _model_trace(skeleton: Skeleton, blocks: tuple[BlockTrace, ...]) -> ModelTrace:
+    traced = {linear.tensor for block in blocks for linear in block.linears}
+    weights = sum(linear.weights for block in blocks for linear in block.linears)
+    inside = sum(p.numel() for p in skeleton.blocks.parameters() if p.ndim >= 2)
+    other = sum(e.stop - e.start for name, e in skeleton.files.tensors.items() if name not in traced)
+    return ModelTrace(
+        model_type=str(skeleton.config.model_type),
+        blocks=blocks,
+        parameters=sum(p.numel() for p in skeleton.model.parameters()),
+        other_bytes=other,
+        untraced_share=1 - weights / inside if inside else 0.0,
+    )
