@@ -1,0 +1,1 @@
+"""The craft: scoring, allocation, rounding, writing."""

@@ -1,0 +1,1 @@
+"""Spend a bit budget; knows numbers, not models."""

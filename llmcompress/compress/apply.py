@@ -1,0 +1,204 @@
+"""Carry out a plan: rewrite the model a block at a time, each step durable before the next begins.
+
+Law: advance with what was stored. The next block sees exactly the weights a reader of the file will see.
+"""
+
+import hashlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from types import ModuleType
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from llmcompress.compress.exporters.compressed_tensors import packed_tensors
+from llmcompress.compress.grid import Codes, proxy_loss
+from llmcompress.compress.journal import CommitRecord, Journal
+from llmcompress.compress.observe import collect_hessians, install_weight, weight_of
+from llmcompress.compress.output import specs_of
+from llmcompress.compress.shards import ShardMap, write_shard
+from llmcompress.files import commit_bytes
+from llmcompress.model.checkpoint import TORCH_DTYPES, read_tensor
+from llmcompress.model.skeleton import Skeleton
+from llmcompress.model.stream import BlockCall, BlockStream
+from llmcompress.plugins import find
+from llmcompress.types import BlockOutcome, BlockTrace, Fallback, LinearOutcome, ModelTrace, Plan
+
+QUANTIZERS = "llmcompress.compress.quantizers"
+
+
+@dataclass(frozen=True)
+class ApplyJob:
+    """Everything a plan needs to be carried out.
+
+    `batches` are the calibration tokens, int64 `(batch, tokens)` each, empty where the quantizer needs
+    none; `probe` is one short batch whose logits at the end are what `verify` compares with.
+    """
+
+    plan: Plan
+    trace: ModelTrace
+    skeleton: Skeleton
+    shards: ShardMap
+    batches: list[Tensor]
+    probe: Tensor
+
+
+@dataclass
+class Chain:
+    """Hidden states of every batch, the probe last, and how the model calls its blocks with them."""
+
+    stream: BlockStream
+    hidden: list[Tensor]
+    calls: list[list[BlockCall]]
+
+    def forward(self, place: int, index: int) -> Tensor:
+        """Batch `place` through block `index`."""
+        return self.stream.run_block(index, self.hidden[place], self.calls[place][index])
+
+    @torch.no_grad()
+    def advance(self, index: int) -> None:
+        """Every batch through block `index`."""
+        for place in range(len(self.hidden)):
+            self.hidden[place] = self.forward(place, index)
+
+
+def apply(job: ApplyJob, journal: Journal) -> Iterator[BlockOutcome]:
+    """Carry out `job.plan`. Yields one outcome per block; safe to kill and call again.
+
+    Finished blocks are not repeated: their outcomes are yielded marked `resumed`.
+    """
+    done = journal.committed()
+    journal.prepare()
+    previous = done[-1].digest() if done else ""
+    if not done:
+        previous = _commit_rest(job, journal)
+    for record in done[1:]:
+        if record.outcome is not None:
+            yield record.outcome.model_copy(update={"resumed": True})
+    chain = start_chain(job)
+    first = max(len(done) - 1, 0)
+    if first:
+        chain.hidden = load_hidden(journal, first, job.skeleton.device)
+    for info in job.trace.blocks[first:]:
+        outcome, shard_digest = quantize_block(job, chain, info, journal)
+        hidden_digest = save_hidden(journal, info.index + 1, chain.hidden)
+        record = CommitRecord(
+            step=info.index + 1,
+            shard=outcome.shard,
+            shard_digest=shard_digest,
+            hidden_digest=hidden_digest,
+            previous=previous,
+            outcome=outcome,
+        )
+        journal.commit(record)
+        previous = record.digest()
+        yield outcome
+
+
+def start_chain(job: ApplyJob) -> Chain:
+    """Enter the model with every batch and the probe."""
+    stream = BlockStream(job.skeleton)
+    hidden, calls = stream.start([*job.batches, job.probe])
+    job.skeleton.free_rest()
+    job.skeleton.free(job.skeleton.blocks[0])
+    return Chain(stream, hidden, calls)
+
+
+def finished_logits(job: ApplyJob, journal: Journal) -> Tensor:
+    """Logits of the probe after the last block, float32 `(1, tokens, vocabulary)`."""
+    hidden = load_hidden(journal, len(job.trace.blocks), job.skeleton.device)
+    job.skeleton.load_rest()
+    logits = BlockStream(job.skeleton).leave(job.probe, hidden[-1])
+    job.skeleton.free_rest()
+    return logits
+
+
+def _commit_rest(job: ApplyJob, journal: Journal) -> str:
+    """Step 0: everything outside the blocks, copied."""
+    name = job.shards.name(0)
+    tensors = {tensor: read_tensor(job.shards.entries[tensor]) for tensor in job.shards.shards[0]}
+    digest = write_shard(journal.partial / name, job.shards.layout(0, {}), tensors)
+    record = CommitRecord(step=0, shard=name, shard_digest=digest, hidden_digest="", previous="", outcome=None)
+    journal.commit(record)
+    return record.digest()
+
+
+def save_hidden(journal: Journal, step: int, hidden: list[Tensor]) -> str:
+    """Keep the live hidden states, verbatim, beside the commit of a step; returns their digest."""
+    data = save({f"{place:06d}": tensor.cpu().contiguous() for place, tensor in enumerate(hidden)})
+    commit_bytes(journal.hidden_path(step), data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def load_hidden(journal: Journal, step: int, device: torch.device) -> list[Tensor]:
+    """The hidden states kept with a step."""
+    found = load_file(journal.hidden_path(step))
+    return [found[name].to(device) for name in sorted(found)]
+
+
+def quantize_block(job: ApplyJob, chain: Chain, info: BlockTrace, journal: Journal) -> tuple[BlockOutcome, str]:
+    """Quantize the linears of one block, write its shard and advance the chain through what was stored."""
+    began = time.monotonic()
+    block = job.skeleton.load_block(info.index)
+    quantizer = find(QUANTIZERS, job.plan.quantizer)
+    hessians: dict[int, Tensor] = {}
+    if job.batches:
+        runs = [partial(chain.forward, place, info.index) for place in range(len(job.batches))]
+        hessians, _ = collect_hessians(block, info, runs)
+    outcomes, fallbacks, packed = [], [], {}
+    for linear in info.linears:
+        if job.plan.spec_of(linear.name) is None:
+            continue
+        codes, outcome, notes = _quantize_linear(job, quantizer, block, info=info, name=linear.name, hessians=hessians)
+        packed[linear.tensor] = packed_tensors(linear, codes)
+        outcomes.append(outcome)
+        fallbacks += [Fallback(where=linear.name, reason=note) for note in notes]
+    chain.advance(info.index)
+    job.skeleton.free(block)
+    shard = job.shards.name(info.index + 1)
+    layout = job.shards.layout(info.index + 1, specs_of(job.plan))
+    digest = write_shard(journal.partial / shard, layout, _block_tensors(job, info, packed))
+    seconds = time.monotonic() - began
+    return (
+        BlockOutcome(
+            block=info.index, shard=shard, linears=tuple(outcomes), fallbacks=tuple(fallbacks), seconds=seconds
+        ),
+        digest,
+    )
+
+
+def _quantize_linear(
+    job: ApplyJob,
+    quantizer: ModuleType,
+    block: nn.Module,
+    *,
+    info: BlockTrace,
+    name: str,
+    hessians: dict[int, Tensor],
+) -> tuple[Codes, LinearOutcome, tuple[str, ...]]:
+    linear = next(x for x in info.linears if x.name == name)
+    spec = job.plan.spec_of(name)
+    weight = weight_of(block, info, linear).contiguous()
+    hessian = hessians.get(linear.shared_input)
+    dtype = TORCH_DTYPES[job.shards.scale_dtype]
+    result = quantizer.quantize(weight, hessian, spec, options=job.plan.options, dtype=dtype)
+    stored = result.codes.dequantize()
+    measure = hessian if hessian is not None else torch.eye(linear.columns, device=weight.device)
+    loss = proxy_loss(weight, stored, measure)
+    whole = proxy_loss(torch.zeros_like(weight), weight, measure)
+    install_weight(block, info, linear, stored)
+    outcome = LinearOutcome(
+        linear=name, bits=result.codes.spec.bits, proxy_loss=loss, relative_loss=loss / max(whole, 1e-30)
+    )
+    return result.codes, outcome, result.fallbacks
+
+
+def _block_tensors(job: ApplyJob, info: BlockTrace, packed: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of a block's shard: packed linears, everything else byte for byte."""
+    tensors: dict[str, Tensor] = {}
+    for name in job.shards.shards[info.index + 1]:
+        tensors |= packed.get(name) or {name: read_tensor(job.shards.entries[name])}
+    return tensors

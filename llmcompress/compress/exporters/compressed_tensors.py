@@ -1,0 +1,94 @@
+"""compressed-tensors `pack-quantized`, written without importing compressed-tensors.
+
+Per quantized linear: `weight_packed` int32 `(rows, words)`, `weight_scale` 16-bit `(rows, groups)`,
+`weight_shape` int64 `(2,)`. Targets in `config.json` are exact module names that never overlap, under
+zero-padded group keys, so that every reader resolves them alike. Needs compressed-tensors >= 0.17 to
+be read (dense packing of 3, 5 and 6 bits).
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmcompress.compress.grid import Codes
+from llmcompress.kernels import reference
+from llmcompress.types import LinearInfo, LinearSpec, ModelTrace, Plan
+
+PARTS = ("weight_packed", "weight_scale", "weight_shape")
+
+
+def stem(linear: LinearInfo) -> str:
+    """What the tensor names of one linear begin with in the file."""
+    return linear.tensor.removesuffix(".weight")
+
+
+def _guard(linear: LinearInfo, dtype: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """An empty tensor under the old name of a Conv1D's weight.
+
+    Plain transformers does not decompress Conv1D: it would find no weight, warn, and fill it with
+    random numbers. A weight of the wrong shape makes it stop with an error instead.
+    """
+    return {linear.tensor: (dtype, (0,))} if linear.transposed else {}
+
+
+def packed_tensors(linear: LinearInfo, codes: Codes) -> dict[str, Tensor]:
+    """The tensors that replace the weight of one linear."""
+    return {
+        **{name: torch.empty(shape, dtype=codes.scale.dtype) for name, (_, shape) in _guard(linear, "").items()},
+        f"{stem(linear)}.weight_packed": reference.pack(codes.codes, codes.spec.bits),
+        f"{stem(linear)}.weight_scale": codes.scale.cpu().contiguous(),
+        f"{stem(linear)}.weight_shape": torch.tensor([linear.rows, linear.columns], dtype=torch.int64),
+    }
+
+
+def packed_layout(linear: LinearInfo, spec: LinearSpec, scale_dtype: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Dtype and shape of those tensors, without making them; `scale_dtype` is `BF16` or `F16`."""
+    words = reference.words_per_row(linear.columns, spec.bits)
+    return {
+        **_guard(linear, scale_dtype),
+        f"{stem(linear)}.weight_packed": ("I32", (linear.rows, words)),
+        f"{stem(linear)}.weight_scale": (scale_dtype, (linear.rows, linear.columns // spec.group_size)),
+        f"{stem(linear)}.weight_shape": ("I64", (2,)),
+    }
+
+
+def quantization_config(plan: Plan, trace: ModelTrace, unquantized: Iterable[str]) -> dict[str, Any]:
+    """The `quantization_config` section of config.json; `unquantized` are linears outside the blocks."""
+    by_spec: dict[LinearSpec, list[str]] = {}
+    for linear in trace.linears:
+        spec = plan.spec_of(linear.name)
+        if spec is not None:
+            by_spec.setdefault(spec, []).append(linear.name)
+    groups = {}
+    for place, spec in enumerate(sorted(by_spec, key=lambda s: (s.bits, s.group_size))):
+        groups[f"group_{place:02d}"] = {
+            "targets": by_spec[spec],
+            "weights": {
+                "num_bits": spec.bits,
+                "type": "int",
+                "symmetric": True,
+                "strategy": "group",
+                "group_size": spec.group_size,
+                "dynamic": False,
+            },
+            "input_activations": None,
+            "output_activations": None,
+            "format": "pack-quantized",
+        }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": sorted([*unquantized, *(kept.linear for kept in plan.allocation.kept)]),
+        "kv_cache_scheme": None,
+    }
+
+
+def config_document(
+    source: Mapping[str, object], plan: Plan, trace: ModelTrace, heads: Iterable[str]
+) -> dict[str, Any]:
+    """The config.json of the output: the source's, with the quantization section added."""
+    return {**source, "quantization_config": quantization_config(plan, trace, heads)}

@@ -1,0 +1,122 @@
+"""Scales from weights, and rounding onto them: the base quantizer every method shares.
+
+Symmetric full range (methods of AutoRound and llama.cpp): `scale = +-absmax / 2**(bits - 1)` with
+the sign chosen so that the largest weight lands on the most negative code, which uses the one code
+plain symmetric quantization wastes.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmcompress.kernels import reference
+from llmcompress.types import LinearSpec
+
+CLIPS = tuple(1.0 - 0.02 * step for step in range(26))
+SHIFT_ROWS = 1 << 22  # the clip search works on chunks of about this many weights
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A quantized linear: the one carrier of tensors between a quantizer and the file.
+
+    codes  (rows, columns)               uint8, below 2**bits
+    scale  (rows, columns / group size)  in the dtype it is stored in
+    """
+
+    codes: Tensor
+    scale: Tensor
+    spec: LinearSpec
+
+    def dequantize(self) -> Tensor:
+        """The weights a reader of the file will see, float32 `(rows, columns)`."""
+        return reference.dequantize(self.codes, self.scale, self.spec.bits)
+
+
+def round_to_grid(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Nearest codes, as floats in `[0, 2**bits)`; `scale` broadcasts against `weight`."""
+    half = 1 << (bits - 1)
+    return torch.clamp(torch.round(weight / scale) + half, 0, 2 * half - 1)
+
+
+def _stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round scales to the dtype they are stored in; a group of zeros gets 1, no scale becomes 0 or infinite."""
+    limits = torch.finfo(dtype)
+    rounded = scale.clamp(-limits.max, limits.max).to(dtype)
+    lost = rounded == 0
+    tiny = torch.full_like(rounded, limits.tiny)
+    return torch.where(lost, torch.where(scale == 0, torch.ones_like(rounded), tiny), rounded)
+
+
+def full_range_scale(groups: Tensor, bits: int) -> Tensor:
+    """Scale of each group `(..., group size)` that puts its largest weight on code `-2**(bits - 1)`."""
+    place = groups.abs().argmax(dim=-1, keepdim=True)
+    largest = groups.gather(-1, place).squeeze(-1)
+    return -largest / (1 << (bits - 1))
+
+
+def find_scale(
+    weight: Tensor, spec: LinearSpec, dtype: torch.dtype, *, clip: bool = True, importance: Tensor | None = None
+) -> Tensor:
+    """Scale of every group, already rounded to `dtype`.
+
+    weight      (rows, columns)  float32
+    importance  (columns,)       weight of each column's squared error in the clip search; None is uniform
+    returns     (rows, columns / group size)
+
+    With `clip` the range is shrunk over `CLIPS` and the shrink of least squared error kept, group by group.
+    """
+    rows, columns = weight.shape
+    size = spec.group_size
+    step = max(SHIFT_ROWS // columns, 1)
+    weights = None if importance is None else importance.to(weight.dtype).view(1, columns // size, size)
+    parts = []
+    for start in range(0, rows, step):
+        groups = weight[start : start + step].view(-1, columns // size, size)
+        parts.append(_search(groups, spec.bits, dtype, clips=CLIPS if clip else CLIPS[:1], importance=weights))
+    return torch.cat(parts)
+
+
+def _search(
+    groups: Tensor, bits: int, dtype: torch.dtype, *, clips: tuple[float, ...], importance: Tensor | None
+) -> Tensor:
+    full = full_range_scale(groups, bits)
+    best = _stored(full, dtype)
+    if len(clips) == 1:
+        return best
+    lowest = torch.full_like(full, torch.inf)
+    half = 1 << (bits - 1)
+    for shrink in clips:
+        scale = _stored(full * shrink, dtype)
+        wide = scale.to(groups.dtype)[..., None]
+        error = (round_to_grid(groups, wide, bits) - half) * wide - groups
+        squared = error.square() if importance is None else error.square() * importance
+        loss = squared.sum(-1)
+        better = loss < lowest
+        best = torch.where(better, scale, best)
+        lowest = torch.where(better, loss, lowest)
+    return best
+
+
+def expand_scale(scale: Tensor, columns: int) -> Tensor:
+    """One float32 scale per weight, `(rows, columns)`."""
+    return scale.to(torch.float32).repeat_interleave(columns // scale.shape[1], dim=1)
+
+
+def round_weight(weight: Tensor, scale: Tensor, spec: LinearSpec) -> Codes:
+    """Round every weight to its nearest code, with scales as stored."""
+    codes = round_to_grid(weight, expand_scale(scale, weight.shape[1]), spec.bits)
+    return Codes(codes.to(torch.uint8), scale, spec)
+
+
+def proxy_loss(weight: Tensor, dequantized: Tensor, hessian: Tensor) -> float:
+    """`tr(dW H dW^T)`: squared output error summed over outputs, in the units of `hessian`."""
+    error = (dequantized - weight).to(hessian.dtype)
+    return float(((error @ hessian) * error).sum())
+
+
+def group_size_for(columns: int, wanted: int) -> int | None:
+    """The wanted group size, or the next smaller of 128, 64, 32 that divides `columns`; None if none does."""
+    sizes = [wanted, *(size for size in (128, 64, 32) if size < wanted)]
+    return next((size for size in sizes if columns % size == 0), None)

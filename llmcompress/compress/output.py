@@ -1,0 +1,201 @@
+"""The small files of an output: config, index, side files, model card, and the record of the run."""
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llmcompress.compress.exporters.compressed_tensors import config_document
+from llmcompress.compress.shards import INDEX_NAME, ShardMap, index_document
+from llmcompress.files import commit_bytes, commit_json, file_digest, to_json
+from llmcompress.types import BlockOutcome, LinearSpec, ModelTrace, Noun, Plan
+
+RECORD_NAME = "llmcompress.json"
+SIDE_FILES = (
+    "tokenizer*.json",
+    "tokenizer*.model",
+    "*.tiktoken",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
+    "generation_config.json",
+    "*processor_config.json",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+
+
+class FileRecord(Noun):
+    """One file of the output."""
+
+    name: str
+    size_bytes: int
+    sha256: str
+
+
+class Probe(Noun):
+    """A short input and some of the logits the quantized model gave for its last position."""
+
+    tokens: tuple[int, ...]
+    places: tuple[int, ...]
+    logits: tuple[float, ...]
+
+
+class Origin(Noun):
+    """Where the source came from, without any path of the machine."""
+
+    name: str
+    repository: str | None
+    revision: str | None
+    license: str | None
+    model_digest: str
+
+
+class RunRecord(Noun):
+    """`llmcompress.json`: what was asked, decided and done, and a digest of every file beside it."""
+
+    version: int = 1
+    llmcompress: str
+    origin: Origin
+    recipe: dict[str, Any]
+    plan: Plan
+    calibration_text_digest: str
+    blocks: tuple[BlockOutcome, ...]
+    probe: Probe
+    environment: dict[str, str]
+    files: tuple[FileRecord, ...]
+
+
+@dataclass(frozen=True)
+class Story:
+    """What the small files tell."""
+
+    origin: Origin
+    recipe: Mapping[str, Any]
+    plan: Plan
+    trace: ModelTrace
+    command: str
+    environment: Mapping[str, str]
+    calibration_text_digest: str
+
+
+def side_files(source: Path) -> list[Path]:
+    """Files copied byte for byte, relative to the source; code, pickles and the source's index are not."""
+    found = {path for pattern in SIDE_FILES for path in source.glob(pattern) if path.is_file()}
+    return sorted(path.relative_to(source) for path in found)
+
+
+def specs_of(plan: Plan) -> dict[str, LinearSpec]:
+    """The format of every quantized linear, by name."""
+    return {a.linear: a.spec for a in plan.allocation.assigned}
+
+
+def write_small_files(folder: Path, source: Path, shards: ShardMap, story: Story, heads: tuple[str, ...]) -> None:
+    """Everything but the shards and the record; the index, without which the shards are nothing, comes last."""
+    for relative in side_files(source):
+        (folder / relative).parent.mkdir(exist_ok=True)
+        commit_bytes(folder / relative, (source / relative).read_bytes())
+    original = json.loads((source / "config.json").read_bytes())
+    commit_json(folder / "config.json", config_document(original, story.plan, story.trace, heads))
+    commit_bytes(folder / "README.md", model_card(story).encode())
+    specs = specs_of(story.plan)
+    layouts = [(shards.name(place), shards.layout(place, specs)) for place in range(len(shards.shards))]
+    commit_json(folder / INDEX_NAME, index_document(layouts, story.trace.parameters))
+
+
+def write_record(folder: Path, story: Story, version: str, blocks: tuple[BlockOutcome, ...], probe: Probe) -> RunRecord:
+    """Write `llmcompress.json` over the files as they stand. Times are left out: two equal runs give equal bytes."""
+    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    files = tuple(
+        FileRecord(name=name, size_bytes=(folder / name).stat().st_size, sha256=file_digest(folder / name))
+        for name in names
+        if name != RECORD_NAME
+    )
+    record = RunRecord(
+        llmcompress=version,
+        origin=story.origin,
+        recipe=dict(story.recipe),
+        plan=story.plan,
+        calibration_text_digest=story.calibration_text_digest,
+        blocks=tuple(b.model_copy(update={"seconds": 0.0, "resumed": False}) for b in blocks),
+        probe=probe,
+        environment=dict(story.environment),
+        files=files,
+    )
+    commit_bytes(folder / RECORD_NAME, to_json(record.model_dump(mode="json")).encode())
+    return record
+
+
+def drop_strays(folder: Path, shards: ShardMap) -> None:
+    """Remove anything in a data folder that is not one of its shards."""
+    known = {shards.name(place) for place in range(len(shards.shards))}
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name not in known:
+            path.unlink()
+
+
+def _plain(text: str) -> str:
+    """Text of unknown origin, safe in markdown: no control characters, no markup."""
+    return re.sub(r"[^\w .,:/@+-]", "_", text)
+
+
+def model_card(story: Story) -> str:
+    """The README.md of the output, with front matter the model hub understands."""
+    plan, origin = story.plan, story.origin
+    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    if origin.license:
+        front["license"] = origin.license
+    if origin.repository:
+        front |= {"base_model": origin.repository, "base_model_relation": "quantized"}
+    front["tags"] = ["llmcompress", "compressed-tensors", "quantized"]
+    allocation = plan.allocation
+    widths: dict[int, int] = {}
+    for linear in story.trace.linears:
+        spec = plan.spec_of(linear.name)
+        if spec is not None:
+            widths[spec.bits] = widths.get(spec.bits, 0) + linear.weights
+    total = sum(widths.values())
+    rows = "\n".join(f"| {bits} | {count:,} | {count / total:.1%} |" for bits, count in sorted(widths.items()))
+    revision = f" at revision `{origin.revision}`" if origin.revision else ""
+    kept = f"{len(allocation.kept)} linear(s) are left at the source precision." if allocation.kept else ""
+    return f"""---
+{yaml.safe_dump(front, sort_keys=True)}---
+
+# {_plain(origin.name)}, {allocation.bits_per_weight:.3f} bits per weight
+
+Quantized from `{_plain(origin.name)}`{revision} by llmcompress: `{plan.scorer}` scores, exact integer program,
+`{plan.quantizer}` rounding, calibrated on {_plain(plan.calibration)}.
+
+| figure | value |
+|---|---|
+| budget | {_plain(allocation.budget)} |
+| bits per weight, quantized linears (codes, scales, shapes) | {allocation.bits_per_weight:.4f} |
+| bits per weight, whole checkpoint | {allocation.file_bits_per_weight:.4f} |
+| weight shards | {allocation.file_bytes:,} bytes |
+
+| code width | weights | share |
+|---|---|---|
+{rows}
+
+{kept}
+
+    {story.command}
+
+Format: compressed-tensors `pack-quantized`. Opens with `AutoModelForCausalLM.from_pretrained` where
+`compressed-tensors>=0.17` is installed, and in vLLM. What the compression cost is measured with
+`llmcompress eval`; `llmcompress.json` holds the plan and a sha256 of every file.
+"""

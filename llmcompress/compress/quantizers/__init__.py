@@ -1,0 +1,1 @@
+"""Rounding methods, one per file: `quantize(weight, hessian, spec, ...) -> Quantized`."""

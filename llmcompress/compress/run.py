@@ -1,0 +1,193 @@
+"""`quantize`: the whole chain on one output, resumable, published by one rename."""
+
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+
+from llmcompress import __version__
+from llmcompress.compress.allocate.budget import Budget
+from llmcompress.compress.apply import ApplyJob, apply, finished_logits
+from llmcompress.compress.forecast import Forecast, check_disk, forecast
+from llmcompress.compress.journal import Journal, check_output
+from llmcompress.compress.output import Origin, Story, drop_strays, write_record, write_small_files
+from llmcompress.compress.pipeline import (
+    NO_DATA,
+    Opened,
+    calibration,
+    make_plan,
+    needs_data,
+    open_model,
+    outside_linears,
+    probe_tokens,
+    request_of,
+    score,
+)
+from llmcompress.compress.verify import Check, probe_of, require, verify
+from llmcompress.errors import InputError
+from llmcompress.files import commit_json
+from llmcompress.model.hub import Source
+from llmcompress.model.text import Batches
+from llmcompress.recipes import Recipe
+from llmcompress.types import BlockOutcome, Plan, Scores
+
+SCORES_NAME = "scores.json"
+
+
+@dataclass(frozen=True)
+class QuantizeRequest:
+    """Everything `quantize` was told. `command` is printed in the model card."""
+
+    source: Source
+    output: Path
+    recipe: Recipe
+    budget: Budget
+    device: str
+    command: str
+    force: bool = False
+    restart: bool = False
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """An unfinished run on this output is gone on with; `blocks` of `total` are already done."""
+
+    blocks: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Planned:
+    """The plan is made; blocks follow."""
+
+    plan: Plan
+    opened: Opened
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The output is published. `already` when an earlier run had published it and only its state was left."""
+
+    plan: Plan
+    checks: tuple[Check, ...]
+    directory_bytes: int
+    already: bool = False
+
+
+Stage = str
+Event = Stage | Forecast | Resumed | Planned | BlockOutcome | Finished
+
+
+def environment() -> dict[str, str]:
+    """Versions a result depends on."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def quantize(request: QuantizeRequest) -> Iterator[Event]:
+    """Run the chain, yielding what happens: stage names, numbers, one outcome per block, the end.
+
+    Raises InputError before anything is written when the input is at fault, MachineError with finished
+    blocks kept when the machine is, BusyError when another run holds the output.
+    """
+    journal = Journal(request.output)
+    left_over = journal.run_file.exists() and request.output.exists()
+    check_output(request.output, request.source.path, request.force or left_over)
+    yield "opening"
+    opened = open_model(request.source, request.recipe, request.device)
+    needed = forecast(opened, request.recipe, request.budget)
+    check_disk(needed, request.output)
+    yield needed
+    yield "reading weights and text"
+    digest = opened.digest()
+    batches = calibration(opened, request.recipe) if needs_data(request.recipe) else NO_DATA
+    asked = request_of(opened, request.recipe, batches, digest, request.budget)
+    with journal.locked():
+        check_output(request.output, request.source.path, request.force or left_over)
+        yield from _locked(request, journal, opened, batches=batches, asked=asked, digest=digest)
+
+
+def _locked(
+    request: QuantizeRequest,
+    journal: Journal,
+    opened: Opened,
+    *,
+    batches: Batches,
+    asked: dict[str, str],
+    digest: str,
+) -> Iterator[Event]:
+    if request.restart:
+        journal.discard()
+    going_on = journal.begin(asked)
+    if not going_on:
+        journal.record_request(asked, environment())
+    yield f"scoring with {request.recipe.scorer}"
+    plan = _plan(request, journal, opened, batches=batches, digest=digest)
+    yield Planned(plan, opened)
+    job = ApplyJob(
+        plan=plan,
+        trace=opened.trace,
+        skeleton=opened.skeleton,
+        shards=opened.shards,
+        batches=batches.split(request.recipe.calibration.batch_size) if batches.tokens.numel() else [],
+        probe=probe_tokens(opened, request.recipe.seed),
+    )
+    if going_on:
+        yield Resumed(max(len(journal.committed()) - 1, 0), len(opened.trace.blocks))
+    outcomes = []
+    for outcome in apply(job, journal):
+        outcomes.append(outcome)
+        yield outcome
+    yield "verifying"
+    checks = _close(request, journal, job, batches=batches, outcomes=tuple(outcomes))
+    size = sum(path.stat().st_size for path in journal.partial.rglob("*") if path.is_file())
+    journal.publish(request.force)
+    yield Finished(plan, checks, size)
+
+
+def _plan(request: QuantizeRequest, journal: Journal, opened: Opened, *, batches: Batches, digest: str) -> Plan:
+    """The plan of this run: from the scores kept in its state where there are any."""
+    stored = journal.state / SCORES_NAME
+    if stored.exists():
+        scores = Scores.parse(stored.read_bytes(), SCORES_NAME)
+    else:
+        scores = score(opened, request.recipe, batches, digest)
+        commit_json(stored, scores.model_dump(mode="json"))
+    return make_plan(opened, request.recipe, batches, scores, request.budget)
+
+
+def _close(
+    request: QuantizeRequest, journal: Journal, job: ApplyJob, *, batches: Batches, outcomes: tuple[BlockOutcome, ...]
+) -> tuple[Check, ...]:
+    """Write the small files and verify the whole directory, before anybody sees it."""
+    source = request.source
+    origin = Origin(
+        name=source.name,
+        repository=source.repository,
+        revision=source.revision,
+        license=source.license,
+        model_digest=job.plan.model_digest,
+    )
+    story = Story(
+        origin=origin,
+        recipe=request.recipe.model_dump(mode="json"),
+        plan=job.plan,
+        trace=job.trace,
+        command=request.command,
+        environment=environment(),
+        calibration_text_digest=batches.text_digest,
+    )
+    logits = finished_logits(job, journal)
+    if not bool(torch.isfinite(logits).all()):
+        raise InputError("the quantized model gives logits that are not finite", "ask for more bits")
+    drop_strays(journal.partial, job.shards)
+    write_small_files(journal.partial, source.path, job.shards, story, outside_linears(job.skeleton))
+    write_record(journal.partial, story, __version__, outcomes, probe_of(job.probe, logits))
+    return require(verify(journal.partial, request.device))

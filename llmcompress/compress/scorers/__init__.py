@@ -1,0 +1,1 @@
+"""Importance measures, one per file: `score(job) -> Scores`."""

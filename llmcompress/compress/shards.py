@@ -1,0 +1,121 @@
+"""Which tensor goes into which shard, what a shard weighs before it exists, and writing one.
+
+Shard 1 holds everything outside the blocks, shard `i + 2` holds block `i`; their number is known from
+the start, so every shard is written once, under its final name.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llmcompress.compress.exporters import compressed_tensors
+from llmcompress.files import commit_bytes
+from llmcompress.model.header import DTYPE_BYTES, TensorEntry
+from llmcompress.model.skeleton import Skeleton
+from llmcompress.types import LinearInfo, LinearSpec, ModelTrace
+
+Layout = dict[str, tuple[str, tuple[int, ...]]]
+INDEX_NAME = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class ShardMap:
+    """The tensors of the source by the shard of the output they end up in, `[0]` for outside the blocks."""
+
+    shards: tuple[tuple[str, ...], ...]
+    entries: Mapping[str, TensorEntry]
+    linears: Mapping[str, LinearInfo]  # by the name of their weight in the file
+    scale_dtype: str
+
+    def name(self, shard: int) -> str:
+        """File name of a shard."""
+        return f"model-{shard + 1:05d}-of-{len(self.shards):05d}.safetensors"
+
+    def layout(self, shard: int, specs: Mapping[str, LinearSpec]) -> Layout:
+        """Dtype and shape of every tensor of one shard; `specs` by linear name, absent ones are copied."""
+        found: Layout = {}
+        for tensor in self.shards[shard]:
+            linear = self.linears.get(tensor)
+            if linear is not None and linear.name in specs:
+                found |= compressed_tensors.packed_layout(linear, specs[linear.name], self.scale_dtype)
+            else:
+                entry = self.entries[tensor]
+                found[tensor] = (entry.dtype, entry.shape)
+        return found
+
+    def file_bytes(self, specs: Mapping[str, LinearSpec]) -> int:
+        """Exact total size of all shards for an allocation."""
+        return sum(shard_bytes(self.layout(shard, specs)) for shard in range(len(self.shards)))
+
+
+def shard_map(skeleton: Skeleton, trace: ModelTrace, scale_dtype: str) -> ShardMap:
+    """Assign the source's tensors to shards."""
+    rest = skeleton.rest_tensors()
+    blocks = tuple(skeleton.block_tensors(index) for index in range(len(skeleton.blocks)))
+    linears = {linear.tensor: linear for linear in trace.linears}
+    return ShardMap((rest, *blocks), skeleton.files.tensors, linears, scale_dtype)
+
+
+def _elements(shape: tuple[int, ...]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total
+
+
+def shard_header(layout: Layout) -> tuple[bytes, tuple[str, ...]]:
+    """The first bytes of a safetensors file with these tensors, and the order of its payload.
+
+    Payload is ordered by alignment, widest first, then by name; the header is padded to 8 bytes.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    order = tuple(sorted(layout, key=lambda name: (-DTYPE_BYTES[layout[name][0]], name)))
+    position = 0
+    for name in order:
+        dtype, shape = layout[name]
+        stop = position + _elements(shape) * DTYPE_BYTES[dtype]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, stop]}
+        position = stop
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, order
+
+
+def shard_bytes(layout: Layout) -> int:
+    """Exact size of a safetensors file with these tensors."""
+    return len(shard_header(layout)[0]) + sum(_elements(shape) * DTYPE_BYTES[d] for d, shape in layout.values())
+
+
+def _raw(tensor: Tensor) -> bytes:
+    flat = tensor.detach().cpu().contiguous().flatten()
+    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+
+
+def write_shard(path: Path, layout: Layout, tensors: Mapping[str, Tensor]) -> str:
+    """Write the tensors of `layout` durably; returns the sha256 of the file."""
+    header, order = shard_header(layout)
+    pieces = [header, *(_raw(tensors[name]) for name in order)]
+    state = hashlib.sha256()
+    for piece in pieces:
+        state.update(piece)
+    commit_bytes(path, *pieces)
+    return state.hexdigest()
+
+
+def index_document(shards: Iterable[tuple[str, Layout]], parameters: int) -> dict[str, object]:
+    """The index: which shard holds each tensor, with the totals readers expect."""
+    weight_map: dict[str, str] = {}
+    total = 0
+    for name, layout in shards:
+        for tensor, (dtype, shape) in layout.items():
+            weight_map[tensor] = name
+            total += _elements(shape) * DTYPE_BYTES[dtype]
+    return {
+        "metadata": {"total_parameters": parameters, "total_size": total},
+        "weight_map": dict(sorted(weight_map.items())),
+    }

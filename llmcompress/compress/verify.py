@@ -1,0 +1,138 @@
+"""Reopen an output from disk and prove that it is what the plan says."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llmcompress.compress.output import RECORD_NAME, Probe, RunRecord
+from llmcompress.errors import CompressError, InputError
+from llmcompress.files import file_digest
+from llmcompress.model.checkpoint import CheckpointReader
+from llmcompress.model.integrity import scan
+from llmcompress.model.preflight import check_source
+from llmcompress.model.skeleton import Skeleton
+from llmcompress.model.stream import BlockStream
+from llmcompress.runtime.packed import PackedReader
+
+LOGIT_TOLERANCE = 1e-3
+PROBE_PLACES = 64
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was verified, and what was found."""
+
+    name: str
+    passed: bool
+    found: str
+
+
+def read_record(folder: Path) -> RunRecord:
+    """`llmcompress.json` of an output. Raises InputError when it is missing or damaged."""
+    path = folder / RECORD_NAME
+    if not path.is_file():
+        raise InputError(f"{folder.name}: no {RECORD_NAME}", "give a directory written by `llmcompress quantize`")
+    return RunRecord.parse(path.read_bytes(), RECORD_NAME)
+
+
+def probe_of(tokens: Tensor, logits: Tensor) -> Probe:
+    """Keep the logits of the last position at evenly spread places of the vocabulary."""
+    last = logits[0, -1].double().cpu()
+    places = torch.unique(torch.linspace(0, len(last) - 1, min(PROBE_PLACES, len(last))).long())
+    return Probe(
+        tokens=tuple(int(t) for t in tokens[0]),
+        places=tuple(int(p) for p in places),
+        logits=tuple(float(v) for v in last[places]),
+    )
+
+
+def verify(folder: Path, device: str = "cpu") -> Iterator[Check]:
+    """Yield each check as it is made. Raises InputError where the directory cannot even be opened."""
+    record = read_record(folder)
+    files = check_source(folder, packed=True)
+    yield Check("shards and index", True, f"{len(files.shards)} shards, {len(files.tensors)} tensors agree")
+    yield _check_hashes(folder, record)
+    yield _check_bits(PackedReader(CheckpointReader(files.tensors), files.config), record)
+    yield _check_size(files.shards, folder, record)
+    yield _check_finite(folder)
+    yield _check_logits(folder, record, device)
+
+
+def _check_hashes(folder: Path, record: RunRecord) -> Check:
+    for known in record.files:
+        path = folder / known.name
+        if not path.is_file():
+            return Check("hashes", False, f"{known.name} is missing")
+        if path.stat().st_size != known.size_bytes or file_digest(path) != known.sha256:
+            return Check("hashes", False, f"{known.name} is not the file that was written")
+    return Check("hashes", True, f"{len(record.files)} files")
+
+
+def _check_bits(reader: PackedReader, record: RunRecord) -> Check:
+    """Recount storage bits from the tensors themselves."""
+    allocation = record.plan.allocation
+    bits = weights = 0
+    formats: dict[str, tuple[int, int]] = {}
+    for stem in reader.stems():
+        linear = reader.linear(stem)
+        bits += linear.spec.storage_bits(*linear.codes.shape)
+        weights += linear.codes.numel()
+        formats[stem] = (linear.spec.bits, linear.spec.group_size)
+    planned = sorted((a.spec.bits, a.spec.group_size) for a in allocation.assigned)
+    if sorted(formats.values()) != planned:
+        return Check("true bits", False, "the formats on disk are not those of the plan")
+    exact = bits == allocation.storage_bits and bits <= allocation.budget_bits
+    return Check(
+        "true bits", exact, f"{bits / max(weights, 1):.4f} bits per weight, {bits} of {allocation.budget_bits}"
+    )
+
+
+def _check_size(shards: tuple[str, ...], folder: Path, record: RunRecord) -> Check:
+    size = sum((folder / name).stat().st_size for name in shards)
+    planned = record.plan.allocation.file_bytes
+    return Check("size", size == planned, f"{size} bytes of shards, {planned} planned")
+
+
+def _check_finite(folder: Path) -> Check:
+    try:
+        scan(check_source(folder, packed=True))
+    except InputError as error:
+        return Check("finite", False, error.what)
+    return Check("finite", True, "no NaN or infinity")
+
+
+def probe_logits(folder: Path, tokens: tuple[int, ...], device: str) -> Tensor:
+    """Logits `(1, tokens, vocabulary)` of a short input from the reopened files."""
+    skeleton = Skeleton.open(folder, device, decode=PackedReader)
+    return next(iter(BlockStream(skeleton).logits([torch.tensor([tokens])])))
+
+
+def _check_logits(folder: Path, record: RunRecord, device: str) -> Check:
+    logits = probe_logits(folder, record.probe.tokens, device)[0, -1].double().cpu()
+    difference = 0.0
+    for place, expected in zip(record.probe.places, record.probe.logits, strict=True):
+        difference = max(difference, abs(float(logits[place]) - expected))
+    passed = math.isfinite(difference) and difference <= LOGIT_TOLERANCE
+    return Check("logits", passed, f"largest difference from the codes that were written: {difference:.2g}")
+
+
+class VerifyError(CompressError):
+    """What was written is not what was planned. As a command's answer this is the input's fault (2)."""
+
+    exit_code = 2
+
+
+def require(checks: Iterator[Check]) -> tuple[Check, ...]:
+    """All checks, or VerifyError naming the first that failed."""
+    found = []
+    for check in checks:
+        if not check.passed:
+            raise VerifyError(
+                f"verify: {check.name}: {check.found}", "the files were changed or damaged: quantize again"
+            )
+        found.append(check)
+    return tuple(found)

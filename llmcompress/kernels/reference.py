@@ -1,0 +1,60 @@
+"""Pack, unpack and dequantize in plain torch: the oracle every other kernel is held against.
+
+Codes of `bits` bits are laid dense and little-endian along the input axis: code j of a row occupies
+bits `[j * bits, (j + 1) * bits)` of that row's 32-bit words, and a row is padded to whole words.
+"""
+
+import numpy
+import torch
+from torch import Tensor
+
+from llmcompress.types import WORD_BITS
+
+CHUNK_CODES = 1 << 22  # rows are handled in chunks of about this many codes, to bound memory
+
+
+def words_per_row(columns: int, bits: int) -> int:
+    """Number of int32 words that hold one row."""
+    return -(-columns * bits // WORD_BITS)
+
+
+def _row_chunks(rows: int, columns: int) -> list[slice]:
+    step = max(CHUNK_CODES // max(columns, 1), 1)
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Pack uint8 codes `(rows, columns)`, each below `2**bits`, into int32 `(rows, words)`."""
+    rows, columns = codes.shape
+    packed = numpy.zeros((rows, words_per_row(columns, bits) * 4), dtype=numpy.uint8)
+    source = codes.cpu().numpy()
+    shifts = numpy.arange(bits, dtype=numpy.uint8)
+    for chunk in _row_chunks(rows, columns):
+        stream = (source[chunk, :, None] >> shifts) & 1
+        folded = numpy.packbits(stream.reshape(stream.shape[0], -1), axis=1, bitorder="little")
+        packed[chunk, : folded.shape[1]] = folded
+    return torch.from_numpy(packed.view(numpy.int32))
+
+
+def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
+    """Inverse of `pack`: int32 `(rows, words)` to uint8 codes `(rows, columns)`."""
+    rows = packed.shape[0]
+    source = numpy.ascontiguousarray(packed.cpu().numpy()).view(numpy.uint8)
+    codes = numpy.empty((rows, columns), dtype=numpy.uint8)
+    weights = (1 << numpy.arange(bits)).astype(numpy.uint8)
+    for chunk in _row_chunks(rows, columns):
+        stream = numpy.unpackbits(source[chunk], axis=1, count=columns * bits, bitorder="little")
+        numpy.matmul(stream.reshape(-1, columns, bits), weights, out=codes[chunk])
+    return torch.from_numpy(codes)
+
+
+def dequantize(codes: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Weights of symmetric codes: `(code - 2**(bits - 1)) * scale`, float32 `(rows, columns)`.
+
+    codes  (rows, columns)                uint8
+    scale  (rows, columns / group size)   real units per code; may be negative
+    """
+    rows, columns = codes.shape
+    signed = codes.to(torch.float32) - float(1 << (bits - 1))
+    grouped = signed.view(rows, scale.shape[1], columns // scale.shape[1])
+    return (grouped * scale.to(torch.float32)[:, :, None]).view(rows, columns)

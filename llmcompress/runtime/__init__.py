@@ -1,0 +1,1 @@
+"""A compressed model that runs; light to import."""
