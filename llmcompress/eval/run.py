@@ -1,0 +1,166 @@
+"""`eval`: run two models over the same held-out tokens and write down what differs."""
+
+import datetime
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from llmcompress.errors import InputError
+from llmcompress.eval.fidelity import evaluate
+from llmcompress.eval.report import DataFacts, EvalReport, Footprint, ModelFacts, per_sequence, summarize
+from llmcompress.files import commit_bytes, to_json
+from llmcompress.model.checkpoint import folder_bytes
+from llmcompress.model.header import TensorEntry
+from llmcompress.model.hub import Source
+from llmcompress.model.integrity import digest_source, scan
+from llmcompress.model.skeleton import Skeleton
+from llmcompress.model.stream import BlockStream
+from llmcompress.model.text import Batches, TextRequest, token_batches, tokenizer_digest
+from llmcompress.runtime.packed import PACKED, SCALE, SHAPE, PackedReader
+
+RECORD_NAME = "llmcompress.json"
+REPORT_NAME = "report.json"
+
+
+@dataclass(frozen=True)
+class EvalRequest:
+    """Which model, against which, on what text."""
+
+    model: Source
+    reference: Source
+    text: TextRequest
+    batch_size: int
+    device: str
+    command: str
+
+
+def run_eval(request: EvalRequest) -> EvalReport:
+    """Compare `model` with `reference`; both are streamed a block at a time.
+
+    Raises InputError when their vocabularies or tokenizers differ, or when the text was the one the
+    model was calibrated on.
+    """
+    candidate = Skeleton.open(request.model.path, request.device, decode=PackedReader)
+    reference = Skeleton.open(request.reference.path, request.device, decode=PackedReader)
+    digest = tokenizer_digest(request.reference.path)
+    if digest != tokenizer_digest(request.model.path):
+        raise InputError(
+            f"{request.model.name} and {request.reference.name} have different tokenizers",
+            "compare a compressed model with the model it came from",
+        )
+    record = _record(request.model.path)
+    batches = token_batches(_fitted(request.text, reference), request.reference.path)
+    if record.get("calibration_text_digest") == batches.text_digest:
+        raise InputError(
+            f"{batches.source} is the text the model was calibrated on", "evaluate on other text: --data FILE"
+        )
+    tokens = batches.split(request.batch_size)
+    streams = (BlockStream(reference).logits(tokens), BlockStream(candidate).logits(tokens))
+    sequences = evaluate(*streams, tokens)
+    return EvalReport(
+        model=_facts(request.model, candidate),
+        ref=_facts(request.reference, reference),
+        data=_data(batches, digest, request.text.seed),
+        finite=all(s.finite for s in sequences),
+        summary=summarize(sequences),
+        per_sequence=per_sequence(sequences),
+        footprint=_footprint(candidate, reference),
+        plan=record.get("plan"),
+        environment=_environment(),
+        command=request.command,
+        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _fitted(text: TextRequest, skeleton: Skeleton) -> TextRequest:
+    """Sequences never exceed the model's context."""
+    context = getattr(skeleton.config.get_text_config(), "max_position_embeddings", None)
+    length = min(text.sequence_length, context or text.sequence_length)
+    return TextRequest(text.spec, text.samples, length, text.seed, text.split)
+
+
+def _record(folder: Path) -> Mapping[str, Any]:
+    path = folder / RECORD_NAME
+    if not path.is_file():
+        return {}
+    try:
+        document = json.loads(path.read_bytes())
+    except ValueError:
+        raise InputError(f"{RECORD_NAME}: damaged", "run `llmcompress verify` on the directory") from None
+    return document if isinstance(document, dict) else {}
+
+
+def _facts(source: Source, skeleton: Skeleton) -> ModelFacts:
+    digest = digest_source(scan(skeleton.files), skeleton.files.config)
+    return ModelFacts(name=source.name, model_digest=digest, revision=source.revision)
+
+
+def _data(batches: Batches, tokenizer: str, seed: int) -> DataFacts:
+    sequences, length = batches.tokens.shape
+    return DataFacts(
+        source=batches.source,
+        text_digest=batches.text_digest,
+        tokens_digest=batches.digest,
+        tokenizer_digest=tokenizer,
+        sequences=sequences,
+        sequence_length=length,
+        seed=seed,
+    )
+
+
+def shard_bytes(skeleton: Skeleton) -> int:
+    """Size of a model's weight shards, headers included."""
+    return sum((skeleton.files.folder / name).stat().st_size for name in skeleton.files.shards)
+
+
+def packed_bits(tensors: Mapping[str, TensorEntry]) -> int:
+    """Storage bits of packed linears, counted from the tensors themselves."""
+    parts = (PACKED, SCALE, SHAPE)
+    return sum(8 * (entry.stop - entry.start) for name, entry in tensors.items() if name.endswith(parts))
+
+
+def _footprint(candidate: Skeleton, reference: Skeleton) -> Footprint:
+    reader = candidate.reader
+    weights = 0
+    if isinstance(reader, PackedReader):
+        for name in reader.row_major:
+            weights += candidate.model.get_parameter(candidate.names.module_of[name]).numel()
+    parameters = sum(p.numel() for p in candidate.model.parameters())
+    size = shard_bytes(candidate)
+    bits = packed_bits(candidate.files.tensors)
+    return Footprint(
+        shard_bytes=size,
+        directory_bytes=folder_bytes(candidate.files.folder),
+        reference_shard_bytes=shard_bytes(reference),
+        parameters=parameters,
+        quantized_weights=weights,
+        bits_per_weight=bits / weights if weights else None,
+        file_bits_per_weight=size * 8 / parameters,
+    )
+
+
+def _environment() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "machine": platform.machine(),
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def write_report(report: EvalReport, folder: Path) -> Path:
+    """Write report.json into `folder`. Raises MachineError when it cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder.name}: {error.strerror}", "choose another -o") from None
+    path = folder / REPORT_NAME
+    commit_bytes(path, to_json(report.model_dump(mode="json")).encode())
+    return path
