@@ -1,0 +1,103 @@
+"""The command line: read, call, say. Nothing heavy is imported until a command runs."""
+
+import os
+import signal
+import sys
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+import click
+
+from llmcompress import __version__
+from llmcompress.cli.judge import eval_command, verify_command
+from llmcompress.cli.look import env_command, inspect_command, list_command
+from llmcompress.cli.quantize import quantize_command
+from llmcompress.cli.say import tell_bug, tell_error
+from llmcompress.cli.scoring import plan_command, score_command
+from llmcompress.errors import CompressError, Interrupted, MachineError
+
+COMMANDS = (
+    quantize_command,
+    score_command,
+    plan_command,
+    verify_command,
+    eval_command,
+    inspect_command,
+    list_command,
+    env_command,
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="llmcompress")
+def cli() -> None:
+    """Make a Hugging Face language model small, and prove what was lost.
+
+    \b
+    llmcompress quantize demo --budget 3.5bits -o out
+    llmcompress eval out --ref demo
+
+    Exit codes: 0 done, 2 your input, 3 the machine (work kept), 5 a bug, 6 output in use, 130/143 interrupted.
+    """
+
+
+for command in COMMANDS:
+    cli.add_command(command)
+
+
+def _interrupt(number: int, _: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_DFL)  # a second signal ends the program at once
+    raise Interrupted(number)
+
+
+class _Manners:
+    """Turns whatever escapes a command into a message and an exit code."""
+
+    code = 0
+
+    def __enter__(self) -> Self:
+        signal.signal(signal.SIGINT, _interrupt)
+        signal.signal(signal.SIGTERM, _interrupt)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> bool:
+        if error is None:
+            return True
+        if isinstance(error, SystemExit):
+            return False
+        self.code = self._answer(error)
+        return True
+
+    @staticmethod
+    def _answer(error: BaseException) -> int:
+        if isinstance(error, click.ClickException):
+            error.show()
+            return 2
+        if isinstance(error, click.exceptions.Exit):
+            return int(error.exit_code)
+        if isinstance(error, click.Abort | KeyboardInterrupt):
+            error = Interrupted(signal.SIGINT)
+        elif _out_of_memory(error):
+            error = MachineError("out of memory; finished blocks are kept", "use --set calibration.batch_size=1")
+        elif isinstance(error, OSError):
+            error = MachineError(str(error), "check the disk and its permissions; finished work is kept")
+        if isinstance(error, CompressError) and type(error) is not CompressError:
+            tell_error(error)
+            if os.environ.get("LLMCOMPRESS_DEBUG"):
+                tell_bug(error)
+        else:
+            tell_bug(error)
+        return error.exit_code if isinstance(error, CompressError) else 5
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return isinstance(error, MemoryError) or "OutOfMemoryError" in names or "DefaultCPUAllocator" in str(error)
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    """Run the program and exit with the documented code."""
+    manners = _Manners()
+    with manners:
+        cli.main(args=arguments, prog_name="llmcompress", standalone_mode=False)
+    sys.exit(manners.code)

@@ -1,0 +1,148 @@
+"""`llmcompress inspect`, `list` and `env`."""
+
+import os
+import platform
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import click
+
+from llmcompress import __version__
+from llmcompress.cli.options import speaking
+from llmcompress.cli.say import Speaker, megabytes
+
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "bitsandbytes",
+    "optimum",
+    "safetensors",
+    "tokenizers",
+    "huggingface_hub",
+    "compressed-tensors",
+    "numpy",
+    "scipy",
+    "pydantic",
+)
+
+
+@click.command("inspect")
+@click.argument("path", type=click.Path(path_type=Path))
+@speaking
+def inspect_command(path: Path, speaker: Speaker) -> None:
+    """Show what is in a checkpoint: formats, widths, bytes, both bits per weight. Opens headers only."""
+    from llmcompress.model.preflight import check_source
+
+    files = check_source(path, packed=True)
+    document = _contents(files)
+    speaker.table(f"{files.config['model_type']}, {len(files.shards)} shard(s)", *_rows(document))
+    lines = [
+        f"weights     {document['weights']:,} in {len(files.tensors)} tensors, {megabytes(document['shard_bytes'])}",
+        f"checkpoint  {document['file_bits_per_weight']:.4f} bits per weight",
+    ]
+    if document["bits_per_weight"] is not None:
+        lines.append(f"linears     {document['bits_per_weight']:.4f} bits per weight over the quantized ones")
+    speaker.result(document, lines)
+
+
+def _contents(files: Any) -> dict[str, Any]:
+    """Sum weights and bytes by format, from the headers and config.json alone."""
+    widths: dict[str, int] = {}
+    for group in (files.config.get("quantization_config") or {}).get("config_groups", {}).values():
+        widths |= {target: int(group["weights"]["num_bits"]) for target in group["targets"]}
+    formats: dict[str, list[int]] = {}
+    packed_bits = packed_weights = 0
+    for name, entry in files.tensors.items():
+        size = entry.stop - entry.start
+        stem, _, part = name.rpartition(".")
+        if part == "weight_packed":
+            bits = next((b for t, b in widths.items() if t == stem or t.endswith("." + stem)), 0)
+            row = formats.setdefault(f"int{bits}", [0, 0])
+            weights = entry.shape[0] * _columns(files, stem)
+            packed_weights += weights
+            row[0] += weights
+        elif part in ("weight_scale", "weight_shape"):
+            row = formats.setdefault("scales and shapes", [0, 0])
+        else:
+            row = formats.setdefault(entry.dtype, [0, 0])
+            row[0] += entry.elements
+        if part.startswith("weight_"):
+            packed_bits += size * 8
+        row[1] += size
+    total = sum(row[0] for row in formats.values())
+    shard_bytes = sum((files.folder / name).stat().st_size for name in files.shards)
+    return {
+        "model_type": files.config["model_type"],
+        "formats": [{"format": k, "weights": w, "bytes": b} for k, (w, b) in sorted(formats.items())],
+        "weights": total,
+        "shard_bytes": shard_bytes,
+        "bits_per_weight": packed_bits / packed_weights if packed_weights else None,
+        "file_bits_per_weight": shard_bytes * 8 / max(total, 1),
+    }
+
+
+def _columns(files: Any, stem: str) -> int:
+    from llmcompress.model.checkpoint import read_tensor
+
+    return int(read_tensor(files.tensors[stem + ".weight_shape"])[1])
+
+
+def _rows(document: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    rows = [[f["format"], f"{f['weights']:,}", f"{f['bytes']:,}"] for f in document["formats"]]
+    return ["format", "weights", "bytes"], rows
+
+
+def _plugins(package: str) -> list[tuple[str, str]]:
+    from llmcompress.plugins import available, summary
+
+    return [(name, summary(package, name)) for name in available(package)]
+
+
+def _recipes() -> list[tuple[str, str]]:
+    from llmcompress.recipes import load_recipe, recipe_names
+
+    return [(name, load_recipe(name).description) for name in recipe_names()]
+
+
+def _models() -> list[tuple[str, str]]:
+    from llmcompress.model.aliases import ALIASES
+
+    return [("demo", "the small model that ships with the package"), *ALIASES]
+
+
+LISTS: dict[str, Callable[[], list[tuple[str, str]]]] = {
+    "scorers": lambda: _plugins("llmcompress.compress.scorers"),
+    "quantizers": lambda: _plugins("llmcompress.compress.quantizers"),
+    "formats": lambda: _plugins("llmcompress.compress.exporters"),
+    "recipes": _recipes,
+    "models": _models,
+}
+
+
+@click.command("list")
+@click.argument("what", type=click.Choice(list(LISTS)))
+@speaking
+def list_command(what: str, speaker: Speaker) -> None:
+    """List what there is."""
+    found = LISTS[what]()
+    width = max(len(name) for name, _ in found)
+    document = [{"name": name, "about": about} for name, about in found]
+    speaker.result(document, [f"{name:<{width}}  {about}" for name, about in found])
+
+
+@click.command("env")
+@speaking
+def env_command(speaker: Speaker) -> None:
+    """Print versions for a bug report. No paths, names or secrets."""
+    found = {"llmcompress": __version__, "python": platform.python_version(), "machine": platform.machine()}
+    found["system"] = platform.system()
+    found["cores"] = str(os.cpu_count())
+    for name in LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    speaker.result(found, [f"{name:<18} {value}" for name, value in found.items()])

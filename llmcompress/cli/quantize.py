@@ -1,0 +1,162 @@
+"""`llmcompress quantize`: the whole chain."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from llmcompress.cli.options import pick_device, read_recipe, recipe_options, speaking
+from llmcompress.cli.progress import BlockProgress
+from llmcompress.cli.say import Speaker, command_line, megabytes
+
+
+def default_output(model: str, budget: str) -> Path:
+    """Where the result goes when -o is not given: the model's last name and the budget, in this folder."""
+    name = model.rstrip("/").rsplit("/", 1)[-1].replace("@", "-")
+    return Path(f"{name}-{budget.replace('/', '-').replace(' ', '')}")
+
+
+@click.command("quantize")
+@click.argument("model")
+@click.option("--budget", required=True, help="3.5bits (linears), 3.5bits/file (whole checkpoint), 4.2GB, 300MiB.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Default: MODEL-BUDGET in this folder.")
+@recipe_options
+@click.option("--dry-run", is_flag=True, help="Print sizes and needs, write nothing.")
+@click.option("--force", is_flag=True, help="Replace an existing output, atomically, once the new one is complete.")
+@click.option("--restart", is_flag=True, help="Discard an unfinished run instead of going on with it.")
+@speaking
+def quantize_command(model: str, budget: str, output: Path | None, speaker: Speaker, **flags: Any) -> None:
+    """Compress MODEL to a bit budget: trace, score, plan, quantize, verify.
+
+    MODEL is a directory, org/name[@revision], a short name (`llmcompress list models`), or demo.
+    The same command goes on where an interrupted run stopped.
+    """
+    request = _request(model, budget, output, flags)
+    if request.source.repository:
+        speaker.talk(f"{request.source.repository} at {request.source.revision}")
+    if flags["dry_run"]:
+        _dry_run(request, speaker)
+    else:
+        _run(request, speaker)
+
+
+def _request(model: str, budget: str, output: Path | None, flags: dict[str, Any]) -> Any:
+    from llmcompress.compress.allocate.budget import parse_budget
+
+    recipe = read_recipe(flags["recipe"], flags["changes"], flags["calibration"], flags["seed"])
+    spent = parse_budget(budget)
+    from llmcompress.compress.journal import check_output
+    from llmcompress.model.hub import resolve
+
+    source = resolve(model)
+    target = output or default_output(source.name, budget)
+    check_output(target, source.path, force=True)
+    from llmcompress.compress.run import QuantizeRequest
+
+    return QuantizeRequest(
+        source=source,
+        output=target,
+        recipe=recipe,
+        budget=spent,
+        device=pick_device(flags["device"]),
+        command=command_line(),
+        force=flags["force"],
+        restart=flags["restart"],
+    )
+
+
+def _forecast_lines(found: Any) -> list[str]:
+    return [
+        f"{found.blocks} blocks, {found.parameters:,} parameters, {megabytes(found.source_bytes)} of weights",
+        f"result about {megabytes(found.output_bytes)}: {found.bits_per_weight:.3f} bits per weight over "
+        f"{found.quantized_weights:,} quantized weights, {found.file_bits_per_weight:.3f} over the whole checkpoint",
+        f"needs about {megabytes(found.peak_memory_bytes)} of memory and {megabytes(found.disk_bytes)} of disk",
+    ]
+
+
+def _dry_run(request: Any, speaker: Speaker) -> None:
+    from llmcompress.compress.forecast import check_disk, forecast
+    from llmcompress.compress.journal import check_output
+    from llmcompress.compress.pipeline import open_model
+
+    check_output(request.output, request.source.path, request.force)
+    opened = open_model(request.source, request.recipe, request.device)
+    found = forecast(opened, request.recipe, request.budget)
+    check_disk(found, request.output)
+    speaker.result(found.document(), _forecast_lines(found))
+
+
+def _run(request: Any, speaker: Speaker) -> None:
+    from llmcompress.compress.forecast import Forecast
+    from llmcompress.compress.run import Finished, Planned, Resumed, quantize
+    from llmcompress.types import BlockOutcome
+
+    began = time.monotonic()
+    finished = None
+    with BlockProgress(speaker) as progress:
+        for event in quantize(request):
+            match event:
+                case str():
+                    progress.stage(event)
+                case Forecast():
+                    for line in _forecast_lines(event):
+                        speaker.talk(line)
+                case Planned():
+                    _tell_plan(event, speaker)
+                    progress.blocks(len(event.opened.trace.blocks))
+                case Resumed():
+                    speaker.talk(f"resuming: {event.blocks} of {event.total} blocks are already done")
+                case BlockOutcome():
+                    progress.block(event)
+                case Finished():
+                    finished = event
+    _tell_result(request, finished, time.monotonic() - began, speaker)
+
+
+def _tell_plan(event: Any, speaker: Speaker) -> None:
+    allocation, trace = event.plan.allocation, event.opened.trace
+    proof = "optimal" if allocation.status == "optimal" else f"within {allocation.gap:.2%} of optimal"
+    speaker.talk(
+        f"plan: {allocation.bits_per_weight:.4f} bits per weight ({proof}), "
+        f"{megabytes(allocation.file_bytes)} of shards"
+    )
+    if allocation.under_budget_reason:
+        speaker.talk(f"  under the budget by {1 - allocation.storage_bits / allocation.budget_bits:.2%}: "
+                     f"{allocation.under_budget_reason}")  # fmt: skip
+    for facts in (allocation.kept, allocation.fallbacks):
+        reasons: dict[str, list[str]] = {}
+        for fact in facts:
+            reasons.setdefault(fact.reason, []).append(fact.linear if hasattr(fact, "linear") else fact.where)
+        for reason, names in reasons.items():
+            what = "left at the source precision" if facts is allocation.kept else "adjusted"
+            speaker.talk(f"  {len(names)} linear(s) {what}: {reason} ({names[0]}{', ...' if len(names) > 1 else ''})")
+    if trace.untraced_share > 0.001:
+        speaker.talk(f"  fused experts left at the source precision: {trace.untraced_share:.0%} of the block weights")
+
+
+def _tell_result(request: Any, finished: Any, seconds: float, speaker: Speaker) -> None:
+    allocation = finished.plan.allocation
+    document = {
+        "output": request.output.name,
+        "budget": allocation.budget,
+        "bits_per_weight": allocation.bits_per_weight,
+        "file_bits_per_weight": allocation.file_bits_per_weight,
+        "shard_bytes": allocation.file_bytes,
+        "directory_bytes": finished.directory_bytes,
+        "expected_damage": allocation.expected_damage,
+        "status": allocation.status,
+        "kept": [kept.linear for kept in allocation.kept],
+        "checks": [{"name": c.name, "passed": c.passed, "found": c.found} for c in finished.checks],
+        "seconds": round(seconds, 2),
+    }
+    lines = [
+        f"asked       {allocation.budget}",
+        f"linears     {allocation.bits_per_weight:.4f} bits per weight, codes, scales and shapes counted",
+        f"checkpoint  {allocation.file_bits_per_weight:.4f} bits per weight, {allocation.file_bytes:,} bytes of shards"
+        f" ({megabytes(finished.directory_bytes)} with tokenizer and records)",
+        f"verified    {', '.join(check.name for check in finished.checks)}",
+        f"written to  {request.output}  in {seconds:.0f} s",
+        f"next        llmcompress eval {request.output} --ref {request.source.name}",
+    ]
+    speaker.result(document, lines)

@@ -1,0 +1,113 @@
+"""What the program says: results to stdout, talk to stderr, exactly one JSON document with --json."""
+
+import logging
+import re
+import sys
+import traceback
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from llmcompress.errors import CompressError
+from llmcompress.files import to_json
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+LOG = logging.getLogger("llmcompress")
+LOG.addHandler(logging.NullHandler())
+
+
+def clean(text: str) -> str:
+    """Text of unknown origin without control characters or markup."""
+    return escape(CONTROL.sub("?", text))
+
+
+class Speaker:
+    """Writes for one command. `quiet` silences talk; `json` leaves only the document on stdout."""
+
+    def __init__(self, *, json: bool, quiet: bool, verbose: bool) -> None:
+        self.json = json
+        self.quiet = quiet
+        self.verbose = verbose
+        self.err = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.out = Console(highlight=False, soft_wrap=True)
+
+    def talk(self, text: str) -> None:
+        """A remark on stderr."""
+        LOG.info(text)
+        if not self.quiet:
+            self.err.print(clean(text))
+
+    def result(self, document: Any, lines: Iterable[str] = ()) -> None:
+        """The answer: the document with --json, otherwise the lines."""
+        if self.json:
+            click.echo(to_json(document), nl=False)
+            return
+        for line in lines:
+            self.out.print(clean(line))
+
+    def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+        """A table on stdout; silent with --json."""
+        if self.json:
+            return
+        table = Table(title=title or None, box=None, pad_edge=False, title_justify="left")
+        for place, column in enumerate(columns):
+            table.add_column(column, justify="left" if place == 0 else "right", no_wrap=True)
+        for row in rows:
+            table.add_row(*(clean(cell) for cell in row))
+        self.out.print(table)
+
+
+def tell_error(error: CompressError) -> None:
+    """One error, at most six lines, on stderr."""
+    LOG.error("%s (%s)", error.what, error.hint)
+    click.echo(f"error: {CONTROL.sub('?', error.what)}", err=True)
+    if error.hint:
+        click.echo(f"  hint: {CONTROL.sub('?', error.hint)}", err=True)
+
+
+def tell_bug(error: BaseException) -> None:
+    """A bug: one line for the user, the traceback to the log, or to stderr where there is none."""
+    text = "".join(traceback.format_exception(error))
+    LOG.error("bug\n%s", text)
+    logged = any(isinstance(handler, logging.FileHandler) for handler in LOG.handlers)
+    where = "the log file" if logged else "below"
+    click.echo(f"error: this is a bug in llmcompress: {type(error).__name__}; the traceback is in {where}", err=True)
+    if not logged:
+        click.echo(text, err=True, nl=False)
+    click.echo("  hint: report it with the output of `llmcompress env`", err=True)
+
+
+def open_log(path: Path | None) -> None:
+    """Send the log to a file."""
+    LOG.setLevel(logging.INFO)
+    LOG.propagate = False
+    if path is not None:
+        handler = logging.FileHandler(path, encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        LOG.addHandler(handler)
+
+
+def command_line() -> str:
+    """The command as typed, paths reduced to their last part, for a model card."""
+    words = ["llmcompress"]
+    for word in sys.argv[1:]:
+        flag, equals, value = word.partition("=")
+        plain = value if equals else word
+        short = (
+            Path(plain).name if "/" in plain and (plain.startswith((".", "/", "~")) or Path(plain).exists()) else plain
+        )
+        words.append(f"{flag}={short}" if equals else short)
+    return " ".join(words)
+
+
+def megabytes(size: float) -> str:
+    """A size for people: kB, MB or GB, decimal."""
+    for limit, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if size >= limit:
+            return f"{size / limit:.2f} {unit}"
+    return f"{size:.0f} B"
