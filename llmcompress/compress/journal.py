@@ -102,6 +102,15 @@ class Journal:
             )
         return True
 
+    def published_request(self) -> dict[str, str] | None:
+        """What the output was made from, if a run died after publishing it and before forgetting its state."""
+        record = self.output / "llmcompress.json"
+        if not (self.run_file.is_file() and record.is_file()):
+            return None
+        run, made = read_json(self.run_file), read_json(record)
+        same = isinstance(run, dict) and isinstance(made, dict) and run.get("request") == made.get("request")
+        return dict(made["request"]) if same else None
+
     def record_request(self, request: dict[str, str], environment: dict[str, str]) -> None:
         """Note what was asked and on what machine, once, at the start of a new run."""
         commit_json(self.run_file, {"request": request, "environment": environment})

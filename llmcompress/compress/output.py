@@ -69,6 +69,7 @@ class RunRecord(Noun):
     version: int = 1
     llmcompress: str
     origin: Origin
+    request: dict[str, str]
     recipe: dict[str, Any]
     plan: Plan
     calibration_text_digest: str
@@ -86,6 +87,7 @@ class Story:
     recipe: Mapping[str, Any]
     plan: Plan
     trace: ModelTrace
+    request: Mapping[str, str]
     command: str
     environment: Mapping[str, str]
     calibration_text_digest: str
@@ -126,6 +128,7 @@ def write_record(folder: Path, story: Story, version: str, blocks: tuple[BlockOu
     record = RunRecord(
         llmcompress=version,
         origin=story.origin,
+        request=dict(story.request),
         recipe=dict(story.recipe),
         plan=story.plan,
         calibration_text_digest=story.calibration_text_digest,

@@ -26,9 +26,10 @@ from llmcompress.compress.pipeline import (
     request_of,
     score,
 )
-from llmcompress.compress.verify import Check, probe_of, require, verify
+from llmcompress.compress.verify import Check, probe_of, read_record, require, verify
 from llmcompress.errors import InputError
 from llmcompress.files import commit_json
+from llmcompress.model.checkpoint import folder_bytes
 from llmcompress.model.hub import Source
 from llmcompress.model.text import Batches
 from llmcompress.recipes import Recipe
@@ -69,12 +70,11 @@ class Planned:
 
 @dataclass(frozen=True)
 class Finished:
-    """The output is published. `already` when an earlier run had published it and only its state was left."""
+    """The output is published, by this run or by one that died just afterwards."""
 
     plan: Plan
     checks: tuple[Check, ...]
     directory_bytes: int
-    already: bool = False
 
 
 Stage = str
@@ -98,8 +98,8 @@ def quantize(request: QuantizeRequest) -> Iterator[Event]:
     blocks kept when the machine is, BusyError when another run holds the output.
     """
     journal = Journal(request.output)
-    left_over = journal.run_file.exists() and request.output.exists()
-    check_output(request.output, request.source.path, request.force or left_over)
+    published = None if request.force else journal.published_request()
+    check_output(request.output, request.source.path, request.force or published is not None)
     yield "opening"
     opened = open_model(request.source, request.recipe, request.device)
     needed = forecast(opened, request.recipe, request.budget)
@@ -110,7 +110,13 @@ def quantize(request: QuantizeRequest) -> Iterator[Event]:
     batches = calibration(opened, request.recipe) if needs_data(request.recipe) else NO_DATA
     asked = request_of(opened, request.recipe, batches, digest, request.budget)
     with journal.locked():
-        check_output(request.output, request.source.path, request.force or left_over)
+        if published == asked:
+            record = read_record(request.output)
+            checks = require(verify(request.output, request.device))
+            journal.clear()
+            yield Finished(record.plan, checks, folder_bytes(request.output))
+            return
+        check_output(request.output, request.source.path, request.force)
         yield from _locked(request, journal, opened, batches=batches, asked=asked, digest=digest)
 
 
@@ -146,8 +152,8 @@ def _locked(
         outcomes.append(outcome)
         yield outcome
     yield "verifying"
-    checks = _close(request, journal, job, batches=batches, outcomes=tuple(outcomes))
-    size = sum(path.stat().st_size for path in journal.partial.rglob("*") if path.is_file())
+    checks = _close(request, journal, job, text_digest=batches.text_digest, outcomes=tuple(outcomes), asked=asked)
+    size = folder_bytes(journal.partial)
     journal.publish(request.force)
     yield Finished(plan, checks, size)
 
@@ -164,7 +170,13 @@ def _plan(request: QuantizeRequest, journal: Journal, opened: Opened, *, batches
 
 
 def _close(
-    request: QuantizeRequest, journal: Journal, job: ApplyJob, *, batches: Batches, outcomes: tuple[BlockOutcome, ...]
+    request: QuantizeRequest,
+    journal: Journal,
+    job: ApplyJob,
+    *,
+    text_digest: str,
+    outcomes: tuple[BlockOutcome, ...],
+    asked: dict[str, str],
 ) -> tuple[Check, ...]:
     """Write the small files and verify the whole directory, before anybody sees it."""
     source = request.source
@@ -180,9 +192,10 @@ def _close(
         recipe=request.recipe.model_dump(mode="json"),
         plan=job.plan,
         trace=job.trace,
+        request=asked,
         command=request.command,
         environment=environment(),
-        calibration_text_digest=batches.text_digest,
+        calibration_text_digest=text_digest,
     )
     logits = finished_logits(job, journal)
     if not bool(torch.isfinite(logits).all()):

@@ -1,0 +1,136 @@
+"""The contract every quantizer keeps, and what GPTQ is."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from llmcompress.compress.grid import expand_scale, find_scale, proxy_loss, round_weight
+from llmcompress.compress.quantizers import gptq
+from llmcompress.plugins import available, find
+from llmcompress.types import LinearSpec, QuantizerOptions
+
+PACKAGE = "llmcompress.compress.quantizers"
+OPTIONS = QuantizerOptions()
+
+
+def problem(columns: int = 128, tokens: int = 512, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """A random weight and the Hessian of correlated inputs."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(48, columns, generator=generator)
+    mixing = torch.randn(columns, columns, generator=generator) / columns**0.5 + torch.eye(columns)
+    inputs = torch.randn(tokens, columns, generator=generator) @ mixing
+    return weight, inputs.T @ inputs / tokens
+
+
+@pytest.mark.parametrize("name", available(PACKAGE))
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_contract(name: str, bits: int) -> None:
+    weight, hessian = problem()
+    spec = LinearSpec(bits=bits, group_size=64)
+    result = find(PACKAGE, name).quantize(weight.clone(), hessian, spec, options=OPTIONS, dtype=torch.bfloat16)
+    codes = result.codes
+    assert codes.codes.dtype == torch.uint8
+    assert codes.codes.shape == weight.shape
+    assert int(codes.codes.max()) < 2**bits
+    assert codes.scale.shape == (48, 2)
+    assert codes.scale.dtype == torch.bfloat16
+    assert float((codes.dequantize() - weight).square().mean()) < 0.5 * 4.0 ** (1 - bits) + 0.15
+    again = find(PACKAGE, name).quantize(weight, hessian, spec, options=OPTIONS, dtype=torch.bfloat16)
+    assert torch.equal(codes.codes, again.codes.codes)
+
+
+@pytest.mark.parametrize("name", available(PACKAGE))
+def test_error_falls_with_width(name: str) -> None:
+    weight, hessian = problem()
+    losses = []
+    for bits in (2, 3, 4, 6, 8):
+        spec = LinearSpec(bits=bits, group_size=128)
+        codes = find(PACKAGE, name).quantize(weight, hessian, spec, options=OPTIONS, dtype=torch.bfloat16).codes
+        losses.append(proxy_loss(weight, codes.dequantize(), hessian))
+    assert losses == sorted(losses, reverse=True)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("act_order", [True, False])
+def test_gptq_beats_rounding_on_correlated_inputs(bits: int, act_order: bool) -> None:
+    weight, hessian = problem()
+    spec = LinearSpec(bits=bits, group_size=64)
+    options = QuantizerOptions(act_order=act_order)
+    codes = gptq.quantize(weight, hessian, spec, options=options, dtype=torch.bfloat16).codes
+    rounded = round_weight(weight, codes.scale, spec)
+    ours = proxy_loss(weight, codes.dequantize(), hessian)
+    assert ours < 0.9 * proxy_loss(weight, rounded.dequantize(), hessian)
+
+
+def test_gptq_is_rounding_on_white_inputs() -> None:
+    weight, _ = problem()
+    spec = LinearSpec(bits=3, group_size=64)
+    codes = gptq.quantize(weight, torch.eye(128), spec, options=OPTIONS, dtype=torch.float32).codes
+    assert torch.equal(codes.codes, round_weight(weight, codes.scale, spec).codes)
+
+
+def slow_gptq(weight: Tensor, scale: Tensor, hessian: Tensor, bits: int) -> Tensor:
+    """Column by column, re-solving the remaining columns exactly by least squares each time."""
+    left, codes = weight.double().clone(), torch.zeros_like(weight)
+    half = 2 ** (bits - 1)
+    for column in range(weight.shape[1]):
+        step = scale[:, column].double()
+        codes[:, column] = torch.clamp(torch.round(left[:, column] / step) + half, 0, 2 * half - 1).float()
+        error = left[:, column] - (codes[:, column].double() - half) * step
+        rest = slice(column + 1, None)
+        # the best move of the rest, given this column's error, is -H_rr^-1 H_rc * (-error)
+        move = torch.linalg.solve(hessian[rest, rest].double(), hessian[rest, column].double())
+        left[:, rest] += error[:, None] * move[None, :]
+    return codes.to(torch.uint8)
+
+
+def test_gptq_equals_exact_least_squares_feedback() -> None:
+    weight, hessian = problem(columns=192, tokens=2000)  # more than one block of 128 columns
+    spec = LinearSpec(bits=3, group_size=64)
+    options = QuantizerOptions(act_order=False)
+    scale = find_scale(weight, spec, torch.float32)
+    damped = hessian.double() + torch.eye(192).double() * options.damp * hessian.double().diagonal().mean()
+    factor, notes = gptq.inverse_factor(hessian, options)
+    assert factor is not None
+    assert notes == ()
+    codes = gptq.round_columns(weight, expand_scale(scale, 192), factor[1], bits=3)
+    slow = slow_gptq(weight, expand_scale(scale, 192), damped, 3)
+    assert float((codes != slow).float().mean()) < 2e-3  # a tie may fall either way in float32
+
+
+def test_the_factor_is_that_of_the_damped_inverse() -> None:
+    _, hessian = problem()
+    options = QuantizerOptions(act_order=False)
+    factor, _ = gptq.inverse_factor(hessian, options)
+    assert factor is not None
+    upper = factor[1].double()
+    damped = hessian.double() + torch.eye(128).double() * options.damp * hessian.double().diagonal().mean()
+    assert torch.allclose(torch.linalg.inv(damped), upper.T @ upper, rtol=1e-4, atol=1e-6)
+
+
+def test_dead_inputs_are_rounded_not_zeroed() -> None:
+    weight, hessian = problem()
+    hessian[5], hessian[:, 5] = 0, 0
+    spec = LinearSpec(bits=4, group_size=64)
+    result = gptq.quantize(weight, hessian, spec, options=OPTIONS, dtype=torch.bfloat16)
+    assert result.fallbacks == ()
+    assert float((result.codes.dequantize()[:, 5] - weight[:, 5]).abs().max()) < 1.0
+    assert float(result.codes.dequantize()[:, 5].abs().sum()) > 0
+
+
+def test_singular_hessians_are_damped_and_recorded() -> None:
+    weight, _ = problem()
+    hopeless = -torch.eye(128) * 0.05
+    hopeless[0, 0] = 6.5
+    spec = LinearSpec(bits=4, group_size=64)
+    raised = gptq.quantize(weight, hopeless + torch.eye(128) * 0.0499, spec, options=OPTIONS, dtype=torch.bfloat16)
+    assert bool((raised.codes.codes < 16).all())
+    broken = torch.full((128, 128), float("nan"))
+    result = gptq.quantize(weight, broken, spec, options=OPTIONS, dtype=torch.bfloat16)
+    assert "not finite" in result.fallbacks[0]
+    off_diagonal = torch.ones(128, 128) * 50 + torch.eye(128) * (1 - 50)
+    result = gptq.quantize(weight, off_diagonal, spec, options=OPTIONS, dtype=torch.bfloat16)
+    assert "rounded instead" in result.fallbacks[0]
+    indefinite = torch.ones(128, 128) * 1.3 + torch.eye(128) * (1 - 1.3)
+    result = gptq.quantize(weight, indefinite, spec, options=OPTIONS, dtype=torch.bfloat16)
+    assert "damping raised to 1" in result.fallbacks[0]
