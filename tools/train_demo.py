@@ -111,6 +111,38 @@ def make_optimizers(model: LlamaForCausalLM, rate: float) -> list[torch.optim.Op
     ]  # fmt: skip
 
 
+def model_card(facts: dict) -> str:
+    """The card that ships with the model."""
+    return f"""---
+license: apache-2.0
+language: [en, code]
+library_name: transformers
+pipeline_tag: text-generation
+tags: [llama, demo]
+---
+
+# The demo model of llmcompress
+
+A Llama of {facts["parameters"]:,} parameters, so that `llmcompress quantize demo` runs with no download: 8 blocks, hidden
+size 256, 4 query heads on 2 key-value heads, SwiGLU 256, untied head, byte-level BPE of {VOCABULARY} tokens, context
+{CONTEXT_TOKENS}, bfloat16. It knows Python source and Python's documentation, and nothing else.
+
+Trained from scratch by `tools/train_demo.py` on text every Python installation carries: the source of the standard library
+and the topics of `pydoc_data` (Python Software Foundation License), {facts["train_bytes"]:,} bytes in the training split.
+Files are split into training, calibration and evaluation by a digest of their name; no file is in two splits.
+
+| figure | value |
+|---|---|
+| bits per byte on the {facts["held_out_bytes"]:,} held-out bytes | {facts["bits_per_byte_evaluation"]} |
+| steps x batch x context | {facts["steps"]} x {facts["batch"]} x {CONTEXT_TOKENS} tokens |
+| optimizer | Muon for the matrices in the blocks, AdamW for the rest, peak rate {facts["rate"]} |
+| seed, torch | {facts["seed"]}, {facts["torch"]} |
+
+It shows that a really trained model survives the pipeline. It supports no claim about large models, and its text is not
+to be relied on.
+"""
+
+
 def write_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, output: Path, facts: dict) -> None:
     output.mkdir(parents=True, exist_ok=True)
     tensors = {n: t.detach().to(torch.bfloat16).contiguous() for n, t in model.state_dict().items()}
@@ -120,7 +152,7 @@ def write_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out
     model.config.save_pretrained(output)
     model.generation_config.save_pretrained(output)
     tokenizer.save_pretrained(output)
-    (output / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
+    (output / "README.md").write_text(model_card(facts))
 
 
 def main() -> None:
