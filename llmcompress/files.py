@@ -108,12 +108,14 @@ class _StrictLoader(yaml.SafeLoader):
     """YAML without aliases and without duplicate keys."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
+        """Refuse aliases, which can blow a small file up."""
         if self.check_event(yaml.events.AliasEvent):
             line = self.peek_event().start_mark.line + 1  # type: ignore[no-untyped-call]
             raise yaml.YAMLError(f"line {line}: aliases are not allowed")
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        """Refuse duplicate and non-text keys."""
         seen: set[object] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)

@@ -102,7 +102,7 @@ def command_line() -> str:
             Path(plain).name if "/" in plain and (plain.startswith((".", "/", "~")) or Path(plain).exists()) else plain
         )
         words.append(f"{flag}={short}" if equals else short)
-    return " ".join(words)
+    return CONTROL.sub("?", " ".join(words))
 
 
 def megabytes(size: float) -> str:

@@ -156,27 +156,47 @@ def _plain(text: str) -> str:
     return re.sub(r"[^\w .,:/@+-]", "_", text)
 
 
-def model_card(story: Story) -> str:
-    """The README.md of the output, with front matter the model hub understands."""
-    plan, origin = story.plan, story.origin
+def _front_matter(origin: Origin) -> str:
+    """What the model hub reads: licence and base model, where they are known."""
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     if origin.license:
         front["license"] = origin.license
     if origin.repository:
         front |= {"base_model": origin.repository, "base_model_relation": "quantized"}
     front["tags"] = ["llmcompress", "compressed-tensors", "quantized"]
-    allocation = plan.allocation
+    return yaml.safe_dump(front, sort_keys=True)
+
+
+def _width_rows(story: Story) -> str:
+    """Weights by code width, as table rows."""
     widths: dict[int, int] = {}
     for linear in story.trace.linears:
-        spec = plan.spec_of(linear.name)
+        spec = story.plan.spec_of(linear.name)
         if spec is not None:
             widths[spec.bits] = widths.get(spec.bits, 0) + linear.weights
     total = sum(widths.values())
-    rows = "\n".join(f"| {bits} | {count:,} | {count / total:.1%} |" for bits, count in sorted(widths.items()))
+    return "\n".join(f"| {bits} | {count:,} | {count / total:.1%} |" for bits, count in sorted(widths.items()))
+
+
+def _opens_with(story: Story) -> str:
+    if any(linear.transposed for linear in story.trace.linears):
+        return (
+            "This family keeps its weights in Conv1D modules, which plain transformers does not decompress: there it\n"
+            "stops with a size mismatch. `llmcompress eval` and `llmcompress verify` open it."
+        )
+    return (
+        "Opens with `AutoModelForCausalLM.from_pretrained` where `compressed-tensors>=0.17` is installed; the layout\n"
+        "is the one vLLM reads."
+    )
+
+
+def model_card(story: Story) -> str:
+    """The README.md of the output, with front matter the model hub understands."""
+    plan, origin, allocation = story.plan, story.origin, story.plan.allocation
     revision = f" at revision `{origin.revision}`" if origin.revision else ""
     kept = f"{len(allocation.kept)} linear(s) are left at the source precision." if allocation.kept else ""
     return f"""---
-{yaml.safe_dump(front, sort_keys=True)}---
+{_front_matter(origin)}---
 
 # {_plain(origin.name)}, {allocation.bits_per_weight:.3f} bits per weight
 
@@ -192,13 +212,13 @@ Quantized from `{_plain(origin.name)}`{revision} by llmcompress: `{plan.scorer}`
 
 | code width | weights | share |
 |---|---|---|
-{rows}
+{_width_rows(story)}
 
 {kept}
 
     {story.command}
 
-Format: compressed-tensors `pack-quantized`. Opens with `AutoModelForCausalLM.from_pretrained` where
-`compressed-tensors>=0.17` is installed, and in vLLM. What the compression cost is measured with
-`llmcompress eval`; `llmcompress.json` holds the plan and a sha256 of every file.
+Format: compressed-tensors `pack-quantized`. {_opens_with(story)}
+What the compression cost is measured with `llmcompress eval`; `llmcompress.json` holds the plan and a sha256 of
+every file.
 """

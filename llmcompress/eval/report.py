@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from llmcompress.errors import InputError
 from llmcompress.eval.statistics import cluster_t, design_effect, kl_interval
 from llmcompress.types import Noun
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from llmcompress.eval.fidelity import SequenceFidelity
 
 QUANTILES = (0.5, 0.9, 0.95, 0.99)
+LARGEST_EXPONENT = 700.0  # exp() of more is not a number worth reporting
 
 
 class ModelFacts(Noun):
@@ -37,7 +39,7 @@ class DataFacts(Noun):
 
 
 class Estimate(Noun):
-    """A mean over sequences with its interval; null where it is not finite or cannot be told."""
+    """A mean over sequences with its interval; null where it is not finite or cannot be told. Both ends or neither."""
 
     mean: float | None
     low: float | None = None
@@ -59,6 +61,13 @@ class PerSequence(Noun):
     dnll: tuple[float | None, ...]
     nll_reference: tuple[float | None, ...]
     top1: tuple[float, ...]
+
+    @model_validator(mode="after")
+    def _same_length(self) -> Self:
+        lengths = {len(values) for values in (self.seq_ids, self.kld, self.dnll, self.nll_reference, self.top1)}
+        if len(lengths) != 1:
+            raise ValueError(f"arrays of different lengths: {sorted(lengths)}")
+        return self
 
 
 class Summary(Noun):
@@ -99,11 +108,18 @@ class EvalReport(Noun):
     summary: Summary
     per_sequence: PerSequence
     footprint: Footprint
-    tasks: dict[str, dict[str, float]] = Field(default_factory=dict)
+    tasks: dict[str, dict[str, float | str]] = Field(default_factory=dict)
     plan: dict[str, Any] | None = None
     environment: dict[str, str]
     command: str
     date: str
+
+    @model_validator(mode="after")
+    def _says_what_is_missing(self) -> Self:
+        arrays = (self.per_sequence.kld, self.per_sequence.dnll)
+        if self.finite and any(None in values for values in arrays):
+            raise ValueError("finite is true but a sequence has no figure")
+        return self
 
 
 def _number(value: float) -> float | None:
@@ -120,23 +136,33 @@ def _estimate(values: Sequence[float], *, kind: Literal["kl", "plain"] = "plain"
 
 
 def _exponent(estimate: Estimate) -> Estimate:
-    parts = (
-        None if v is None else _number(math.exp(min(v, 700))) for v in (estimate.mean, estimate.low, estimate.high)
-    )
-    mean, low, high = parts
-    return Estimate(mean=mean, low=low, high=high)
+    mean, low, high = map(_exp, (estimate.mean, estimate.low, estimate.high))
+    whole = low is not None and high is not None
+    return Estimate(mean=mean, low=low if whole else None, high=high if whole else None)
 
 
-def _perplexity(likelihoods: Sequence[float], weights: Sequence[int]) -> float | None:
-    total = sum(weights)
-    mean = sum(x * w for x, w in zip(likelihoods, weights, strict=True)) / total if total else math.nan
-    return _number(math.exp(mean)) if math.isfinite(mean) and mean < 700 else None
+def _exp(value: float | None) -> float | None:
+    return math.exp(value) if value is not None and value < LARGEST_EXPONENT else None
+
+
+def perplexity(sequences: Sequence["SequenceFidelity"]) -> tuple[float | None, float | None]:
+    """Perplexities of reference and candidate, every predicted token weighing alike; None where not finite."""
+    weights = [s.positions - 1 for s in sequences]
+    found = []
+    for likelihoods in ([s.nll_reference for s in sequences], [s.nll_candidate for s in sequences]):
+        found.append(_exp(_number(sum(x * w for x, w in zip(likelihoods, weights, strict=True)) / sum(weights))))
+    return found[0], found[1]
 
 
 def summarize(sequences: Sequence["SequenceFidelity"]) -> Summary:
-    """Means, intervals and quantiles over sequences. Perplexities weigh every predicted token alike."""
+    """Means, intervals and quantiles over sequences. Perplexities weigh every predicted token alike.
+
+    Raises InputError when there are no sequences.
+    """
+    if not sequences:
+        raise InputError("there are no sequences to summarize", "give a longer text")
     kld = numpy.asarray([s.kld for s in sequences], dtype=numpy.float64)
-    predicted = [s.positions - 1 for s in sequences]
+    before, after = perplexity(sequences)
     difference = _estimate([s.nll_candidate - s.nll_reference for s in sequences])
     finite = bool(numpy.isfinite(kld).all())
     effect = design_effect(
@@ -150,13 +176,13 @@ def summarize(sequences: Sequence["SequenceFidelity"]) -> Summary:
         kld_quantiles=tuple(
             Quantile(share=q, value=float(numpy.quantile(kld, q)) if finite else None) for q in QUANTILES
         ),
-        kld_largest_position=_number(max(s.kld_largest for s in sequences)),
+        kld_largest_position=_number(float(numpy.max([s.kld_largest for s in sequences]))),
         dnll=difference,
-        perplexity_reference=_perplexity([s.nll_reference for s in sequences], predicted),
-        perplexity_candidate=_perplexity([s.nll_candidate for s in sequences], predicted),
+        perplexity_reference=before,
+        perplexity_candidate=after,
         perplexity_ratio=_exponent(difference),
         top1=_estimate([s.top1 for s in sequences]),
-        design_effect=effect if effect is not None and math.isfinite(effect) else None,
+        design_effect=None if effect is None else _number(effect),
     )
 
 

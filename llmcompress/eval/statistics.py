@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 RESAMPLES = 2000
+FEWEST_RESAMPLED = 4  # below, resamples of one repeated value decide the ends
 Floats = NDArray[numpy.float64]
 
 
@@ -24,15 +25,20 @@ def cluster_t(values: Floats, level: float = 0.95) -> tuple[float, float] | None
     return mean - reach, mean + reach
 
 
-def bootstrap_t(values: Floats, level: float = 0.95, seed: int = 0) -> tuple[float, float] | None:
-    """Studentised bootstrap interval of the mean (Efron): the skewed cousin of `cluster_t`."""
+def bootstrap_t(
+    values: Floats, level: float = 0.95, seed: int = 0, *, resamples: int = RESAMPLES
+) -> tuple[float, float] | None:
+    """Studentised bootstrap interval of the mean (Efron): the skewed cousin of `cluster_t`.
+
+    None for fewer than `FEWEST_RESAMPLED` values.
+    """
     count = len(values)
-    if count < 2:
+    if count < FEWEST_RESAMPLED:
         return None
     mean, spread = float(values.mean()), float(values.std(ddof=1))
     if spread == 0:
         return mean, mean
-    draws = values[numpy.random.default_rng(seed).integers(count, size=(RESAMPLES, count))]
+    draws = values[numpy.random.default_rng(seed).integers(count, size=(resamples, count))]
     means, spreads = draws.mean(1), draws.std(1, ddof=1)
     kept = spreads > 0
     pivots = (means[kept] - mean) / (spreads[kept] / math.sqrt(count))
@@ -43,10 +49,10 @@ def bootstrap_t(values: Floats, level: float = 0.95, seed: int = 0) -> tuple[flo
     return mean - float(high) * error, mean - float(low) * error
 
 
-def kl_interval(values: Floats, level: float = 0.95, seed: int = 0) -> tuple[float, float] | None:
-    """Interval of a mean KL divergence: the log-scale t bounds, the upper one widened to the bootstrap's.
+def log_t(values: Floats, level: float = 0.95) -> tuple[float, float] | None:
+    """Student-t interval of the mean on the log scale, `m * exp(+-t * s / (sqrt(n) * m))`; never negative.
 
-    `m * exp(+-t * s / (sqrt(n) * m))`; never negative, and conservative above, where it matters.
+    None for fewer than two values. A one-sided bound at level `a` is an end of the interval at `2a - 1`.
     """
     count = len(values)
     if count < 2:
@@ -55,20 +61,30 @@ def kl_interval(values: Floats, level: float = 0.95, seed: int = 0) -> tuple[flo
     if mean <= 0:
         return 0.0, 0.0
     reach = float(stats.t.ppf(0.5 + level / 2, count - 1)) * spread / (math.sqrt(count) * mean)
-    resampled = bootstrap_t(values, level, seed)
-    upper = mean * math.exp(min(reach, 700.0))
-    return mean * math.exp(-reach), max(upper, resampled[1] if resampled else upper)
+    return mean * math.exp(-reach), mean * math.exp(min(reach, 700.0))
+
+
+def kl_interval(values: Floats, level: float = 0.95, seed: int = 0) -> tuple[float, float] | None:
+    """Interval of a mean KL divergence: `log_t`, its upper end widened to that of `bootstrap_t`.
+
+    Conservative above, where it matters. None for fewer than two values.
+    """
+    plain, resampled = log_t(values, level), bootstrap_t(values, level, seed)
+    if plain is None or resampled is None:
+        return plain
+    return plain[0], max(plain[1], resampled[1])
 
 
 def design_effect(means: Floats, spreads: Floats, positions: Floats) -> float | None:
     """Variance of the mean with sequences as the unit, over what independent tokens would give.
 
-    `means` and `spreads` are each sequence's mean and variance over its `positions`. None when it cannot be told.
+    `means` and `spreads` are each sequence's mean and variance over its `positions`.
+    None when it cannot be told: fewer than two sequences, something not finite, or no variance.
     """
     count, tokens = len(means), float(positions.sum())
-    if count < 2:
+    if count < 2 or not (numpy.isfinite(means).all() and numpy.isfinite(spreads).all()):
         return None
     between = float(means.var(ddof=1)) / count
     overall = float((means * positions).sum()) / tokens
     pooled = float(((spreads + (means - overall) ** 2) * positions).sum()) / tokens
-    return between / (pooled / tokens) if pooled > 0 else None
+    return between * tokens / pooled if pooled > 0 else None

@@ -1,0 +1,1 @@
+"""A big model, a block at a time."""

@@ -29,6 +29,7 @@ ALIASES: tuple[tuple[str, str], ...] = (
     ("qwen3-1.7b", "Qwen/Qwen3-1.7B"),
     ("qwen3-4b", "Qwen/Qwen3-4B"),
     ("qwen3-8b", "Qwen/Qwen3-8B"),
+    ("smollm2-1.7b", "HuggingFaceTB/SmolLM2-1.7B"),
     ("smollm2-135m", "HuggingFaceTB/SmolLM2-135M"),
     ("smollm2-360m", "HuggingFaceTB/SmolLM2-360M"),
     ("tinyllama", "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T"),

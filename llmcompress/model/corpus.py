@@ -39,7 +39,7 @@ def _sources() -> Iterator[tuple[str, str]]:
         folders = relative.parts[:-1]
         if any(part in SKIPPED_FOLDERS or part.startswith("config-") for part in folders):
             continue
-        if relative.name.startswith("_sysconfigdata"):
+        if relative.name.startswith("_sysconfigdata") or not path.is_file():  # a broken link, or a folder
             continue
         if not SMALLEST_FILE_BYTES <= path.stat().st_size <= LARGEST_FILE_BYTES:
             continue

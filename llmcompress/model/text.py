@@ -4,7 +4,8 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Literal
 
 import numpy
 import torch
@@ -12,7 +13,6 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from llmcompress.errors import InputError
-from llmcompress.model.corpus import Split
 from llmcompress.model.sources import read_documents
 
 TOKENIZER_FILES = (
@@ -26,7 +26,12 @@ TOKENIZER_FILES = (
     "vocab.json",
     "vocab.txt",
 )
-POOL_FACTOR = 4  # reading stops once this many times the tokens asked for were seen
+SHORTEST_SEQUENCE = 8
+POOL_FACTOR = 4  # windows are drawn from this many times the tokens asked for
+DIGEST_BYTES = 16 << 20  # of the source, whatever part of it the windows come from
+CHARACTERS_PER_TOKEN = 16  # generous: how much of a long document is tokenized at first
+EDGE_TOKENS = 64  # tokens this near to a cut could differ from those of the whole document
+SAMPLING_ROWS = 16  # sequences sampled side by side, which bounds the key-value cache
 
 
 @dataclass(frozen=True)
@@ -37,12 +42,16 @@ class TextRequest:
     samples: int
     sequence_length: int
     seed: int
-    split: Split
+    split: Literal["calibration", "evaluation"]
 
 
 @dataclass(frozen=True)
 class Batches:
-    """Token ids, int64 `(samples, sequence length)`, and where they came from."""
+    """Token ids, int64 `(samples, sequence length)`, and where they came from.
+
+    source       "builtin", "self", a file's name, or org/name:split[:column]; never a path
+    text_digest  sha256 over the text of the source, the same however many windows are taken from it
+    """
 
     tokens: Tensor
     source: str
@@ -50,7 +59,7 @@ class Batches:
 
     @property
     def digest(self) -> str:
-        """sha256 of the shape and the ids."""
+        """sha256 of the shape and the ids, little-endian."""
         array = self.tokens.cpu().numpy().astype("<i8")
         return hashlib.sha256(str(array.shape).encode() + array.tobytes()).hexdigest()
 
@@ -59,13 +68,43 @@ class Batches:
         return list(torch.split(self.tokens, batch_size)) if self.tokens.numel() else []
 
 
+def same_text(text_digest: str, batches: Batches) -> bool:
+    """Whether `batches` come from the text with that digest, so that evaluation on it must be refused."""
+    return text_digest == batches.text_digest
+
+
+class _TokenizerErrors:
+    """Turns what a damaged tokenizer raises into InputError.
+
+    The tokenizers library raises plain `Exception`; matching that exact type lets every other error
+    through, which an `except Exception` would not.
+    """
+
+    KNOWN = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RecursionError)
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None or not (kind is Exception or issubclass(kind, self.KNOWN)):
+            return
+        words = " ".join(str(error).replace(str(self.folder), self.folder.name).split())[:160]
+        there = ", ".join(name for name in TOKENIZER_FILES if (self.folder / name).is_file())
+        raise InputError(
+            f"{self.folder.name}: cannot load the tokenizer from {there or 'nothing, it has no such files'}: {words}",
+            "download the tokenizer files of the model again, tokenizer.json and tokenizer_config.json above all",
+        ) from None
+
+
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a model directory. Raises InputError when there is none that can be read."""
-    try:
+    with _TokenizerErrors(folder):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        words = " ".join(str(error).split())[:160]
-        raise InputError(f"{folder.name}: cannot load the tokenizer: {words}", "check its tokenizer files") from None
 
 
 def tokenizer_digest(folder: Path) -> str:
@@ -79,67 +118,125 @@ def tokenizer_digest(folder: Path) -> str:
 
 
 def token_batches(request: TextRequest, folder: Path) -> Batches:
-    """Read, tokenize and cut text into windows.
+    """Read text, tokenize it with the tokenizer in `folder` and cut it into windows.
 
-    Documents are tokenized once, with the special tokens the tokenizer adds, joined in order and cut
-    into windows that do not overlap; `samples` of them are drawn by a permutation of the seed and kept
-    in order. Of very long text only the first part is read, `POOL_FACTOR` times what is needed.
-    Raises InputError when the text is missing, unreadable or too short.
+    Documents are tokenized one by one, with the special tokens the tokenizer adds, joined in order and cut
+    into windows that do not overlap; `samples` of them are drawn by a permutation of the seed and kept in
+    order. Windows come from the first `POOL_FACTOR` times the tokens asked for; what is beyond is not
+    tokenized, nor read once `DIGEST_BYTES` of text have been digested.
+
+    Raises InputError when the text is missing, unreadable or too short, MachineError when the network fails.
     """
-    if request.samples < 1 or request.sequence_length < 8:
-        raise InputError(
-            f"calibration of {request.samples} x {request.sequence_length} tokens", "use at least 1 sample of 8 tokens"
-        )
+    length, needed = request.sequence_length, request.samples * request.sequence_length
+    _check_size(request.samples, length, request.split)
     source, documents = read_documents(request.spec, request.split)
-    needed = request.samples * request.sequence_length
-    state = hashlib.sha256()
-    ids = _token_ids(load_tokenizer(folder), _digesting(documents, state), POOL_FACTOR * needed)
-    windows = len(ids) // request.sequence_length
+    ids, text_digest = _pool(load_tokenizer(folder), documents, POOL_FACTOR * needed)
+    windows = len(ids) // length
     if windows < request.samples:
         raise InputError(
-            f"text {source}: {len(ids)} tokens, {needed} are needed ({request.samples} x {request.sequence_length})",
-            "give more text, or ask for less: --set calibration.samples=8, calibration.sequence_length=128",
+            f"{request.split} text {source} has {len(ids)} tokens, {needed} are needed ({request.samples} x {length})",
+            _smaller(request, len(ids)),
         )
-    table = torch.tensor(ids[: windows * request.sequence_length], dtype=torch.int64).view(windows, -1)
+    table = torch.tensor(ids[: windows * length], dtype=torch.int64).view(windows, length)
     chosen = numpy.random.default_rng(request.seed).permutation(windows)[: request.samples]
-    rows = torch.from_numpy(numpy.sort(chosen))
-    return Batches(table[rows].clone(), source, state.hexdigest())
+    return Batches(table[torch.from_numpy(numpy.sort(chosen))], source, text_digest)
 
 
-def _digesting(documents: Iterator[str], state: Any) -> Iterator[str]:
+def _check_size(samples: int, sequence_length: int, purpose: str) -> None:
+    if samples < 1 or sequence_length < SHORTEST_SEQUENCE:
+        raise InputError(
+            f"{purpose} on {samples} x {sequence_length} tokens",
+            f"use at least 1 sample of at least {SHORTEST_SEQUENCE} tokens",
+        )
+
+
+def _smaller(request: TextRequest, tokens: int) -> str:
+    """A request that `tokens` would satisfy, in the words of the command line."""
+    length = min(request.sequence_length, tokens // 2)
+    if length < SHORTEST_SEQUENCE:
+        return "give more text"
+    samples = tokens // length
+    if request.split == "evaluation":
+        return f"give more text, or ask for less: --samples {samples} --sequence-length {length}"
+    less = f"--set calibration.samples={samples} --set calibration.sequence_length={length}"
+    return f"give more text, or fewer samples or shorter sequences: {less}"
+
+
+def _pool(tokenizer: Any, documents: Iterator[str], enough: int) -> tuple[list[int], str]:
+    """The first `enough` token ids, or all there are, and the digest of the text, which `enough` does not change."""
+    state, digested, ids = hashlib.sha256(), 0, list[int]()
     for document in documents:
-        state.update(document.encode())
-        yield document
-
-
-def _token_ids(tokenizer: Any, documents: Iterator[str], enough: int) -> list[int]:
-    ids: list[int] = []
-    for document in documents:
-        ids += tokenizer(document, verbose=False).input_ids
-        if len(ids) >= enough:
+        if digested < DIGEST_BYTES:
+            data = document.encode()
+            state.update(f"{len(data)}:".encode() + data)
+            digested += len(data)
+        if len(ids) < enough:
+            ids += _ids_of(tokenizer, document, enough - len(ids))
+        if len(ids) >= enough and digested >= DIGEST_BYTES:
             break
-    return ids
+    return ids[:enough], state.hexdigest()
+
+
+def _ids_of(tokenizer: Any, document: str, wanted: int) -> list[int]:
+    """Token ids of a document, at least the first `wanted`; only the beginning of a very long one is tokenized."""
+    limit = CHARACTERS_PER_TOKEN * (wanted + EDGE_TOKENS)
+    while limit < len(document):
+        ids: list[int] = tokenizer(document[:limit], truncation=False, verbose=False).input_ids
+        if len(ids) >= wanted + EDGE_TOKENS:
+            return ids[:wanted]
+        limit *= 4
+    whole: list[int] = tokenizer(document, truncation=False, verbose=False).input_ids
+    return whole
 
 
 @torch.no_grad()
 def sample_tokens(model: Any, tokenizer: Any, *, samples: int, sequence_length: int, seed: int) -> Tensor:
-    """Text sampled from the model itself at temperature 1, int64 `(samples, sequence_length)`.
+    """Text sampled from the model itself at temperature 1, int64 `(samples, sequence_length)` on the CPU.
 
-    Each row starts from the beginning-of-text token, or from a random token where there is none.
+    Each row starts from the beginning-of-text token, or, where there is none, from an ordinary token drawn
+    uniformly. The model is put into evaluation mode. The random numbers depend on `seed` alone, and row by
+    row, so that the number of rows sampled side by side does not matter.
+
+    Raises InputError when the model's output is not finite.
     """
+    _check_size(samples, sequence_length, "sampling")
+    model.eval()
     generator = torch.Generator().manual_seed(seed)
-    begin = tokenizer.bos_token_id
-    vocabulary = int(model.config.get_text_config().vocab_size)
-    if begin is None:
-        current = torch.randint(vocabulary, (samples, 1), generator=generator)
-    else:
-        current = torch.full((samples, 1), int(begin))
-    rows, cache = [current], None
+    first = _first_tokens(model, tokenizer, samples, generator)
+    draws = torch.rand(samples, sequence_length - 1, generator=generator, dtype=torch.float64)
+    parts = zip(torch.split(first, SAMPLING_ROWS), torch.split(draws, SAMPLING_ROWS), strict=True)
+    return torch.cat([_continued(model, *part) for part in parts])
+
+
+def _first_tokens(model: Any, tokenizer: Any, samples: int, generator: torch.Generator) -> Tensor:
+    if tokenizer.bos_token_id is not None:
+        return torch.full((samples, 1), int(tokenizer.bos_token_id))
+    rows = min(len(tokenizer), int(model.config.get_text_config().vocab_size))
+    special = frozenset(tokenizer.all_special_ids)
+    ordinary = torch.tensor([token for token in range(rows) if token not in special])
+    if not len(ordinary):
+        raise InputError("the tokenizer has no ordinary tokens to start from", "use --calibration builtin")
+    return ordinary[torch.randint(len(ordinary), (samples, 1), generator=generator)]
+
+
+def _continued(model: Any, first: Tensor, draws: Tensor) -> Tensor:
+    """Rows that start with `first` `(rows, 1)` and go on with one token per uniform number in `draws`."""
     device = next(model.parameters()).device
-    for _ in range(sequence_length - 1):
-        answer = model(input_ids=current.to(device), past_key_values=cache, use_cache=True)
+    current, rows, cache = first, [first], None
+    for draw in draws.unbind(1):
+        seen = current if cache is not None else torch.cat(rows, dim=1)  # a model without a cache reads it all again
+        answer = model(input_ids=seen.to(device), past_key_values=cache, use_cache=True)
         cache = answer.past_key_values
-        chances = torch.softmax(answer.logits[:, -1].float(), -1).cpu()
-        current = torch.multinomial(chances, 1, generator=generator)
+        chances = torch.softmax(answer.logits[:, -1].cpu().double(), dim=-1)
+        if not bool(torch.isfinite(chances).all()):
+            raise InputError("the model's output is not finite, nothing can be sampled", "use --calibration builtin")
+        current = _drawn(chances, draw)
         rows.append(current)
     return torch.cat(rows, dim=1)
+
+
+def _drawn(chances: Tensor, draw: Tensor) -> Tensor:
+    """Inverse of the cumulative distribution: `chances` `(rows, tokens)`, `draw` `(rows,)` in [0, 1)."""
+    steps = chances.cumsum(dim=-1)
+    place = torch.searchsorted(steps, (draw * steps[:, -1]).unsqueeze(1), right=True)
+    return place.clamp_(max=chances.shape[-1] - 1)

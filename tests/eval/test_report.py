@@ -71,5 +71,7 @@ def test_what_is_not_finite_becomes_null_and_is_said() -> None:
 
 
 def test_reading_a_report_needs_no_torch() -> None:
-    code = "import sys, llmcompress.eval.report; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    code = (
+        "import sys, llmcompress.eval.report; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -62,6 +62,7 @@ class _Account:
 
     @property
     def available(self) -> int:
+        """Storage bits the quantized linears may take."""
         if self.budget.kind == "linears":
             return int(self.budget.amount * self.weights)
         whole = self.budget.amount * (self.parameters if self.budget.kind == "file" else 8)

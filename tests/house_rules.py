@@ -1,0 +1,192 @@
+"""The house rules as functions from a parsed module to a list of complaints."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+LONGEST_FILE, LONGEST_BODY, DEEPEST, MOST_PARAMETERS, POSITIONAL = 350, 40, 4, 6, 3
+GROUND = ("errors", "types", "files", "plugins", "recipes")
+# room -> rooms of ours it may import (itself always), and outside packages it may not
+ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "errors": ((), ("torch", "transformers", "click", "rich")),
+    "types": (("errors",), ("torch", "transformers", "click", "rich")),
+    "files": (("errors",), ("torch", "transformers", "click", "rich")),
+    "plugins": (("errors",), ("torch", "transformers", "click", "rich")),
+    "recipes": (GROUND, ("torch", "transformers", "click", "rich")),
+    "kernels": (("types", "errors"), ("transformers", "click", "rich")),
+    "runtime": (("kernels", *GROUND), ("click", "rich")),
+    "model": (GROUND, ("click", "rich")),
+    "compress": (("model", "runtime", "kernels", *GROUND), ("click", "rich")),
+    "eval": (("model", "runtime", *GROUND), ("click", "rich")),
+    "cli": (GROUND, ("torch", "transformers")),
+    "__main__": (("cli",), ("torch",)),
+}
+TORCHLESS = ("eval.report", "eval.statistics", "compress.allocate.integer", "compress.allocate.budget", "model.header")
+FORBIDDEN_WORDS = ("NotImplementedError", "TODO", "FIXME")
+
+
+def room_of(module: str) -> str:
+    """`llmcompress.compress.grid` -> `compress`."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else ""
+
+
+def functions(tree: ast.Module) -> Iterator[tuple[ast.FunctionDef | ast.AsyncFunctionDef, bool]]:
+    """Every function, and whether it is a method."""
+    for parent in ast.walk(tree):
+        for child in ast.iter_child_nodes(parent):
+            if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+                yield child, isinstance(parent, ast.ClassDef)
+
+
+def _decorators(function: ast.FunctionDef | ast.AsyncFunctionDef) -> set[str]:
+    return {name.id if isinstance(name, ast.Name) else getattr(name, "attr", "") for d in function.decorator_list
+            for name in [d.func if isinstance(d, ast.Call) else d]}  # fmt: skip
+
+
+def long_bodies(tree: ast.Module) -> list[str]:
+    """Functions whose body, docstring aside, is too long."""
+    found = []
+    for function, _ in functions(tree):
+        body = function.body[1:] if ast.get_docstring(function) else function.body
+        if body and (lines := (body[-1].end_lineno or 0) - body[0].lineno + 1) > LONGEST_BODY:
+            found.append(f"{function.lineno}: {function.name} has {lines} lines")
+    return found
+
+
+def deep_nesting(tree: ast.Module) -> list[str]:
+    """Functions nested deeper than allowed."""
+    blocks = (ast.If, ast.For, ast.While, ast.With, ast.Try, ast.Match)
+
+    def depth(node: ast.AST) -> int:
+        below = max((depth(child) for child in ast.iter_child_nodes(node)), default=0)
+        return below + isinstance(node, blocks)
+
+    return [f"{f.lineno}: {f.name} nests too deeply" for f, _ in functions(tree) if depth(f) > DEEPEST]
+
+
+def many_parameters(tree: ast.Module) -> list[str]:
+    """Functions with too many parameters, or more than three that may be given by position (five for a noun's)."""
+    found = []
+    for function, method in functions(tree):
+        if "command" in _decorators(function) or function.name == "__exit__":
+            continue
+        positional = [*function.args.posonlyargs, *function.args.args]
+        if method and "staticmethod" not in _decorators(function):
+            positional = positional[1:]
+        required = positional[: len(positional) - len(function.args.defaults)]
+        total = len(positional) + len(function.args.kwonlyargs)
+        if total > MOST_PARAMETERS:
+            found.append(f"{function.lineno}: {function.name} takes {total} parameters")
+        if len(required) > POSITIONAL + 2:
+            found.append(f"{function.lineno}: {function.name} takes {len(required)} by position")
+    return found
+
+
+def missing_annotations(tree: ast.Module) -> list[str]:
+    """Functions without full annotations."""
+    found = []
+    for function, method in functions(tree):
+        arguments = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
+        skip = 1 if method and "staticmethod" not in _decorators(function) else 0
+        if function.returns is None or any(a.annotation is None for a in arguments[skip:]):
+            found.append(f"{function.lineno}: {function.name} is not annotated")
+    return found
+
+
+def missing_docstrings(tree: ast.Module) -> list[str]:
+    """Public functions, methods and classes, and the module, without a docstring."""
+    found = [] if ast.get_docstring(tree) else ["1: the module has no docstring"]
+    for node in [*tree.body, *(m for c in tree.body if isinstance(c, ast.ClassDef) for m in c.body)]:
+        if not isinstance(node, ast.FunctionDef | ast.ClassDef) or node.name.startswith("_"):
+            continue
+        short = isinstance(node, ast.FunctionDef) and len(node.body) <= 1  # a property that says all in one line
+        if not ast.get_docstring(node) and not short:
+            found.append(f"{node.lineno}: {node.name} has no docstring")
+    return found
+
+
+def bad_habits(tree: ast.Module) -> list[str]:
+    """print, assert, bare or broad except, unpickling, global statements, unfinished work."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assert):
+            found.append(f"{node.lineno}: assert")
+        elif isinstance(node, ast.Global):
+            found.append(f"{node.lineno}: global")
+        elif isinstance(node, ast.ExceptHandler) and _broad(node.type):
+            found.append(f"{node.lineno}: broad except")
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("print", "torch.load", "eval", "exec"):
+            found.append(f"{node.lineno}: {ast.unparse(node.func)}()")
+        elif isinstance(node, ast.Name) and node.id in FORBIDDEN_WORDS:
+            found.append(f"{node.lineno}: {node.id}")
+        elif isinstance(node, ast.Import | ast.ImportFrom) and "pickle" in ast.unparse(node):
+            found.append(f"{node.lineno}: pickle")
+    return found
+
+
+def _broad(kind: ast.expr | None) -> bool:
+    return kind is None or ast.unparse(kind) in ("Exception", "BaseException")
+
+
+def imports(tree: ast.AST) -> list[tuple[int, str]]:
+    """Every imported module with its line; `if TYPE_CHECKING` blocks do not count."""
+    found = []
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.append((node.lineno, node.module))
+        else:
+            found += imports(node)
+    return found
+
+
+def module_imports(tree: ast.Module) -> list[tuple[int, str]]:
+    """Imports made when the module is imported, not inside functions."""
+    top = [node for node in tree.body if not isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    return imports(ast.Module(body=top, type_ignores=[]))
+
+
+def wrong_directions(module: str, tree: ast.Module) -> list[str]:
+    """Imports the table of rooms does not allow."""
+    room = room_of(module)
+    if room not in ROOMS:
+        return []
+    ours, outside = ROOMS[room]
+    found = []
+    at_import = module_imports(tree) if room == "cli" else imports(tree)
+    for line, name in at_import:
+        other = room_of(name) if name.startswith("llmcompress.") else None
+        if other is not None and other != room and other not in ours:
+            found.append(f"{line}: {room} imports {other}")
+        if name.split(".")[0] in outside:
+            found.append(f"{line}: {room} imports {name}")
+    if module.removeprefix("llmcompress.") in TORCHLESS:
+        found += [f"{line}: imports torch" for line, name in imports(tree) if name.split(".")[0] == "torch"]
+    return found
+
+
+def plugins_importing_each_other(module: str, tree: ast.Module) -> list[str]:
+    """Plug-ins share code through the room's other modules, never through each other."""
+    folder = module.rpartition(".")[0]
+    if folder.rpartition(".")[2] not in ("scorers", "quantizers", "exporters"):
+        return []
+    return [f"{line}: {name}" for line, name in imports(tree) if name.startswith(folder + ".") and name != module]
+
+
+def inner_imports(module: str, tree: ast.Module, text: str) -> list[str]:
+    """Imports inside functions, outside the command line, without a `# lazy:` reason."""
+    if room_of(module) in ("cli", "__main__"):
+        return []
+    top = {line for line, _ in module_imports(tree)}
+    lines = text.splitlines()
+    return [f"{line}: {name}" for line, name in imports(tree) if line not in top and "# lazy:" not in lines[line - 1]]
+
+
+def module_name(root: Path, path: Path) -> str:
+    """Dotted name of a file of the package."""
+    parts = list(path.relative_to(root).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
