@@ -204,6 +204,15 @@ class QuantizerOptions(Noun):
     clip: bool = True
 
 
+class Trial(Noun):
+    """One allocation carried out on calibration text, and the KL divergence it really gave, nats per token."""
+
+    widths: tuple[int, ...]
+    bits_per_weight: float
+    expected_damage: float
+    measured_kld: float
+
+
 class Plan(Noun):
     """All decisions of a run, hashed; a resumed run compares it with the one that began."""
 
@@ -216,6 +225,7 @@ class Plan(Noun):
     quantizer: str
     options: QuantizerOptions
     allocation: BitAllocation
+    trials: tuple[Trial, ...] = ()
     seed: int
     batch_size: int
 

@@ -123,12 +123,12 @@ tags: [llama, demo]
 
 # The demo model of llmcompress
 
-A Llama of {facts["parameters"]:,} parameters, so that `llmcompress quantize demo` runs with no download: 8 blocks, hidden
-size 256, 4 query heads on 2 key-value heads, SwiGLU 256, untied head, byte-level BPE of {VOCABULARY} tokens, context
-{CONTEXT_TOKENS}, bfloat16. It knows Python source and Python's documentation, and nothing else.
+A Llama of {facts["parameters"]:,} parameters, so that `llmcompress quantize demo` runs with no download: 8 blocks,
+hidden size 256, 4 query heads on 2 key-value heads, SwiGLU 256, untied head, byte-level BPE of {VOCABULARY} tokens,
+context {CONTEXT_TOKENS}, bfloat16. It knows Python source and Python's documentation, and nothing else.
 
-Trained from scratch by `tools/train_demo.py` on text every Python installation carries: the source of the standard library
-and the topics of `pydoc_data` (Python Software Foundation License), {facts["train_bytes"]:,} bytes in the training split.
+Trained from scratch by `tools/train_demo.py` on text every Python installation carries: the source of the standard
+library and the topics of `pydoc_data` (Python Software Foundation License), {facts["train_bytes"]:,} bytes of it.
 Files are split into training, calibration and evaluation by a digest of their name; no file is in two splits.
 
 | figure | value |

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress.compress.allocate.budget import Budget
-from llmcompress.compress.allocate.spend import spend
+from llmcompress.compress.allocate.spend import narrower_widths, spend, with_widths
 from llmcompress.compress.scoring import ScoreJob, candidates_for
 from llmcompress.compress.shards import ShardMap, shard_map
+from llmcompress.compress.trial import TrialJob, measure_allocations
+from llmcompress.errors import InputError
 from llmcompress.model.hub import Source
 from llmcompress.model.integrity import digest_source, scan
 from llmcompress.model.preflight import check_tokenizer
@@ -19,7 +21,7 @@ from llmcompress.model.text import Batches, TextRequest, load_tokenizer, sample_
 from llmcompress.model.trace import trace
 from llmcompress.plugins import find
 from llmcompress.recipes import Recipe
-from llmcompress.types import LinearSpec, ModelTrace, Plan, ScoreFile, Scores
+from llmcompress.types import BitAllocation, LinearSpec, ModelTrace, Plan, ScoreFile, Scores, Trial
 
 SCORERS = "llmcompress.compress.scorers"
 QUANTIZERS = "llmcompress.compress.quantizers"
@@ -119,6 +121,8 @@ def score(opened: Opened, recipe: Recipe, batches: Batches, model_digest: str) -
         batches=chosen,
         candidates=opened.candidates,
         scale_dtype=torch.float16 if opened.shards.scale_dtype == "F16" else torch.bfloat16,
+        quantizer=find(QUANTIZERS, recipe.quantizer),
+        rounding=recipe.quantize,
         options=recipe.score,
         batch_size=recipe.calibration.batch_size,
         seed=recipe.seed,
@@ -134,10 +138,27 @@ def score(opened: Opened, recipe: Recipe, batches: Batches, model_digest: str) -
 
 
 def make_plan(opened: Opened, recipe: Recipe, batches: Batches, scores: Scores, budget: Budget) -> Plan:
-    """Spend the budget. Raises InputError with the nearest feasible budget when it is too small."""
-    allocation = spend(
-        opened.trace, scores, budget, group_size=recipe.plan.group_size, file_bytes=opened.shards.file_bytes
-    )
+    """Spend the budget. Raises InputError with the nearest feasible budget when it is too small.
+
+    With `plan.trials`, allocations from narrower sets of widths are tried for real as well, and the one
+    with the least measured KL divergence is taken: sums of single damages mislead when damage is large.
+    """
+    size, file_bytes = recipe.plan.group_size, opened.shards.file_bytes
+    allocations = [spend(opened.trace, scores, budget, group_size=size, file_bytes=file_bytes)]
+    trials: tuple[Trial, ...] = ()
+    if recipe.plan.trials and batches.tokens.numel():
+        for widths in narrower_widths(allocations[0], recipe.plan.bits, opened.trace):
+            fewer = with_widths(scores, widths)
+            try:
+                found = spend(opened.trace, fewer, budget, group_size=size, file_bytes=file_bytes)
+            except InputError:
+                continue  # these widths alone cannot meet the budget
+            if all(found.assigned != known.assigned for known in allocations):
+                allocations.append(found)
+    if len(allocations) > 1:
+        trials = run_trials(opened, recipe, batches, allocations)
+        best = min(range(len(trials)), key=lambda place: trials[place].measured_kld)
+        allocations = [allocations[best]]
     return Plan(
         model=opened.source.name,
         model_digest=scores.model_digest,
@@ -146,9 +167,34 @@ def make_plan(opened: Opened, recipe: Recipe, batches: Batches, scores: Scores, 
         scorer=scores.scorer,
         quantizer=recipe.quantizer,
         options=recipe.quantize,
-        allocation=allocation,
+        allocation=allocations[0],
+        trials=trials,
         seed=recipe.seed,
         batch_size=recipe.calibration.batch_size,
+    )
+
+
+def run_trials(opened: Opened, recipe: Recipe, batches: Batches, found: list[BitAllocation]) -> tuple[Trial, ...]:
+    """Measure allocations on the calibration text: part of it to quantize with, the rest to judge by."""
+    job = TrialJob(
+        skeleton=opened.skeleton,
+        trace=opened.trace,
+        quantizer=find(QUANTIZERS, recipe.quantizer),
+        options=recipe.quantize,
+        dtype=torch.float16 if opened.shards.scale_dtype == "F16" else torch.bfloat16,
+    )
+    tokens = batches.tokens[: 2 * recipe.calibration.score_samples]
+    half = max(len(tokens) // 2, 1)
+    parts = [list(torch.split(part, recipe.calibration.batch_size)) for part in (tokens[:half], tokens[half:])]
+    measured = measure_allocations(job, found, *parts)
+    return tuple(
+        Trial(
+            widths=tuple(sorted({a.spec.bits for a in allocation.assigned})),
+            bits_per_weight=allocation.bits_per_weight,
+            expected_damage=allocation.expected_damage,
+            measured_kld=kld,
+        )
+        for allocation, kld in zip(found, measured, strict=True)
     )
 
 

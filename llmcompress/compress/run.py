@@ -36,6 +36,7 @@ from llmcompress.recipes import Recipe
 from llmcompress.types import BlockOutcome, Plan, Scores
 
 SCORES_NAME = "scores.json"
+PLAN_NAME = "plan.json"
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def _locked(
     going_on = journal.begin(asked)
     if not going_on:
         journal.record_request(asked, environment())
-    yield f"scoring with {request.recipe.scorer}"
+    yield f"scoring with {request.recipe.scorer} and planning"
     plan = _plan(request, journal, opened, batches=batches, digest=digest)
     yield Planned(plan, opened)
     job = ApplyJob(
@@ -159,14 +160,18 @@ def _locked(
 
 
 def _plan(request: QuantizeRequest, journal: Journal, opened: Opened, *, batches: Batches, digest: str) -> Plan:
-    """The plan of this run: from the scores kept in its state where there are any."""
-    stored = journal.state / SCORES_NAME
+    """The plan of this run, or what its state already holds of it."""
+    stored, planned = journal.state / SCORES_NAME, journal.state / PLAN_NAME
+    if planned.exists():
+        return Plan.parse(planned.read_bytes(), PLAN_NAME)
     if stored.exists():
         scores = Scores.parse(stored.read_bytes(), SCORES_NAME)
     else:
         scores = score(opened, request.recipe, batches, digest)
         commit_json(stored, scores.model_dump(mode="json"))
-    return make_plan(opened, request.recipe, batches, scores, request.budget)
+    plan = make_plan(opened, request.recipe, batches, scores, request.budget)
+    commit_json(planned, plan.model_dump(mode="json"))
+    return plan
 
 
 def _close(

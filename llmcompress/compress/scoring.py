@@ -2,15 +2,17 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from llmcompress.compress.grid import find_scale, group_size_for, round_weight
+from llmcompress.compress.grid import group_size_for
+from llmcompress.compress.quantizers import rtn
 from llmcompress.model.skeleton import Skeleton
 from llmcompress.model.stream import BlockStream
 from llmcompress.model.text import Batches
-from llmcompress.types import Candidate, LayerScore, LinearInfo, LinearSpec, ModelTrace, ScorerOptions
+from llmcompress.types import Candidate, LayerScore, LinearInfo, LinearSpec, ModelTrace, QuantizerOptions, ScorerOptions
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,8 @@ class ScoreJob:
     batches: Batches
     candidates: Mapping[str, tuple[LinearSpec, ...]]  # by linear name; linears that fit no group size are absent
     scale_dtype: torch.dtype
+    quantizer: ModuleType
+    rounding: QuantizerOptions = field(default_factory=QuantizerOptions)
     options: ScorerOptions = field(default_factory=ScorerOptions)
     batch_size: int = 8
     seed: int = 0
@@ -42,12 +46,18 @@ def candidates_for(trace: ModelTrace, bits: tuple[int, ...], group_size: int) ->
 
 
 def rounding_errors(
-    weight: Tensor, specs: tuple[LinearSpec, ...], dtype: torch.dtype
+    job: ScoreJob, linear: LinearInfo, weight: Tensor, hessian: Tensor | None = None
 ) -> Iterator[tuple[LinearSpec, Tensor]]:
-    """`(spec, dW)` for every candidate: what rounding with a clip search does to the weight."""
-    for spec in specs:
-        codes = round_weight(weight, find_scale(weight, spec, dtype), spec)
-        yield spec, codes.dequantize() - weight
+    """`(spec, dW)` for every candidate of a linear: what the quantizer that will be used does to its weight.
+
+    Where that quantizer needs a Hessian and none is at hand, rounding with a clip search stands in.
+    """
+    quantizer = job.quantizer
+    if quantizer.NEEDS_HESSIAN and hessian is None:
+        quantizer = rtn
+    for spec in job.candidates[linear.name]:
+        result = quantizer.quantize(weight, hessian, spec, options=job.rounding, dtype=job.scale_dtype)
+        yield spec, result.codes.dequantize() - weight
 
 
 def relative_error(weight: Tensor, error: Tensor) -> float:
@@ -58,6 +68,6 @@ def relative_error(weight: Tensor, error: Tensor) -> float:
 def score_from_importance(job: ScoreJob, linear: LinearInfo, weight: Tensor, importance: float) -> LayerScore:
     """Turn a unitless importance into damage: importance times the relative error of each candidate."""
     candidates = []
-    for spec, error in rounding_errors(weight, job.candidates[linear.name], job.scale_dtype):
+    for spec, error in rounding_errors(job, linear, weight):
         candidates.append(Candidate(spec=spec, damage=importance * relative_error(weight, error)))
     return LayerScore(linear=linear.name, importance=importance, candidates=tuple(candidates))

@@ -26,10 +26,11 @@ class CalibrationPart(Noun):
 
 
 class PlanPart(Noun):
-    """The formats a linear may get."""
+    """The formats a linear may get; `trials` measures a few allocations before choosing one."""
 
     bits: tuple[int, ...] = (2, 3, 4, 5, 6, 8)
     group_size: int = Field(default=128, ge=32)
+    trials: bool = True
 
 
 class Recipe(Noun):

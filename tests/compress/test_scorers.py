@@ -7,6 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
+from llmcompress.compress.quantizers import rtn
 from llmcompress.compress.scorers.lim import modification
 from llmcompress.compress.scorers.zd import z_share
 from llmcompress.compress.scoring import ScoreJob, candidates_for
@@ -30,6 +31,7 @@ def job_for(folder: Path, **options: str) -> ScoreJob:
         batches=Batches(tokens, "random", "none"),
         candidates=candidates_for(traced, (2, 3, 4), 64),
         scale_dtype=torch.bfloat16,
+        quantizer=rtn,
         options=ScorerOptions.model_validate(options),
         batch_size=4,
     )
@@ -125,6 +127,7 @@ def test_fisher_predicts_measured_kl(llama: Path) -> None:
         batches=Batches(tokens, "random", "none"),
         candidates=dict.fromkeys(job.candidates, (eight,)),
         scale_dtype=torch.bfloat16,
+        quantizer=rtn,
         batch_size=16,
     )
     layers = find(PACKAGE, "fisher").score(job)

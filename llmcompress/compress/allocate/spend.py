@@ -158,3 +158,23 @@ def spend(
         status="optimal" if solution.optimal else "gap",
         under_budget_reason=reason,
     )
+
+
+def with_widths(scores: Scores, widths: tuple[int, ...]) -> Scores:
+    """The same scores with fewer candidates."""
+    layers = tuple(
+        layer.model_copy(update={"candidates": tuple(c for c in layer.candidates if c.spec.bits in widths)})
+        for layer in scores.layers
+    )
+    return scores.model_copy(update={"layers": layers})
+
+
+def narrower_widths(allocation: BitAllocation, bits: tuple[int, ...], trace: ModelTrace) -> tuple[tuple[int, ...], ...]:
+    """Sets of adjacent widths around the mean width of an allocation: two of them, and three."""
+    sizes = {linear.name: linear.weights for linear in trace.linears}
+    total = sum(sizes[a.linear] for a in allocation.assigned)
+    mean = sum(sizes[a.linear] * a.spec.bits for a in allocation.assigned) / total
+    ordered = sorted(set(bits))
+    below = max((place for place, width in enumerate(ordered) if width <= mean), default=0)
+    pairs = (tuple(ordered[below : below + 2]), tuple(ordered[below : below + 3]))
+    return tuple(dict.fromkeys(found for found in pairs if len(found) > 1 and found != tuple(ordered)))

@@ -1,8 +1,9 @@
 """Expected KL of rounding one linear, from gradients: `1/2 * mean over tokens of sum_o (g_o * dy_o)^2`.
 
-`g` is the gradient of the log-likelihood of labels *sampled from the model* (the true Fisher, not the
-empirical one) with respect to the linear's output, `dy = x dW^T` what rounding changes there. Cross
-terms between outputs and between tokens are dropped, as in ModelOpt's gradient score.
+`dW` is what the quantizer that will be used does to the weight, `dy = x dW^T` what that changes in the
+linear's output. `g` is the gradient of the log-likelihood of labels *sampled from the model* (the true
+Fisher, not the empirical one) with respect to that output. Cross terms between outputs and between tokens
+are dropped, as in ModelOpt's gradient score.
 
 Memory is one block: a forward stores the hidden states that enter each block, then the blocks are
 visited last to first, each run again with gradients.
@@ -10,12 +11,13 @@ visited last to first, each run again with gradients.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from llmcompress.compress.observe import module_of, weight_of
+from llmcompress.compress.observe import collect_hessians, module_of, weight_of
 from llmcompress.compress.scoring import ScoreJob, rounding_errors
 from llmcompress.model.stream import BlockStream
 from llmcompress.types import BlockTrace, Candidate, LayerScore, LinearSpec, Unit
@@ -85,29 +87,36 @@ def score(job: ScoreJob) -> tuple[LayerScore, ...]:
     found: dict[int, list[LayerScore]] = {}
     for info in reversed(job.trace.blocks):
         block = job.skeleton.load_block(info.index)
-        errors, damages = _prepare(job, block, info)
+        hessians: dict[int, Tensor] = {}
+        if job.quantizer.NEEDS_HESSIAN:
+            runs = [
+                partial(stream.run_block, info.index, h, c[info.index])
+                for h, c in zip(entering[-1], calls, strict=True)
+            ]
+            hessians, _ = collect_hessians(block, info, runs)
+        errors, damages = _prepare(job, block, info, hessians)
         with _measuring(block, info, errors, damages):
             for place, call in enumerate(calls):
-                leaf = entering[info.index][place].detach().requires_grad_(True)
+                leaf = entering[-1][place].detach().requires_grad_(True)
                 with torch.enable_grad():
                     output = stream.run_block(info.index, leaf, call[info.index])
                 gradients[place] = torch.autograd.grad(output, leaf, gradients[place])[0]
-        entering[info.index] = []
+        entering.pop()
         found[info.index] = _layers(info, errors, damages, count)
         job.skeleton.free(block)
     return tuple(layer for index in sorted(found) for layer in found[index])
 
 
 def _prepare(
-    job: ScoreJob, block: nn.Module, info: BlockTrace
+    job: ScoreJob, block: nn.Module, info: BlockTrace, hessians: dict[int, Tensor]
 ) -> tuple[dict[str, list[tuple[LinearSpec, Tensor]]], Damages]:
     """The rounding error of every candidate, and a zero to add its damage to."""
     errors: dict[str, list[tuple[LinearSpec, Tensor]]] = {}
     damages: Damages = {}
     for linear in info.linears:
         if linear.name in job.candidates:
-            weight = weight_of(block, info, linear)
-            found = rounding_errors(weight, job.candidates[linear.name], job.scale_dtype)
+            weight = weight_of(block, info, linear).contiguous()
+            found = rounding_errors(job, linear, weight, hessians.get(linear.shared_input))
             errors[linear.name] = [(spec, error.to(torch.bfloat16)) for spec, error in found]
             for spec, _ in errors[linear.name]:
                 damages[linear.name, spec] = torch.zeros((), dtype=torch.float64, device=weight.device)

@@ -33,8 +33,9 @@ def score(job: ScoreJob) -> tuple[LayerScore, ...]:
                 continue
             weight = weight_of(block, info, linear)
             candidates = []
-            for spec, error in rounding_errors(weight, job.candidates[linear.name], job.scale_dtype):
-                loss = proxy_loss(weight, weight + error, hessians[linear.shared_input])
+            hessian = hessians[linear.shared_input]
+            for spec, error in rounding_errors(job, linear, weight.contiguous(), hessian):
+                loss = proxy_loss(weight, weight + error, hessian)
                 candidates.append(Candidate(spec=spec, damage=max(loss, 0.0)))
             found.append(LayerScore(linear=linear.name, candidates=tuple(candidates)))
         job.skeleton.free(block)
