@@ -1,7 +1,6 @@
 """`eval`: run two models over the same held-out tokens and write down what differs."""
 
 import datetime
-import json
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import transformers
 from llmcompress.errors import InputError
 from llmcompress.eval.fidelity import evaluate
 from llmcompress.eval.report import DataFacts, EvalReport, Footprint, ModelFacts, per_sequence, summarize
-from llmcompress.files import commit_bytes, to_json
+from llmcompress.files import commit_bytes, read_json, to_json
 from llmcompress.model.checkpoint import folder_bytes
 from llmcompress.model.header import TensorEntry
 from llmcompress.model.hub import Source
@@ -89,10 +88,7 @@ def _record(folder: Path) -> Mapping[str, Any]:
     path = folder / RECORD_NAME
     if not path.is_file():
         return {}
-    try:
-        document = json.loads(path.read_bytes())
-    except ValueError:
-        raise InputError(f"{RECORD_NAME}: damaged", "run `llmcompress verify` on the directory") from None
+    document = read_json(path)
     return document if isinstance(document, dict) else {}
 
 
