@@ -116,7 +116,11 @@ def _run(request: Any, speaker: Speaker) -> None:
 
 def _tell_plan(event: Any, speaker: Speaker) -> None:
     allocation, trace = event.plan.allocation, event.opened.trace
-    proof = "optimal" if allocation.status == "optimal" else f"within {allocation.gap:.2%} of optimal"
+    proof = (
+        "least expected damage" if allocation.status == "optimal" else f"expected damage within {allocation.gap:.1%}"
+    )
+    if event.plan.trials:
+        proof += f"; best of {len(event.plan.trials)} measured"
     speaker.talk(
         f"plan: {allocation.bits_per_weight:.4f} bits per weight ({proof}), "
         f"{megabytes(allocation.file_bytes)} of shards"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress.compress.allocate.budget import Budget
-from llmcompress.compress.allocate.spend import narrower_widths, spend, with_widths
+from llmcompress.compress.allocate.spend import narrower_widths, priced, spend, with_widths
 from llmcompress.compress.scoring import ScoreJob, candidates_for
 from llmcompress.compress.shards import ShardMap, shard_map
 from llmcompress.compress.trial import TrialJob, measure_allocations
@@ -140,8 +140,9 @@ def score(opened: Opened, recipe: Recipe, batches: Batches, model_digest: str) -
 def make_plan(opened: Opened, recipe: Recipe, batches: Batches, scores: Scores, budget: Budget) -> Plan:
     """Spend the budget. Raises InputError with the nearest feasible budget when it is too small.
 
-    With `plan.trials`, allocations from narrower sets of widths are tried for real as well, and the one
-    with the least measured KL divergence is taken: sums of single damages mislead when damage is large.
+    With `plan.trials`, allocations from narrower sets of widths are carried out on calibration text as
+    well, and the one with the least measured KL divergence is taken: sums of single damages mislead when
+    damage is large.
     """
     size, file_bytes = recipe.plan.group_size, opened.shards.file_bytes
     allocations = [spend(opened.trace, scores, budget, group_size=size, file_bytes=file_bytes)]
@@ -154,7 +155,7 @@ def make_plan(opened: Opened, recipe: Recipe, batches: Batches, scores: Scores, 
             except InputError:
                 continue  # these widths alone cannot meet the budget
             if all(found.assigned != known.assigned for known in allocations):
-                allocations.append(found)
+                allocations.append(priced(found, scores, allocations[0]))
     if len(allocations) > 1:
         trials = run_trials(opened, recipe, batches, allocations)
         best = min(range(len(trials)), key=lambda place: trials[place].measured_kld)

@@ -59,6 +59,7 @@ def test_a_document_too_long_for_memory_goes_on_as_another(tmp_path: Path, monke
     text = "".join(f"line {i}\n" for i in range(20))
     found = read(written(tmp_path, "a.txt", text))
     assert "".join(found) == text
+    assert len(found) > 5
     assert all(10 <= len(document) <= 20 for document in found[:-1])
 
 

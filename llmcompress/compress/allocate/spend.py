@@ -1,5 +1,6 @@
 """Spend a budget: from scores to one format per fused unit, never a bit over."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -158,6 +159,16 @@ def spend(
         status="optimal" if solution.optimal else "gap",
         under_budget_reason=reason,
     )
+
+
+def priced(allocation: BitAllocation, scores: Scores, best: BitAllocation) -> BitAllocation:
+    """An allocation found another way, with its damage under `scores` and the bound that `best` proved for them."""
+    damages = {(layer.linear, c.spec): c.damage for layer in scores.layers for c in layer.candidates}
+    damage = math.fsum(damages[a.linear, a.spec] for a in allocation.assigned)
+    proven = damage <= best.lower_bound * (1 + 1e-9)
+    status = "optimal" if proven else "gap"
+    changes = {"expected_damage": damage, "lower_bound": min(best.lower_bound, damage), "status": status}
+    return allocation.model_copy(update=changes)
 
 
 def with_widths(scores: Scores, widths: tuple[int, ...]) -> Scores:
