@@ -1,6 +1,6 @@
 """kill -9 at random moments of a run: the output must be absent or complete, and a rerun bit-identical.
 
-python bench/kill.py demo --times 30
+python bench/kill.py demo --times 30 [more words for quantize]
 """
 
 import argparse
@@ -30,8 +30,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default="demo")
     parser.add_argument("--times", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("extra", nargs="*", help="more words for quantize, after --")
-    options = parser.parse_args()
+    options, extra = parser.parse_known_args()  # what is not known here goes to quantize
     source = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -48,7 +47,7 @@ def main() -> None:
             "out",
             "-q",
         ]
-        words += options.extra
+        words += extra
         began = time.monotonic()
         subprocess.run(words, cwd=folder, check=True, stdout=subprocess.DEVNULL)
         whole, expected = time.monotonic() - began, digest(out)

@@ -20,7 +20,7 @@ from llmcompress.model.hub import Source
 from llmcompress.model.integrity import digest_source, scan
 from llmcompress.model.skeleton import Skeleton
 from llmcompress.model.stream import BlockStream
-from llmcompress.model.text import Batches, TextRequest, token_batches, tokenizer_digest
+from llmcompress.model.text import Batches, TextRequest, same_text, token_batches, tokenizer_digest
 from llmcompress.runtime.packed import PACKED, SCALE, SHAPE, PackedReader
 
 RECORD_NAME = "llmcompress.json"
@@ -55,7 +55,7 @@ def run_eval(request: EvalRequest) -> EvalReport:
         )
     record = _record(request.model.path)
     batches = token_batches(_fitted(request.text, reference), request.reference.path)
-    if record.get("calibration_text_digest") == batches.text_digest:
+    if same_text(str(record.get("calibration_text_digest")), batches):
         raise InputError(
             f"{batches.source} is the text the model was calibrated on", "evaluate on other text: --data FILE"
         )

@@ -1,4 +1,4 @@
-"""Text to token batches: windows of the tokenized text, the same every time; and text sampled from a model."""
+"""Text to token batches: windows of the tokenized text, the same every time, and no more read than needed."""
 
 import json
 import subprocess
