@@ -59,6 +59,10 @@ class BlockProgress:
         """One block is finished."""
         self._seen += 1
         self._done += not outcome.resumed
+        if self._speaker.verbose:
+            for linear in outcome.linears:
+                loss = f"relative output error {linear.relative_loss:.2%}"
+                self._speaker.talk(f"  {linear.linear}  {linear.bits} bits  {loss}")
         for fallback in outcome.fallbacks:
             self._speaker.talk(f"  {fallback.where}: {fallback.reason}")
         if self._bar is not None:

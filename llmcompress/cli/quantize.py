@@ -1,5 +1,6 @@
 """`llmcompress quantize`: the whole chain."""
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ def _dry_run(request: Any, speaker: Speaker) -> None:
 
 def _run(request: Any, speaker: Speaker) -> None:
     from llmcompress.compress.forecast import Forecast
-    from llmcompress.compress.run import Finished, Planned, Resumed, quantize
+    from llmcompress.compress.run import Finished, Planned, Resumed, Warned, quantize
     from llmcompress.types import BlockOutcome
 
     began = time.monotonic()
@@ -107,6 +108,8 @@ def _run(request: Any, speaker: Speaker) -> None:
                     progress.blocks(len(event.opened.trace.blocks))
                 case Resumed():
                     speaker.talk(f"resuming: {event.blocks} of {event.total} blocks are already done")
+                case Warned():
+                    speaker.talk(f"warning: {event.text}")
                 case BlockOutcome():
                     progress.block(event)
                 case Finished():
@@ -139,6 +142,12 @@ def _tell_plan(event: Any, speaker: Speaker) -> None:
         speaker.talk(f"  fused experts left at the source precision: {trace.untraced_share:.0%} of the block weights")
 
 
+def _typed(source: Any) -> str:
+    """A word that names this source on a command line again."""
+    named = source.repository is not None or source.name == "demo"
+    return str(source.name) if named else os.path.relpath(source.path)
+
+
 def _tell_result(request: Any, finished: Any, seconds: float, speaker: Speaker) -> None:
     allocation = finished.plan.allocation
     document = {
@@ -161,6 +170,6 @@ def _tell_result(request: Any, finished: Any, seconds: float, speaker: Speaker) 
         f" ({megabytes(finished.directory_bytes)} with tokenizer and records)",
         f"verified    {', '.join(check.name for check in finished.checks)}",
         f"written to  {request.output}  in {seconds:.0f} s",
-        f"next        llmcompress eval {request.output} --ref {request.source.name}",
+        f"next        llmcompress eval {request.output} --ref {_typed(request.source)}",
     ]
     speaker.result(document, lines)

@@ -15,7 +15,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -115,6 +114,11 @@ class Journal:
         """Note what was asked and on what machine, once, at the start of a new run."""
         commit_json(self.run_file, {"request": request, "environment": environment})
 
+    def changed_environment(self, environment: dict[str, str]) -> list[str]:
+        """Names of what a result depends on that differ from when the unfinished run began."""
+        before = read_json(self.run_file).get("environment", {})
+        return sorted(key for key, value in environment.items() if before.get(key) != value)
+
     def discard(self) -> None:
         """Forget the unfinished run, whatever it left."""
         shutil.rmtree(self.partial, ignore_errors=True)
@@ -189,11 +193,6 @@ class Journal:
         """Remove the state of a finished run, and what `--force` replaced."""
         shutil.rmtree(self.partial, ignore_errors=True)
         shutil.rmtree(self.state, ignore_errors=True)
-
-    def stored(self, name: str) -> Any | None:
-        """A JSON document kept in the state of this run, None if there is none."""
-        path = self.state / name
-        return read_json(path) if path.exists() else None
 
 
 def _exchange(new: Path, old: Path) -> None:

@@ -62,6 +62,13 @@ class Resumed:
 
 
 @dataclass(frozen=True)
+class Warned:
+    """Something the user should know that does not stop the run."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class Planned:
     """The plan is made; blocks follow."""
 
@@ -79,7 +86,7 @@ class Finished:
 
 
 Stage = str
-Event = Stage | Forecast | Resumed | Planned | BlockOutcome | Finished
+Event = Stage | Forecast | Resumed | Warned | Planned | BlockOutcome | Finished
 
 
 def environment() -> dict[str, str]:
@@ -135,6 +142,8 @@ def _locked(
     going_on = journal.begin(asked)
     if not going_on:
         journal.record_request(asked, environment())
+    elif changed := journal.changed_environment(environment()):
+        yield Warned(f"going on with another {', '.join(changed)}: the result may differ in its last bits")
     yield f"scoring with {request.recipe.scorer} and planning"
     plan = _plan(request, journal, opened, batches=batches, digest=digest)
     yield Planned(plan, opened)

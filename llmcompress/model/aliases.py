@@ -17,8 +17,6 @@ ALIASES: tuple[tuple[str, str], ...] = (
     ("llama-3.2-3b", "meta-llama/Llama-3.2-3B"),
     ("llama-7b", "huggyllama/llama-7b"),
     ("mistral-7b", "mistralai/Mistral-7B-v0.3"),
-    ("opt-1.3b", "facebook/opt-1.3b"),
-    ("opt-125m", "facebook/opt-125m"),
     ("phi-3-mini", "microsoft/Phi-3-mini-4k-instruct"),
     ("pythia-1.4b", "EleutherAI/pythia-1.4b"),
     ("pythia-160m", "EleutherAI/pythia-160m"),

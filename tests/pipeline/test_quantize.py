@@ -253,7 +253,15 @@ def test_a_different_request_does_not_touch_unfinished_work(
     assert found.returncode == 2
     assert "budget" in found.stderr
     assert contents(state) == before
-    assert run(*words, "--budget", "3.4bits", "--restart").returncode == 0
+    document = json.loads((state / "run.json").read_text())
+    document["environment"]["torch"] = "1.0"
+    (state / "run.json").write_text(json.dumps(document))
+    resumed = run(*words, "--budget", "3.3bits", "-v")
+    assert resumed.returncode == 0
+    assert "another torch" in resumed.stderr
+    assert "resuming" in resumed.stderr
+    assert "q_proj  " in resumed.stderr
+    assert run(*words, "--budget", "3.4bits", "--restart", "--force").returncode == 0
 
 
 def test_terminate_keeps_work_and_says_so(llama: Path, text_file: Path, tmp_path: Path) -> None:
