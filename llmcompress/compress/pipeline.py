@@ -1,8 +1,8 @@
 """The whole chain as functions of values: open, trace, score, plan. Carrying the plan out is in `run.py`."""
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from llmcompress.types import BitAllocation, LinearSpec, ModelTrace, Plan, Score
 
 SCORERS = "llmcompress.compress.scorers"
 QUANTIZERS = "llmcompress.compress.quantizers"
+RIVAL = "hessian"
 PROBE_TOKENS = 32
 
 
@@ -140,18 +141,17 @@ def score(opened: Opened, recipe: Recipe, batches: Batches, model_digest: str) -
 def make_plan(opened: Opened, recipe: Recipe, batches: Batches, scores: Scores, budget: Budget) -> Plan:
     """Spend the budget. Raises InputError with the nearest feasible budget when it is too small.
 
-    With `plan.trials`, allocations from narrower sets of widths are carried out on calibration text as
-    well, and the one with the least measured KL divergence is taken: sums of single damages mislead when
-    damage is large.
+    With `plan.trials`, allocations from narrower sets of widths, and one that follows the local proxy
+    loss, are carried out on calibration text as well, and the one with the least measured KL divergence
+    is taken: sums of single damages mislead when damage is large.
     """
     size, file_bytes = recipe.plan.group_size, opened.shards.file_bytes
     allocations = [spend(opened.trace, scores, budget, group_size=size, file_bytes=file_bytes)]
     trials: tuple[Trial, ...] = ()
     if recipe.plan.trials and batches.tokens.numel():
-        for widths in narrower_widths(allocations[0], recipe.plan.bits, opened.trace):
-            fewer = with_widths(scores, widths)
+        for rival in _rival_scores(opened, recipe, batches, scores=scores, first=allocations[0]):
             try:
-                found = spend(opened.trace, fewer, budget, group_size=size, file_bytes=file_bytes)
+                found = spend(opened.trace, rival, budget, group_size=size, file_bytes=file_bytes)
             except InputError:
                 continue  # these widths alone cannot meet the budget
             if all(found.assigned != known.assigned for known in allocations):
@@ -175,6 +175,19 @@ def make_plan(opened: Opened, recipe: Recipe, batches: Batches, scores: Scores, 
     )
 
 
+def _rival_scores(
+    opened: Opened, recipe: Recipe, batches: Batches, *, scores: Scores, first: BitAllocation
+) -> Iterator[Scores]:
+    """Scores that lead to other plausible allocations: fewer widths, and the local proxy loss over two of them."""
+    pairs = narrower_widths(first, recipe.plan.bits, opened.trace)
+    for widths in pairs:
+        yield with_widths(scores, widths)
+    if pairs and scores.scorer != RIVAL and find(QUANTIZERS, recipe.quantizer).NEEDS_HESSIAN:
+        fewer = {name: tuple(s for s in specs if s.bits in pairs[0]) for name, specs in opened.candidates.items()}
+        local = recipe.model_copy(update={"scorer": RIVAL})
+        yield score(replace(opened, candidates=fewer), local, batches, scores.model_digest)
+
+
 def run_trials(opened: Opened, recipe: Recipe, batches: Batches, found: list[BitAllocation]) -> tuple[Trial, ...]:
     """Measure allocations on the calibration text: part of it to quantize with, the rest to judge by."""
     job = TrialJob(
@@ -184,9 +197,9 @@ def run_trials(opened: Opened, recipe: Recipe, batches: Batches, found: list[Bit
         options=recipe.quantize,
         dtype=torch.float16 if opened.shards.scale_dtype == "F16" else torch.bfloat16,
     )
-    tokens = batches.tokens[: 2 * recipe.calibration.score_samples]
-    half = max(len(tokens) // 2, 1)
-    parts = [list(torch.split(part, recipe.calibration.batch_size)) for part in (tokens[:half], tokens[half:])]
+    tokens = batches.tokens
+    cut = min(recipe.calibration.score_samples, max(len(tokens) // 2, 1))
+    parts = [list(torch.split(part, recipe.calibration.batch_size)) for part in (tokens[:cut], tokens[cut:])]
     measured = measure_allocations(job, found, *parts)
     return tuple(
         Trial(
