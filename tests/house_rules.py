@@ -1,6 +1,9 @@
 """The house rules as functions from a parsed module to a list of complaints."""
 
 import ast
+import io
+import re
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +11,7 @@ LONGEST_FILE, LONGEST_BODY, DEEPEST, MOST_PARAMETERS, POSITIONAL = 350, 40, 4, 6
 GROUND = ("errors", "types", "files", "plugins", "recipes")
 # room -> rooms of ours it may import (itself always), and outside packages it may not
 ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "": (GROUND, ("torch", "transformers", "click", "rich")),  # llmcompress/__init__.py
     "errors": ((), ("torch", "transformers", "click", "rich")),
     "types": (("errors",), ("torch", "transformers", "click", "rich")),
     "files": (("errors",), ("torch", "transformers", "click", "rich")),
@@ -21,8 +25,16 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "cli": (GROUND, ("torch", "transformers")),
     "__main__": (("cli",), ("torch",)),
 }
-TORCHLESS = ("eval.report", "eval.statistics", "compress.allocate.integer", "compress.allocate.budget", "model.header")
+TORCHLESS = (
+    "eval.report",
+    "eval.gate",
+    "eval.statistics",
+    "compress.allocate.integer",
+    "compress.allocate.budget",
+    "model.header",
+)
 FORBIDDEN_WORDS = ("NotImplementedError", "TODO", "FIXME")
+LAZY = re.compile(r"# lazy: *\S")
 
 
 def room_of(module: str) -> str:
@@ -56,7 +68,7 @@ def long_bodies(tree: ast.Module) -> list[str]:
 
 def deep_nesting(tree: ast.Module) -> list[str]:
     """Functions nested deeper than allowed."""
-    blocks = (ast.If, ast.For, ast.While, ast.With, ast.Try, ast.Match)
+    blocks = (ast.If, ast.For, ast.AsyncFor, ast.While, ast.With, ast.AsyncWith, ast.Try, ast.TryStar, ast.Match)
 
     def depth(node: ast.AST) -> int:
         below = max((depth(child) for child in ast.iter_child_nodes(node)), default=0)
@@ -66,7 +78,7 @@ def deep_nesting(tree: ast.Module) -> list[str]:
 
 
 def many_parameters(tree: ast.Module) -> list[str]:
-    """Functions with too many parameters, or more than three that may be given by position (five for a noun's)."""
+    """Functions with more than six parameters, or more than five required ones that may be given by position."""
     found = []
     for function, method in functions(tree):
         if "command" in _decorators(function) or function.name == "__exit__":
@@ -88,8 +100,9 @@ def missing_annotations(tree: ast.Module) -> list[str]:
     found = []
     for function, method in functions(tree):
         arguments = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
+        rest = [a for a in (function.args.vararg, function.args.kwarg) if a is not None]
         skip = 1 if method and "staticmethod" not in _decorators(function) else 0
-        if function.returns is None or any(a.annotation is None for a in arguments[skip:]):
+        if function.returns is None or any(a.annotation is None for a in [*arguments[skip:], *rest]):
             found.append(f"{function.lineno}: {function.name} is not annotated")
     return found
 
@@ -122,23 +135,45 @@ def bad_habits(tree: ast.Module) -> list[str]:
             found.append(f"{node.lineno}: {node.id}")
         elif isinstance(node, ast.Import | ast.ImportFrom) and "pickle" in ast.unparse(node):
             found.append(f"{node.lineno}: pickle")
+        elif isinstance(node, ast.ImportFrom) and node.module == "torch" and "load" in {a.name for a in node.names}:
+            found.append(f"{node.lineno}: torch.load")
     return found
 
 
+def unfinished(text: str) -> list[str]:
+    """Comments that leave work for later."""
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    comments = ((token.start[0], token.string) for token in tokens if token.type == tokenize.COMMENT)
+    return [f"{line}: {comment}" for line, comment in comments if any(word in comment for word in FORBIDDEN_WORDS)]
+
+
+def too_long(text: str) -> list[str]:
+    """A file of more lines than a reader keeps in mind."""
+    lines = len(text.splitlines())
+    return [f"1: {lines} lines, at most {LONGEST_FILE}"] if lines > LONGEST_FILE else []
+
+
 def _broad(kind: ast.expr | None) -> bool:
-    return kind is None or ast.unparse(kind) in ("Exception", "BaseException")
+    kinds = kind.elts if isinstance(kind, ast.Tuple) else [kind]
+    return any(one is None or ast.unparse(one) in ("Exception", "BaseException") for one in kinds)
 
 
 def imports(tree: ast.AST) -> list[tuple[int, str]]:
-    """Every imported module with its line; `if TYPE_CHECKING` blocks do not count."""
+    """Every imported module with its line; `if TYPE_CHECKING` blocks do not count.
+
+    Names taken from our own packages keep their own place: `from llmcompress import eval` is `llmcompress.eval`.
+    Relative imports keep their dots.
+    """
     found = []
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             continue
         if isinstance(node, ast.Import):
             found += [(node.lineno, alias.name) for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found.append((node.lineno, node.module))
+        elif isinstance(node, ast.ImportFrom):
+            module = "." * node.level + (node.module or "")
+            ours = module.split(".")[0] == "llmcompress"
+            found += [(node.lineno, f"{module}.{a.name}" if ours else module) for a in node.names]
         else:
             found += imports(node)
     return found
@@ -154,13 +189,13 @@ def wrong_directions(module: str, tree: ast.Module) -> list[str]:
     """Imports the table of rooms does not allow."""
     room = room_of(module)
     if room not in ROOMS:
-        return []
+        return [f"1: {room} is no room of the table"]
     ours, outside = ROOMS[room]
-    found = []
+    found = [f"{line}: relative import {name}" for line, name in imports(tree) if name.startswith(".")]
     at_import = module_imports(tree) if room == "cli" else imports(tree)
     for line, name in at_import:
         other = room_of(name) if name.startswith("llmcompress.") else None
-        if other is not None and other != room and other not in ours:
+        if other is not None and other != room and other not in (*ours, "__version__"):
             found.append(f"{line}: {room} imports {other}")
         if name.split(".")[0] in outside:
             found.append(f"{line}: {room} imports {name}")
@@ -178,12 +213,46 @@ def plugins_importing_each_other(module: str, tree: ast.Module) -> list[str]:
 
 
 def inner_imports(module: str, tree: ast.Module, text: str) -> list[str]:
-    """Imports inside functions, outside the command line, without a `# lazy:` reason."""
+    """Imports inside functions, outside the command line, without a `# lazy:` and a reason."""
     if room_of(module) in ("cli", "__main__"):
         return []
     top = {line for line, _ in module_imports(tree)}
     lines = text.splitlines()
-    return [f"{line}: {name}" for line, name in imports(tree) if line not in top and "# lazy:" not in lines[line - 1]]
+    return [f"{line}: {name}" for line, name in imports(tree) if line not in top and not LAZY.search(lines[line - 1])]
+
+
+def readme_commands(text: str) -> set[str]:
+    """The commands that the README's table of commands names in its first column."""
+    table = text.partition("| command |")[2].partition("\n\n")[0]
+    return {word for row in table.splitlines()[2:] for word in re.findall(r"`([a-z]+)`", row.split("|")[1])}
+
+
+def help_commands(text: str) -> set[str]:
+    """The commands that `--help` lists."""
+    return set(re.findall(r"^  ([a-z]+)  ", text.partition("Commands:")[2], re.MULTILINE))
+
+
+def import_graph(trees: dict[str, ast.Module]) -> dict[str, set[str]]:
+    """Module -> modules of ours that it imports anywhere, also while type checking only."""
+    graph = {}
+    for name, tree in trees.items():
+        edges = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                edges |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+            elif isinstance(node, ast.Import):
+                edges |= {alias.name for alias in node.names}
+        graph[name] = (edges & trees.keys()) - {name, "llmcompress"}
+    return graph
+
+
+def cycles(graph: dict[str, set[str]]) -> list[str]:
+    """Modules that remain when modules importing none of the others are taken away, again and again."""
+    left = dict(graph)
+    while leaves := [name for name, edges in left.items() if not edges & left.keys()]:
+        for name in leaves:
+            del left[name]
+    return sorted(left)
 
 
 def module_name(root: Path, path: Path) -> str:
