@@ -108,10 +108,14 @@ class ModelTrace(Noun):
 
 
 class Candidate(Noun):
-    """One format a linear could get and the damage expected of it, in the unit of the Scores."""
+    """One format a linear could get and the damage expected of it, in the unit of the Scores.
+
+    `standard_error` over sequences, where the damage was measured.
+    """
 
     spec: LinearSpec
     damage: float = Field(ge=0)
+    standard_error: float | None = Field(default=None, ge=0)
 
 
 class LayerScore(Noun):
@@ -122,23 +126,36 @@ class LayerScore(Noun):
     candidates: tuple[Candidate, ...]
 
 
+class Series(Noun):
+    """One value per block, or per point of a path through the model, that a scorer found on the way."""
+
+    name: str
+    values: tuple[float, ...]
+
+
 class Scores(Noun):
-    """The outcome of one scorer over one model and one calibration text."""
+    """The outcome of one scorer over one model and one calibration text.
+
+    `settings_digest` covers what else the figures depend on: quantizer, candidates, options.
+    """
 
     scorer: str
     unit: Unit
     model_digest: str
     calibration_digest: str
+    settings_digest: str = ""
     seed: int
     layers: tuple[LayerScore, ...]
+    series: tuple[Series, ...] = ()
 
 
 class ScoreFile(Noun):
     """`scores.json`: scores with the trace they belong to, enough to plan without the model."""
 
-    version: Literal[1] = 1
+    version: Literal[2] = 2
+    model: str
     trace: ModelTrace
-    scores: Scores
+    scores: tuple[Scores, ...]
     group_size: int
     other_bytes: int  # of the shards, beyond the packed linears
 
@@ -188,20 +205,13 @@ class BitAllocation(Noun):
         return max(self.expected_damage - self.lower_bound, 0.0) / span
 
 
-class ScorerOptions(Noun):
-    """What a scorer may be told; each ignores what it has no use for."""
-
-    lim_mode: Literal["token", "flat"] = "token"
-    lim_skip_first: bool = True
-    zd_sides: Literal["one", "two"] = "one"
-
-
 class QuantizerOptions(Noun):
     """What a quantizer may be told; each ignores what it has no use for."""
 
     damp: float = Field(default=0.01, gt=0, le=1)
     act_order: bool = True
     clip: bool = True
+    iterations: int = Field(default=200, ge=1)
 
 
 class Trial(Noun):

@@ -12,33 +12,33 @@ from llmcompress.cli.say import Speaker, megabytes
 @click.command("score")
 @click.argument("model")
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Where to write scores.json.")
-@click.option("--scorer", "scorers", multiple=True, help="Repeatable; the last one is written. Default: the recipe's.")
+@click.option("--scorer", "scorers", multiple=True, help="Repeatable. Default: the recipe's.")
 @recipe_options
 @speaking
 def score_command(model: str, output: Path | None, scorers: tuple[str, ...], speaker: Speaker, **flags: Any) -> None:
     """Score the linears of MODEL: what each candidate width is expected to cost."""
     recipe = read_recipe(flags["recipe"], flags["changes"], flags["calibration"], flags["seed"])
-    files = []
-    for name in scorers or (recipe.scorer,):
-        found = _score(model, recipe.model_copy(update={"scorer": name}), flags["device"], speaker)
-        _tell_scores(found, speaker)
-        files.append(found)
+    found = _score(model, recipe, flags["device"], speaker, scorers)
+    for scores in found.scores:
+        _tell_scores(scores, speaker)
     if output is not None:
-        _write(output, files[-1], speaker)
-    speaker.result([found.model_dump(mode="json") for found in files])
+        _write(output, found, speaker)
+    speaker.result(found.model_dump(mode="json"))
 
 
-def _score(model: str, recipe: Any, device: str | None, speaker: Speaker) -> Any:
-    from llmcompress.compress.pipeline import SCORERS
+def _score(model: str, recipe: Any, device: str | None, speaker: Speaker, scorers: tuple[str, ...] = ()) -> Any:
+    from llmcompress.compress.scoring import SCORERS
     from llmcompress.model.hub import resolve
     from llmcompress.plugins import find
 
     source = resolve(model)
-    find(SCORERS, recipe.scorer)
+    names = scorers or (recipe.scorer,)
+    for name in names:
+        find(SCORERS, name)
     from llmcompress.compress.pipeline import score_file
 
-    speaker.talk(f"scoring {source.name} with {recipe.scorer} ...")
-    return score_file(source, recipe, pick_device(device))
+    speaker.talk(f"scoring {source.name} with {', '.join(names)} ...")
+    return score_file(source, recipe, pick_device(device), names)
 
 
 def _write(output: Path, value: Any, speaker: Speaker) -> None:
@@ -48,16 +48,16 @@ def _write(output: Path, value: Any, speaker: Speaker) -> None:
     speaker.talk(f"written to {output}")
 
 
-def _tell_scores(found: Any, speaker: Speaker) -> None:
-    widths = sorted({c.spec.bits for layer in found.scores.layers for c in layer.candidates})
+def _tell_scores(scores: Any, speaker: Speaker) -> None:
+    widths = sorted({c.spec.bits for layer in scores.layers for c in layer.candidates})
     rows = []
-    for layer in found.scores.layers:
+    for layer in scores.layers:
         damages = {c.spec.bits: c.damage for c in layer.candidates}
         first = [] if layer.importance is None else [f"{layer.importance:.4g}"]
         rows.append([layer.linear, *first, *(f"{damages[b]:.3g}" if b in damages else "-" for b in widths)])
-    has = any(layer.importance is not None for layer in found.scores.layers)
+    has = any(layer.importance is not None for layer in scores.layers)
     columns = ["linear", *(["importance"] if has else []), *(f"{bits} bits" for bits in widths)]
-    speaker.table(f"{found.scores.scorer}: expected damage, {found.scores.unit}", columns, rows)
+    speaker.table(f"{scores.scorer}: expected damage, {scores.unit}", columns, rows)
 
 
 @click.command("plan")
@@ -101,7 +101,7 @@ def _spend(found: Any, budget: Any) -> Any:
     def file_bytes(specs: Any) -> int:
         return int(found.other_bytes + sum(spec.storage_bits(*widths[name]) for name, spec in specs.items()) // 8)
 
-    return spend(found.trace, found.scores, budget, group_size=found.group_size, file_bytes=file_bytes)
+    return spend(found.trace, found.scores[0], budget, group_size=found.group_size, file_bytes=file_bytes)
 
 
 def _tell_allocation(found: Any, allocation: Any, speaker: Speaker) -> None:
@@ -124,7 +124,7 @@ def _tell_allocation(found: Any, allocation: Any, speaker: Speaker) -> None:
             [
                 f"linears {allocation.bits_per_weight:.4f} bits per weight, checkpoint "
                 f"{allocation.file_bits_per_weight:.4f}, {megabytes(allocation.file_bytes)}; "
-                f"expected damage {allocation.expected_damage:.4g} {found.scores.unit}; {proof}",
+                f"expected damage {allocation.expected_damage:.4g} {found.scores[0].unit}; {proof}",
                 *([f"under the budget: {allocation.under_budget_reason}"] if allocation.under_budget_reason else []),
             ],
         )
@@ -144,5 +144,5 @@ def _frontier(found: Any, speaker: Speaker) -> list[dict[str, float]]:
         if not points or point != points[-1]:
             points.append(point)
     rows = [[f"{p['bits_per_weight']:.4f}", f"{p['expected_damage']:.4g}"] for p in points]
-    speaker.table("frontier", ["bits per weight", f"expected damage, {found.scores.unit}"], rows)
+    speaker.table("frontier", ["bits per weight", f"expected damage, {found.scores[0].unit}"], rows)
     return points

@@ -5,6 +5,7 @@ the sign chosen so that the largest weight lands on the most negative code, whic
 plain symmetric quantization wastes.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,13 @@ from llmcompress.kernels import reference
 from llmcompress.types import LinearSpec
 
 CLIPS = tuple(1.0 - 0.02 * step for step in range(26))
+# group size -> squared error of standard normal weights at 2, 3, ... 8 bits, with the clip search; a test measures it
+GAUSSIAN_DISTORTION = {
+    32: (0.112, 0.0268, 0.00678, 0.00172, 0.00044, 0.000113, 0.0000282),
+    64: (0.126, 0.0313, 0.00816, 0.0021, 0.000538, 0.000139, 0.0000347),
+    128: (0.136, 0.0348, 0.00937, 0.00247, 0.000637, 0.000164, 0.0000412),
+    256: (0.142, 0.0372, 0.0103, 0.0028, 0.000733, 0.000189, 0.0000478),
+}
 SHIFT_ROWS = 1 << 22  # the clip search works on chunks of about this many weights
 
 
@@ -114,6 +122,12 @@ def proxy_loss(weight: Tensor, dequantized: Tensor, hessian: Tensor) -> float:
     """`tr(dW H dW^T)`: squared output error summed over outputs, in the units of `hessian`."""
     error = (dequantized - weight).to(hessian.dtype)
     return float(((error @ hessian) * error).sum())
+
+
+def gaussian_distortion(spec: LinearSpec) -> float:
+    """Relative squared error of Gaussian weights in a format; other group sizes count as the nearest in the table."""
+    nearest = min(GAUSSIAN_DISTORTION, key=lambda size: abs(math.log(size / spec.group_size)))
+    return GAUSSIAN_DISTORTION[nearest][spec.bits - 2]
 
 
 def group_size_for(columns: int, wanted: int) -> int | None:

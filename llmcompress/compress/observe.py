@@ -59,6 +59,27 @@ def watching_inputs(block: nn.Module, info: BlockTrace, see: Callable[[int, Tens
             handle.remove()
 
 
+class HessianSums:
+    """Running sums of `x x^T`, float32 `(columns, columns)`, of each shared-input group."""
+
+    def __init__(self) -> None:
+        self._sums: dict[int, Tensor] = {}
+        self._tokens: dict[int, int] = {}
+
+    def add(self, number: int, inputs: Tensor) -> None:
+        """Add the inputs `(tokens, columns)` of group `number`."""
+        found = inputs.float()
+        if number in self._sums:
+            self._sums[number].addmm_(found.T, found)
+        else:
+            self._sums[number] = found.T @ found
+        self._tokens[number] = self._tokens.get(number, 0) + len(found)
+
+    def means(self) -> dict[int, Tensor]:
+        """Mean over all tokens seen."""
+        return {number: total / self._tokens[number] for number, total in self._sums.items()}
+
+
 def collect_hessians(
     block: nn.Module, info: BlockTrace, runs: Sequence[Callable[[], Any]]
 ) -> tuple[dict[int, Tensor], list[Any]]:
@@ -66,16 +87,7 @@ def collect_hessians(
 
     `runs` are the forwards of the block, one per batch; what they return is returned as well.
     """
-    sums: dict[int, Tensor] = {}
-    tokens: dict[int, int] = {}
-
-    def see(number: int, inputs: Tensor) -> None:
-        found = inputs.float()
-        product = found.T @ found
-        sums[number] = sums[number] + product if number in sums else product
-        tokens[number] = tokens.get(number, 0) + len(found)
-
-    outputs = []
-    with torch.no_grad(), watching_inputs(block, info, see):
+    sums = HessianSums()
+    with torch.no_grad(), watching_inputs(block, info, sums.add):
         outputs = [run() for run in runs]
-    return {number: total / tokens[number] for number, total in sums.items()}, outputs
+    return sums.means(), outputs

@@ -1,18 +1,17 @@
-"""The whole chain as functions of values: open, trace, score, plan. Carrying the plan out is in `run.py`."""
+"""The first half of the chain as functions of values: open, trace, read text, score. `planning.py` goes on."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from llmcompress.compress.allocate.budget import Budget
-from llmcompress.compress.allocate.spend import narrower_widths, priced, spend, with_widths
-from llmcompress.compress.scoring import ScoreJob, candidates_for
+from llmcompress.compress.scoring import SCORERS, ScoreJob, candidates_for, run_scorers
 from llmcompress.compress.shards import ShardMap, shard_map
-from llmcompress.compress.trial import TrialJob, measure_allocations
-from llmcompress.errors import InputError
+from llmcompress.model.checkpoint import TORCH_DTYPES
 from llmcompress.model.hub import Source
 from llmcompress.model.integrity import digest_source, scan
 from llmcompress.model.preflight import check_tokenizer
@@ -21,11 +20,10 @@ from llmcompress.model.text import Batches, TextRequest, load_tokenizer, sample_
 from llmcompress.model.trace import trace
 from llmcompress.plugins import find
 from llmcompress.recipes import Recipe
-from llmcompress.types import BitAllocation, LinearSpec, ModelTrace, Plan, ScoreFile, Scores, Trial
+from llmcompress.types import LinearSpec, ModelTrace, ScoreFile, Scores
 
-SCORERS = "llmcompress.compress.scorers"
 QUANTIZERS = "llmcompress.compress.quantizers"
-RIVAL = "hessian"
+WORKING_SCORERS = ("working_point", "adaquant_delta")  # their figures depend on a base width
 PROBE_TOKENS = 32
 
 
@@ -112,104 +110,71 @@ def calibration(opened: Opened, recipe: Recipe) -> Batches:
 NO_DATA = Batches(torch.empty((0, 0), dtype=torch.int64), "none", hashlib.sha256(b"").hexdigest())
 
 
-def score(opened: Opened, recipe: Recipe, batches: Batches, model_digest: str) -> Scores:
-    """Run the recipe's scorer. Raises InputError when the calibration tokens do not fit the model."""
-    scorer = find(SCORERS, recipe.scorer)
-    chosen = Batches(batches.tokens[: recipe.calibration.score_samples], batches.source, batches.text_digest)
-    job = ScoreJob(
+def settings_digest(recipe: Recipe, scorer: str, working_bits: int | None) -> str:
+    """What the figures of a scorer depend on besides model and text: candidates, rounding, options."""
+    parts = {
+        "scorer": scorer,
+        "quantizer": recipe.quantizer,
+        "bits": recipe.plan.bits,
+        "group_size": recipe.plan.group_size,
+        "rounding": recipe.quantize.model_dump(mode="json"),
+        "options": recipe.score.model_dump(mode="json"),
+        "working_bits": working_bits if scorer in WORKING_SCORERS else None,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def score_batches(recipe: Recipe, batches: Batches) -> Batches:
+    """The part of the calibration text that scorers read."""
+    return Batches(batches.tokens[: recipe.calibration.score_samples], batches.source, batches.text_digest)
+
+
+def score_job(opened: Opened, recipe: Recipe, batches: Batches, working_bits: int | None = None) -> ScoreJob:
+    """What scorers are given; `batches` is the whole calibration text."""
+    return ScoreJob(
         skeleton=opened.skeleton,
         trace=opened.trace,
-        batches=chosen,
+        batches=score_batches(recipe, batches),
         candidates=opened.candidates,
-        scale_dtype=torch.float16 if opened.shards.scale_dtype == "F16" else torch.bfloat16,
+        scale_dtype=TORCH_DTYPES[opened.shards.scale_dtype],
         quantizer=find(QUANTIZERS, recipe.quantizer),
         rounding=recipe.quantize,
         options=recipe.score,
         batch_size=recipe.calibration.batch_size,
         seed=recipe.seed,
-    )
-    return Scores(
-        scorer=recipe.scorer,
-        unit=scorer.UNIT,
-        model_digest=model_digest,
-        calibration_digest=chosen.digest,
-        seed=recipe.seed,
-        layers=scorer.score(job),
+        working_bits=working_bits,
     )
 
 
-def make_plan(opened: Opened, recipe: Recipe, batches: Batches, scores: Scores, budget: Budget) -> Plan:
-    """Spend the budget. Raises InputError with the nearest feasible budget when it is too small.
-
-    With `plan.trials`, allocations from narrower sets of widths, and one that follows the local proxy
-    loss, are carried out on calibration text as well, and the one with the least measured KL divergence
-    is taken: sums of single damages mislead when damage is large.
-    """
-    size, file_bytes = recipe.plan.group_size, opened.shards.file_bytes
-    allocations = [spend(opened.trace, scores, budget, group_size=size, file_bytes=file_bytes)]
-    trials: tuple[Trial, ...] = ()
-    if recipe.plan.trials and batches.tokens.numel():
-        for rival in _rival_scores(opened, recipe, batches, scores=scores, first=allocations[0]):
-            try:
-                found = spend(opened.trace, rival, budget, group_size=size, file_bytes=file_bytes)
-            except InputError:
-                continue  # these widths alone cannot meet the budget
-            if all(found.assigned != known.assigned for known in allocations):
-                allocations.append(priced(found, scores, allocations[0]))
-    if len(allocations) > 1:
-        trials = run_trials(opened, recipe, batches, allocations)
-        best = min(range(len(trials)), key=lambda place: trials[place].measured_kld)
-        allocations = [allocations[best]]
-    return Plan(
-        model=opened.source.name,
-        model_digest=scores.model_digest,
-        calibration=batches.source,
-        calibration_digest=batches.digest,
-        scorer=scores.scorer,
-        quantizer=recipe.quantizer,
-        options=recipe.quantize,
-        allocation=allocations[0],
-        trials=trials,
-        seed=recipe.seed,
-        batch_size=recipe.calibration.batch_size,
-    )
-
-
-def _rival_scores(
-    opened: Opened, recipe: Recipe, batches: Batches, *, scores: Scores, first: BitAllocation
-) -> Iterator[Scores]:
-    """Scores that lead to other plausible allocations: fewer widths, and the local proxy loss over two of them."""
-    pairs = narrower_widths(first, recipe.plan.bits, opened.trace)
-    for widths in pairs:
-        yield with_widths(scores, widths)
-    if pairs and scores.scorer != RIVAL and find(QUANTIZERS, recipe.quantizer).NEEDS_HESSIAN:
-        fewer = {name: tuple(s for s in specs if s.bits in pairs[0]) for name, specs in opened.candidates.items()}
-        local = recipe.model_copy(update={"scorer": RIVAL})
-        yield score(replace(opened, candidates=fewer), local, batches, scores.model_digest)
-
-
-def run_trials(opened: Opened, recipe: Recipe, batches: Batches, found: list[BitAllocation]) -> tuple[Trial, ...]:
-    """Measure allocations on the calibration text: part of it to quantize with, the rest to judge by."""
-    job = TrialJob(
-        skeleton=opened.skeleton,
-        trace=opened.trace,
-        quantizer=find(QUANTIZERS, recipe.quantizer),
-        options=recipe.quantize,
-        dtype=torch.float16 if opened.shards.scale_dtype == "F16" else torch.bfloat16,
-    )
-    tokens = batches.tokens
-    cut = min(recipe.calibration.score_samples, max(len(tokens) // 2, 1))
-    parts = [list(torch.split(part, recipe.calibration.batch_size)) for part in (tokens[:cut], tokens[cut:])]
-    measured = measure_allocations(job, found, *parts)
+def score_all(
+    opened: Opened,
+    recipe: Recipe,
+    batches: Batches,
+    *,
+    scorers: Sequence[str],
+    model_digest: str,
+    working_bits: int | None = None,
+) -> tuple[Scores, ...]:
+    """Run scorers by name, those that only watch in one pass. Raises InputError when the text does not fit."""
+    job = score_job(opened, recipe, batches, working_bits)
     return tuple(
-        Trial(
-            widths=tuple(sorted({a.spec.bits for a in allocation.assigned})),
-            bits_per_weight=allocation.bits_per_weight,
-            expected_damage=allocation.expected_damage,
-            measured_kld=kld,
+        Scores(
+            scorer=name,
+            unit=find(SCORERS, name).UNIT,
+            model_digest=model_digest,
+            calibration_digest=job.batches.digest,
+            settings_digest=settings_digest(recipe, name, working_bits),
+            seed=recipe.seed,
+            layers=measured.layers,
+            series=measured.series,
         )
-        for allocation, kld in zip(found, measured, strict=True)
+        for name, measured in run_scorers(scorers, job).items()
     )
+
+
+def score(opened: Opened, recipe: Recipe, batches: Batches, model_digest: str) -> Scores:
+    """Run the recipe's scorer."""
+    return score_all(opened, recipe, batches, scorers=(recipe.scorer,), model_digest=model_digest)[0]
 
 
 def probe_tokens(opened: Opened, seed: int) -> Tensor:
@@ -231,15 +196,17 @@ def request_of(opened: Opened, recipe: Recipe, batches: Batches, model_digest: s
     }
 
 
-def score_file(source: Source, recipe: Recipe, device: str) -> ScoreFile:
-    """Open a model and score it: the whole of `llmcompress score`. Raises InputError."""
+def score_file(source: Source, recipe: Recipe, device: str, scorers: Sequence[str] = ()) -> ScoreFile:
+    """Open a model and score it with the recipe's scorer, or with those named. Raises InputError."""
     opened = open_model(source, recipe, device)
-    scorer = find(SCORERS, recipe.scorer)
-    batches = calibration(opened, recipe) if scorer.NEEDS_DATA else NO_DATA
-    found = score(opened, recipe, batches, opened.digest())
+    names = tuple(scorers) or (recipe.scorer,)
+    wants = any(find(SCORERS, name).NEEDS_DATA for name in names)
+    batches = calibration(opened, recipe) if wants else NO_DATA
+    found = score_all(opened, recipe, batches, scorers=names, model_digest=opened.digest())
     specs = {name: options[0] for name, options in opened.candidates.items()}
     bits = sum(specs[x.name].storage_bits(x.rows, x.columns) for x in opened.trace.linears if x.name in specs)
     return ScoreFile(
+        model=source.name,
         trace=opened.trace,
         scores=found,
         group_size=recipe.plan.group_size,

@@ -18,7 +18,6 @@ from llmcompress.compress.pipeline import (
     NO_DATA,
     Opened,
     calibration,
-    make_plan,
     needs_data,
     open_model,
     outside_linears,
@@ -26,6 +25,7 @@ from llmcompress.compress.pipeline import (
     request_of,
     score,
 )
+from llmcompress.compress.planning import make_plan
 from llmcompress.compress.verify import Check, probe_of, read_record, require, verify
 from llmcompress.errors import InputError
 from llmcompress.files import commit_json

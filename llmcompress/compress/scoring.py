@@ -1,18 +1,37 @@
-"""What every scorer is given, and the arithmetic they share."""
+"""What every scorer is given, the one pass that many of them share, and the arithmetic they have in common.
 
-from collections.abc import Iterator, Mapping
+A scorer is a file with `UNIT`, `NEEDS_DATA` and one of two functions. `observer(job)` returns an Observer,
+which watches the full-precision model go by once, together with every other observer asked for.
+`score(job)` does its own passes: gradients, measured swaps, anything that is more than watching.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from types import ModuleType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from llmcompress.compress.grid import group_size_for
+from llmcompress.compress.grid import gaussian_distortion, group_size_for
 from llmcompress.compress.quantizers import rtn
 from llmcompress.model.skeleton import Skeleton
 from llmcompress.model.stream import BlockStream
 from llmcompress.model.text import Batches
-from llmcompress.types import Candidate, LayerScore, LinearInfo, LinearSpec, ModelTrace, QuantizerOptions, ScorerOptions
+from llmcompress.options import ScorerOptions
+from llmcompress.plugins import find
+from llmcompress.types import (
+    BlockTrace,
+    Candidate,
+    LayerScore,
+    LinearInfo,
+    LinearSpec,
+    ModelTrace,
+    QuantizerOptions,
+    Series,
+)
+
+SCORERS = "llmcompress.compress.scorers"
 
 
 @dataclass(frozen=True)
@@ -29,10 +48,84 @@ class ScoreJob:
     options: ScorerOptions = field(default_factory=ScorerOptions)
     batch_size: int = 8
     seed: int = 0
+    working_bits: int | None = None  # the width nearest to the budget, where there is one
 
     def stream(self) -> tuple[BlockStream, list[Tensor]]:
         """A fresh stream and the token batches to send through it."""
         return BlockStream(self.skeleton), self.batches.split(self.batch_size)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a scorer found: a score for every linear that has candidates, in trace order, and figures per block."""
+
+    layers: tuple[LayerScore, ...]
+    series: tuple[Series, ...] = ()
+
+
+class Observer:
+    """Watches one pass over the blocks. Every method may be left as it is.
+
+    For each block, in order: `open` before it runs (put hooks there, or look at its weights), `see` for every
+    batch with the hidden states `(batch, tokens, hidden)` around the block, `close` after the last batch.
+    Data-free observers get `open` and `close` only.
+    """
+
+    def __init__(self, job: ScoreJob) -> None:
+        self.job = job
+
+    def open(self, block: nn.Module, info: BlockTrace) -> AbstractContextManager[object]:
+        """Enter a loaded block; the context is left after its last batch."""
+        return nullcontext()
+
+    def see(self, info: BlockTrace, entering: Tensor, leaving: Tensor) -> None:
+        """One batch went through the block."""
+
+    def close(self, block: nn.Module, info: BlockTrace) -> None:
+        """Every batch went through the block, which is still loaded."""
+
+    def finish(self) -> Measured:
+        """What was found. Called once, after the last block."""
+        return Measured(())
+
+
+def run_scorers(names: Sequence[str], job: ScoreJob) -> dict[str, Measured]:
+    """Run scorers by name; all that only watch share one pass. Raises InputError for an unknown name."""
+    plugins = {name: find(SCORERS, name) for name in dict.fromkeys(names)}
+    watching = {name: plugin.observer(job) for name, plugin in plugins.items() if hasattr(plugin, "observer")}
+    if watching:
+        data = any(plugins[name].NEEDS_DATA for name in watching)
+        _watch(job, [(watching[name], plugins[name].NEEDS_DATA) for name in watching], data=data)
+    return {
+        name: watching[name].finish() if name in watching else plugin.score(job) for name, plugin in plugins.items()
+    }
+
+
+def _watch(job: ScoreJob, observers: list[tuple[Observer, bool]], *, data: bool) -> None:
+    """Send the batches through the blocks once, under the eyes of all observers."""
+    stream, tokens = job.stream()
+    hidden, calls = stream.start(tokens) if data else ([], [])
+    job.skeleton.free_rest()
+    seeing = [observer for observer, wants in observers if wants]
+    for info in job.trace.blocks:
+        block = job.skeleton.load_block(info.index)
+        with ExitStack() as stack:
+            for observer, _ in observers:
+                stack.enter_context(observer.open(block, info))
+            for place, call in enumerate(calls):
+                with torch.no_grad():
+                    leaving = stream.run_block(info.index, hidden[place], call[info.index])
+                _show(seeing, info, hidden[place], leaving)
+                hidden[place] = leaving
+        for observer, _ in observers:
+            observer.close(block, info)
+        job.skeleton.free(block)
+
+
+@torch.no_grad()
+def _show(observers: list[Observer], info: BlockTrace, entering: Tensor, leaving: Tensor) -> None:
+    for observer in observers:
+        observer.see(info, entering, leaving)
 
 
 def candidates_for(trace: ModelTrace, bits: tuple[int, ...], group_size: int) -> dict[str, tuple[LinearSpec, ...]]:
@@ -60,14 +153,24 @@ def rounding_errors(
         yield spec, result.codes.dequantize() - weight
 
 
-def relative_error(weight: Tensor, error: Tensor) -> float:
-    """`|dW|^2 / |W|^2`."""
-    return float(error.square().sum() / weight.square().sum().clamp_min(1e-30))
+def layers_from_importance(job: ScoreJob, importance: Callable[[LinearInfo], float]) -> tuple[LayerScore, ...]:
+    """Turn a unitless importance of each linear into damage: times the distortion of Gaussian weights at each width.
+
+    `importance(linear)` must not be negative. The table, not the weights, gives the shape over the widths, so
+    that a measure which costs nothing does not cost a rounding of every linear at every width.
+    """
+    layers = []
+    for linear in job.trace.linears:
+        if linear.name in job.candidates:
+            value = importance(linear)
+            candidates = tuple(
+                Candidate(spec=spec, damage=value * gaussian_distortion(spec)) for spec in job.candidates[linear.name]
+            )
+            layers.append(LayerScore(linear=linear.name, importance=value, candidates=candidates))
+    return tuple(layers)
 
 
-def score_from_importance(job: ScoreJob, linear: LinearInfo, weight: Tensor, importance: float) -> LayerScore:
-    """Turn a unitless importance into damage: importance times the relative error of each candidate."""
-    candidates = []
-    for spec, error in rounding_errors(job, linear, weight):
-        candidates.append(Candidate(spec=spec, damage=importance * relative_error(weight, error)))
-    return LayerScore(linear=linear.name, importance=importance, candidates=tuple(candidates))
+def layers_from_blocks(job: ScoreJob, importance: Sequence[float]) -> tuple[LayerScore, ...]:
+    """`layers_from_importance` where every linear has the importance of its block; `importance[i]` of block `i`."""
+    block_of = {linear.name: info.index for info in job.trace.blocks for linear in info.linears}
+    return layers_from_importance(job, lambda linear: importance[block_of[linear.name]])

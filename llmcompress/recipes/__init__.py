@@ -9,8 +9,9 @@ from pydantic import Field, ValidationError
 
 from llmcompress.errors import InputError
 from llmcompress.files import parse_yaml
+from llmcompress.options import ScorerOptions
 from llmcompress.plugins import nearest
-from llmcompress.types import Noun, QuantizerOptions, ScorerOptions
+from llmcompress.types import Noun, QuantizerOptions
 
 SUFFIX = ".yaml"
 

@@ -155,7 +155,7 @@ def test_json_is_one_document_and_quiet_is_quiet(llama: Path, run: Run, tmp_path
 def test_scores_can_be_planned_without_the_model(llama: Path, run: Run, tmp_path: Path) -> None:
     scored = run("score", llama, "--recipe", "fast", "-o", "scores.json", "--json")
     assert scored.returncode == 0, scored.stderr
-    assert len(json.loads(scored.stdout)) == 1
+    assert len(json.loads(scored.stdout)["scores"]) == 1
     found = run("plan", "scores.json", "--budget", "3.7bits", "-o", "plan.json", "--frontier")
     assert found.returncode == 0, found.stderr
     assert "q_proj+k_proj+v_proj" in found.stdout
@@ -171,11 +171,11 @@ def test_scores_can_be_planned_without_the_model(llama: Path, run: Run, tmp_path
 def test_planning_from_a_damaged_file_names_the_place(run: Run, llama: Path, tmp_path: Path) -> None:
     run("score", llama, "--recipe", "fast", "-o", "scores.json")
     document = json.loads((tmp_path / "scores.json").read_text())
-    document["scores"]["layers"][0]["candidates"][0]["damage"] = -1
+    document["scores"][0]["layers"][0]["candidates"][0]["damage"] = -1
     (tmp_path / "scores.json").write_text(json.dumps(document))
     found = run("plan", "scores.json", "--budget", "4bits")
     assert found.returncode == 2
-    assert "scores.layers.0.candidates.0.damage" in found.stderr
+    assert "scores.0.layers.0.candidates.0.damage" in found.stderr
 
 
 @pytest.mark.parametrize("what", ["scorers", "quantizers", "recipes", "formats", "models"])

@@ -1,47 +1,26 @@
-"""The contract every scorer keeps, and the numbers each must give on inputs with a known answer."""
+"""The contract every scorer keeps, and the damage measures against the whole model."""
 
-import math
 from pathlib import Path
 
 import pytest
 import torch
 from scipy import stats
+from scoring_help import PACKAGE, job_for, scored
 
 from llmcompress.compress.quantizers import rtn
-from llmcompress.compress.scorers.lim import modification
-from llmcompress.compress.scorers.zd import z_share
-from llmcompress.compress.scoring import ScoreJob, candidates_for
+from llmcompress.compress.scoring import ScoreJob, run_scorers
 from llmcompress.model.skeleton import Skeleton
 from llmcompress.model.stream import BlockStream
 from llmcompress.model.text import Batches
-from llmcompress.model.trace import trace
 from llmcompress.plugins import available, find
-from llmcompress.types import LayerScore, LinearSpec, ScorerOptions
-
-PACKAGE = "llmcompress.compress.scorers"
-
-
-def job_for(folder: Path, **options: str) -> ScoreJob:
-    skeleton = Skeleton.open(folder)
-    traced = trace(skeleton)
-    tokens = torch.randint(96, (6, 24), generator=torch.Generator().manual_seed(0))
-    return ScoreJob(
-        skeleton=skeleton,
-        trace=traced,
-        batches=Batches(tokens, "random", "none"),
-        candidates=candidates_for(traced, (2, 3, 4), 64),
-        scale_dtype=torch.bfloat16,
-        quantizer=rtn,
-        options=ScorerOptions.model_validate(options),
-        batch_size=4,
-    )
+from llmcompress.types import LayerScore, LinearSpec
 
 
 @pytest.mark.parametrize("name", available(PACKAGE))
 def test_contract(name: str, llama: Path) -> None:
     scorer = find(PACKAGE, name)
     job = job_for(llama)
-    layers: tuple[LayerScore, ...] = scorer.score(job)
+    layers: tuple[LayerScore, ...] = run_scorers((name,), job)[name].layers
     assert scorer.UNIT in ("nats/token", "proxy loss", "unitless")
     assert [layer.linear for layer in layers] == [x.name for x in job.trace.linears]
     for layer in layers:
@@ -50,46 +29,8 @@ def test_contract(name: str, llama: Path) -> None:
         assert damages == sorted(damages, reverse=True)
         assert damages[0] > 0
         assert (layer.importance is not None) == (scorer.UNIT == "unitless")
-    assert scorer.score(job_for(llama)) == layers
-
-
-@pytest.mark.parametrize("mode", ["token", "flat"])
-def test_lim_of_known_blocks(mode: str) -> None:
-    hidden = torch.randn(3, 10, 16, generator=torch.Generator().manual_seed(0))
-    assert modification(hidden, hidden, mode=mode).tolist() == pytest.approx([-1.0] * 3)
-    assert modification(hidden, -hidden, mode=mode).tolist() == pytest.approx([1.0] * 3)
-    turned = torch.stack([hidden[..., 1::2], -hidden[..., ::2]], -1).flatten(-2)
-    turned = torch.stack([-hidden[..., 1::2], hidden[..., ::2]], -1).flatten(-2)  # a quarter turn of every pair
-    assert modification(hidden, hidden + turned, mode=mode).tolist() == pytest.approx([-1 / math.sqrt(2)] * 3)
-    assert torch.allclose(modification(hidden, hidden + turned), modification(7 * hidden, 7 * (hidden + turned)))
-
-
-def test_lim_skips_the_first_token_when_asked() -> None:
-    before = torch.ones(1, 4, 8)
-    after = before.clone()
-    after[:, 0] = -100
-    assert modification(before, after, skip_first=True).item() == pytest.approx(-1.0)
-    assert modification(before, after, skip_first=False).item() == pytest.approx(-0.5)
-    assert modification(before, after, mode="flat", skip_first=False).item() == pytest.approx(
-        776 / math.sqrt(32 * 80_024)
-    )
-
-
-def test_zd_of_known_distributions() -> None:
-    generator = torch.Generator().manual_seed(0)
-    normal = torch.randn(2_000_000, generator=generator) * 3 + 5
-    uniform = torch.rand(2_000_000, generator=generator) * 4 - 1
-    assert z_share([normal]) == pytest.approx(0.15866, abs=1e-3)
-    assert z_share([normal], two_sided=True) == pytest.approx(0.31731, abs=1e-3)
-    assert z_share([uniform]) == pytest.approx((1 - 1 / math.sqrt(3)) / 2, abs=1e-3)
-    spikes = torch.cat([torch.zeros(900), torch.full((100,), 4.0)])
-    assert z_share([spikes[:500], spikes[500:]]) == pytest.approx(0.1)
-
-
-def test_zd_sides_are_an_option(llama: Path) -> None:
-    scorer = find(PACKAGE, "zd")
-    one, two = scorer.score(job_for(llama)), scorer.score(job_for(llama, zd_sides="two"))
-    assert one[0].importance != two[0].importance
+    assert hasattr(scorer, "observer") != hasattr(scorer, "score")
+    assert scored(llama, name).layers == layers
 
 
 def test_hessian_score_is_the_mean_squared_output_error(llama: Path) -> None:
@@ -97,7 +38,7 @@ def test_hessian_score_is_the_mean_squared_output_error(llama: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     job = job_for(llama)
-    layers = {layer.linear: layer for layer in find(PACKAGE, "hessian").score(job)}
+    layers = {layer.linear: layer for layer in scored(llama, "hessian").layers}
     model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
     name = job.trace.blocks[1].linears[0].name
     seen = []
@@ -130,7 +71,7 @@ def test_fisher_predicts_measured_kl(llama: Path) -> None:
         quantizer=rtn,
         batch_size=16,
     )
-    layers = find(PACKAGE, "fisher").score(job)
+    layers = find(PACKAGE, "fisher").score(job).layers
     model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
     with torch.no_grad():
         before = torch.log_softmax(model(tokens).logits.double(), -1)

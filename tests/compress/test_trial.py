@@ -8,7 +8,8 @@ from test_allocate import allocate, toy_trace
 
 from llmcompress.compress.allocate.budget import parse_budget
 from llmcompress.compress.allocate.spend import narrower_widths, with_widths
-from llmcompress.compress.pipeline import make_plan, open_model, score
+from llmcompress.compress.pipeline import open_model, score
+from llmcompress.compress.planning import make_plan
 from llmcompress.compress.quantizers import gptq, rtn
 from llmcompress.compress.trial import TrialJob, measure_allocations
 from llmcompress.model.hub import Source

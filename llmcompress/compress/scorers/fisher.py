@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress.compress.observe import collect_hessians, module_of, weight_of
-from llmcompress.compress.scoring import ScoreJob, rounding_errors
+from llmcompress.compress.scoring import Measured, ScoreJob, rounding_errors
 from llmcompress.model.stream import BlockStream
 from llmcompress.types import BlockTrace, Candidate, LayerScore, LinearSpec, Unit
 
@@ -69,7 +69,7 @@ def _measuring(
             handle.remove()
 
 
-def score(job: ScoreJob) -> tuple[LayerScore, ...]:
+def score(job: ScoreJob) -> Measured:
     """Score every linear and candidate in nats per token."""
     stream, tokens = job.stream()
     generator = torch.Generator().manual_seed(job.seed)
@@ -104,7 +104,7 @@ def score(job: ScoreJob) -> tuple[LayerScore, ...]:
         entering.pop()
         found[info.index] = _layers(info, errors, damages, count)
         job.skeleton.free(block)
-    return tuple(layer for index in sorted(found) for layer in found[index])
+    return Measured(tuple(layer for index in sorted(found) for layer in found[index]))
 
 
 def _prepare(

@@ -3,40 +3,46 @@
 Local to the linear: it does not know how much the model's output depends on it.
 """
 
-from functools import partial
+from contextlib import AbstractContextManager
+
+from torch import nn
 
 from llmcompress.compress.grid import proxy_loss
-from llmcompress.compress.observe import collect_hessians, weight_of
-from llmcompress.compress.scoring import ScoreJob, rounding_errors
-from llmcompress.types import Candidate, LayerScore, Unit
+from llmcompress.compress.observe import HessianSums, watching_inputs, weight_of
+from llmcompress.compress.scoring import Measured, Observer, ScoreJob, rounding_errors
+from llmcompress.types import BlockTrace, Candidate, LayerScore, Unit
 
 UNIT: Unit = "proxy loss"
 NEEDS_DATA = True
 
 
-def score(job: ScoreJob) -> tuple[LayerScore, ...]:
-    """Score every linear and candidate on the full-precision model's inputs."""
-    stream, tokens = job.stream()
-    hidden, calls = stream.start(tokens)
-    job.skeleton.free_rest()
-    found = []
-    for info in job.trace.blocks:
-        block = job.skeleton.load_block(info.index)
+class _ProxyLoss(Observer):
+    """Sums `x x^T` while a block runs, then rounds its linears."""
 
-        runs = [
-            partial(stream.run_block, info.index, entering, call[info.index])
-            for entering, call in zip(hidden, calls, strict=True)
-        ]
-        hessians, hidden = collect_hessians(block, info, runs)
+    def __init__(self, job: ScoreJob) -> None:
+        super().__init__(job)
+        self.layers: list[LayerScore] = []
+
+    def open(self, block: nn.Module, info: BlockTrace) -> AbstractContextManager[object]:
+        self.sums = HessianSums()
+        return watching_inputs(block, info, self.sums.add)
+
+    def close(self, block: nn.Module, info: BlockTrace) -> None:
+        hessians = self.sums.means()
         for linear in info.linears:
-            if linear.name not in job.candidates:
+            if linear.name not in self.job.candidates:
                 continue
-            weight = weight_of(block, info, linear)
-            candidates = []
-            hessian = hessians[linear.shared_input]
-            for spec, error in rounding_errors(job, linear, weight.contiguous(), hessian):
-                loss = proxy_loss(weight, weight + error, hessian)
-                candidates.append(Candidate(spec=spec, damage=max(loss, 0.0)))
-            found.append(LayerScore(linear=linear.name, candidates=tuple(candidates)))
-        job.skeleton.free(block)
-    return tuple(found)
+            weight, hessian = weight_of(block, info, linear).contiguous(), hessians[linear.shared_input]
+            candidates = tuple(
+                Candidate(spec=spec, damage=max(proxy_loss(weight, weight + error, hessian), 0.0))
+                for spec, error in rounding_errors(self.job, linear, weight, hessian)
+            )
+            self.layers.append(LayerScore(linear=linear.name, candidates=candidates))
+
+    def finish(self) -> Measured:
+        return Measured(tuple(self.layers))
+
+
+def observer(job: ScoreJob) -> Observer:
+    """Score every linear and candidate on the full-precision model's inputs."""
+    return _ProxyLoss(job)

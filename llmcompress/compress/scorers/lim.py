@@ -1,17 +1,16 @@
 """LIM, layer input modification (arXiv 2406.17415): minus the cosine between what enters and leaves a block.
 
 In `[-1, 1]`; larger means the block changes its input more. The importance given is `1 + LIM`, so that
-a block that changes nothing counts nothing. Options: `lim_mode` `token` (cosine per token, then mean) or
-`flat` (one cosine per sequence, tokens and features flattened); `lim_skip_first` leaves out position 0,
+a block that changes nothing counts nothing. Options: `lim.mode` `token` (cosine per token, then mean) or
+`flat` (one cosine per sequence, tokens and features flattened); `lim.skip_first` leaves out position 0,
 whose huge norm in attention-sink models hides the rest.
 """
 
 import torch
 from torch import Tensor
 
-from llmcompress.compress.observe import weight_of
-from llmcompress.compress.scoring import ScoreJob, score_from_importance
-from llmcompress.types import LayerScore, Unit
+from llmcompress.compress.scoring import Measured, Observer, ScoreJob, layers_from_blocks
+from llmcompress.types import BlockTrace, Series, Unit
 
 UNIT: Unit = "unitless"
 NEEDS_DATA = True
@@ -26,26 +25,24 @@ def modification(entering: Tensor, leaving: Tensor, *, mode: str = "token", skip
     return -torch.cosine_similarity(before, after, dim=-1).mean(-1)
 
 
-def score(job: ScoreJob) -> tuple[LayerScore, ...]:
+class _Modification(Observer):
+    """Keeps the mean LIM of each block."""
+
+    def __init__(self, job: ScoreJob) -> None:
+        super().__init__(job)
+        self.found: dict[int, list[Tensor]] = {}
+
+    def see(self, info: BlockTrace, entering: Tensor, leaving: Tensor) -> None:
+        options = self.job.options.lim
+        values = modification(entering, leaving, mode=options.mode, skip_first=options.skip_first)
+        self.found.setdefault(info.index, []).append(values)
+
+    def finish(self) -> Measured:
+        lim = tuple(float(torch.cat(self.found[index]).mean()) for index in sorted(self.found))
+        importance = [max(1.0 + value, 0.0) for value in lim]
+        return Measured(layers_from_blocks(self.job, importance), (Series(name="lim", values=lim),))
+
+
+def observer(job: ScoreJob) -> Observer:
     """Score every linear by the LIM of its block, measured on the full-precision model."""
-    stream, tokens = job.stream()
-    hidden, calls = stream.start(tokens)
-    job.skeleton.free_rest()
-    found = []
-    for info in job.trace.blocks:
-        block = job.skeleton.load_block(info.index)
-        values = []
-        for place, call in enumerate(calls):
-            with torch.no_grad():
-                leaving = stream.run_block(info.index, hidden[place], call[info.index])
-            values.append(
-                modification(hidden[place], leaving, mode=job.options.lim_mode, skip_first=job.options.lim_skip_first)
-            )
-            hidden[place] = leaving
-        importance = 1.0 + float(torch.cat(values).mean())
-        for linear in info.linears:
-            if linear.name in job.candidates:
-                weight = weight_of(block, info, linear)
-                found.append(score_from_importance(job, linear, weight, max(importance, 0.0)))
-        job.skeleton.free(block)
-    return tuple(found)
+    return _Modification(job)

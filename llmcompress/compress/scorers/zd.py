@@ -1,15 +1,17 @@
 """ZD, z-score distribution (arXiv 2406.17415): share of a block's weights more than one deviation above the mean.
 
 Data-free. A *smaller* share is taken as more important, so the importance given is its inverse.
-Option `zd_sides`: `one` counts `z > 1`, `two` counts `|z| > 1`.
+Option `zd.sides`: `one` counts `z > 1`, `two` counts `|z| > 1`.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmcompress.compress.observe import weight_of
-from llmcompress.compress.scoring import ScoreJob, score_from_importance
-from llmcompress.types import LayerScore, Unit
+from llmcompress.compress.scoring import Measured, Observer, ScoreJob, layers_from_blocks
+from llmcompress.types import BlockTrace, Series, Unit
 
 UNIT: Unit = "unitless"
 NEEDS_DATA = False
@@ -23,17 +25,23 @@ def z_share(weights: list[Tensor], *, two_sided: bool = False) -> float:
     return float(beyond.double().mean())
 
 
-def score(job: ScoreJob) -> tuple[LayerScore, ...]:
+class _ZScores(Observer):
+    """Keeps the ZD of each block."""
+
+    def __init__(self, job: ScoreJob) -> None:
+        super().__init__(job)
+        self.shares: list[float] = []
+
+    def open(self, block: nn.Module, info: BlockTrace) -> AbstractContextManager[object]:
+        weights = [weight_of(block, info, linear) for linear in info.linears]
+        self.shares.append(z_share(weights, two_sided=self.job.options.zd.sides == "two") if weights else 1.0)
+        return nullcontext()
+
+    def finish(self) -> Measured:
+        importance = [1.0 / max(share, 1e-6) for share in self.shares]
+        return Measured(layers_from_blocks(self.job, importance), (Series(name="zd", values=tuple(self.shares)),))
+
+
+def observer(job: ScoreJob) -> Observer:
     """Score every linear by the ZD of its block."""
-    found = []
-    for info in job.trace.blocks:
-        block = job.skeleton.load_block(info.index)
-        weights = {linear.name: weight_of(block, info, linear) for linear in info.linears}
-        if weights:
-            share = z_share(list(weights.values()), two_sided=job.options.zd_sides == "two")
-            importance = 1.0 / max(share, 1e-6)
-            for linear in info.linears:
-                if linear.name in job.candidates:
-                    found.append(score_from_importance(job, linear, weights[linear.name], importance))
-        job.skeleton.free(block)
-    return tuple(found)
+    return _ZScores(job)

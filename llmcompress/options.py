@@ -1,0 +1,136 @@
+"""What scorers may be told: one part per method, named after its file.
+
+A recipe sets them as `score.lim.mode: flat` or on the command line as `--set score.lim.mode=flat`. Every
+option is read by the method of that name; an unknown one is refused.
+"""
+
+from typing import Literal
+
+from pydantic import Field
+
+from llmcompress.types import Noun
+
+
+class LimOptions(Noun):
+    """`mode`: one cosine per token, then the mean; or one per sequence, tokens and features flattened."""
+
+    mode: Literal["token", "flat"] = "token"
+    skip_first: bool = True
+
+
+class ZdOptions(Noun):
+    """`sides`: count `z > 1`, or `|z| > 1`."""
+
+    sides: Literal["one", "two"] = "one"
+
+
+class RdpOptions(Noun):
+    """`points`: mean over tokens, the last token, or token by token; `space`: what distances are taken in.
+
+    `counts` are the numbers of breakpoints that vote, `beta` the share of the vote in the hybrid score,
+    `keep` the number of breakpoints selected (a third of the blocks where not given).
+    """
+
+    space: Literal["raw", "unit", "rms", "drop_top_dims"] = "unit"
+    points: Literal["mean", "last", "token"] = "mean"
+    score: Literal["hybrid", "vote", "velocity"] = "hybrid"
+    beta: float = Field(default=0.5, ge=0, le=1)
+    counts: tuple[int, ...] = (1, 2, 3, 4, 5, 6)
+    keep: int | None = Field(default=None, ge=1)
+    skip_first: bool = True
+
+
+class BlockInfluenceOptions(Noun):
+    """`distance`: `1 - cos` (ShortGPT) or `arccos(cos) / pi`; `tokens`: all, or the last of each sequence."""
+
+    distance: Literal["cosine", "angular"] = "cosine"
+    tokens: Literal["all", "last"] = "all"
+
+
+class VoidsOptions(Noun):
+    """`alpha` scales the range a change of norm must reach; `phase` is the usage taken as importance.
+
+    The generation phase is seen on `prompts` prompts of `prompt_tokens` tokens, continued by `new_tokens`
+    tokens that the model itself prefers; 0 leaves it out.
+    """
+
+    alpha: float = Field(default=0.8, ge=0)
+    skip_first: bool = True
+    from_embedding: bool = True
+    phase: Literal["prompt", "generation"] = "prompt"
+    prompts: int = Field(default=8, ge=1)
+    prompt_tokens: int = Field(default=16, ge=2)
+    new_tokens: int = Field(default=8, ge=0)
+
+
+class DepthOptions(Noun):
+    """`effect` of skipping a block: on the output, on later blocks, or on later blocks at later positions."""
+
+    effect: Literal["output", "current", "future"] = "output"
+    statistic: Literal["mean", "max"] = "mean"
+    samples: int = Field(default=4, ge=1)
+    tokens: int = Field(default=64, ge=4)
+
+
+class HtsrOptions(Noun):
+    """`metric` of a weight's spectrum, where its tail begins, and whether a block's linears share one value."""
+
+    metric: Literal["alpha", "alpha_hat", "erg"] = "alpha"
+    tail: Literal["ks", "mid", "peak"] = "ks"
+    pool: Literal["linear", "block"] = "linear"
+
+
+class KurtosisOptions(Noun):
+    """Excess kurtosis `of` what each linear reads, or of its weights along the input axis."""
+
+    of: Literal["inputs", "weights"] = "inputs"
+
+
+class ArankOptions(Noun):
+    """`rank` of attention maps: the entropy of their singular values, or the exact rank."""
+
+    rank: Literal["effective", "exact"] = "effective"
+    samples: int = Field(default=4, ge=1)
+    tokens: int = Field(default=64, ge=4)
+
+
+class FisherOptions(Noun):
+    """How gradients and output changes are combined, and whose labels the gradients are for.
+
+    `reduce`: `sum` of squares over outputs, `dot` product per token, or `sequence`: one dot product over all
+    tokens. `labels`: drawn from the `model` (true Fisher) or the `data` (empirical). `draws` of labels.
+    """
+
+    reduce: Literal["sum", "dot", "sequence"] = "sum"
+    labels: Literal["model", "data"] = "model"
+    draws: int = Field(default=1, ge=1)
+
+
+class SwapOptions(Noun):
+    """Measured scores (`kl`, `working_point`, `noise`, `adaquant_delta`): how much text, and around what.
+
+    `base_bits` is the uniform width swaps are made around (the one nearest to the budget where not given, or
+    the middle of the candidates where there is no budget). `noise` is the relative size of injected noise.
+    """
+
+    samples: int = Field(default=16, ge=2)
+    tokens: int = Field(default=256, ge=8)
+    base_bits: int | None = Field(default=None, ge=2, le=8)
+    noise: float = Field(default=0.1, gt=0, le=1)
+    memory_mb: int = Field(default=2048, ge=1)
+
+
+class ScorerOptions(Noun):
+    """The options of every scorer; each reads its own part."""
+
+    lim: LimOptions = LimOptions()
+    zd: ZdOptions = ZdOptions()
+    rdp: RdpOptions = RdpOptions()
+    block_influence: BlockInfluenceOptions = BlockInfluenceOptions()
+    voids: VoidsOptions = VoidsOptions()
+    depth: DepthOptions = DepthOptions()
+    htsr: HtsrOptions = HtsrOptions()
+    kurtosis: KurtosisOptions = KurtosisOptions()
+    arank: ArankOptions = ArankOptions()
+    fisher: FisherOptions = FisherOptions()
+    swaps: SwapOptions = SwapOptions()
