@@ -107,16 +107,18 @@ class FisherOptions(Noun):
 
 
 class SwapOptions(Noun):
-    """Measured scores (`kl`, `working_point`, `noise`, `adaquant_delta`): how much text, and around what.
+    """Measured scores (`kl`, `working_point`, `noise`, `adaquant_delta`) and exchange: how much text, around what.
 
     `base_bits` is the uniform width swaps are made around (the one nearest to the budget where not given, or
-    the middle of the candidates where there is no budget). `noise` is the relative size of injected noise.
+    the middle of the candidates where there is no budget). `noise` is the relative size of injected noise,
+    `proposals` the exchanges measured per round, `memory_mb` what hidden states of swaps may take.
     """
 
     samples: int = Field(default=16, ge=2)
     tokens: int = Field(default=256, ge=8)
     base_bits: int | None = Field(default=None, ge=2, le=8)
     noise: float = Field(default=0.1, gt=0, le=1)
+    proposals: int = Field(default=32, ge=1)
     memory_mb: int = Field(default=2048, ge=1)
 
 

@@ -94,17 +94,27 @@ class BlockTrace(Noun):
 
 
 class ModelTrace(Noun):
-    """The traced model: its blocks and the size of everything else."""
+    """The traced model: its blocks, the head where it is a linear of its own, and the size of everything else.
+
+    `head` is the linear outside the blocks that makes the logits. One tied to the input embedding has no weight
+    of its own: it is None, and stays at the source precision.
+    """
 
     model_type: str
     blocks: tuple[BlockTrace, ...]
+    head: LinearInfo | None = None
     parameters: int
-    other_bytes: int  # tensors in the checkpoint that belong to no traced linear
+    other_bytes: int  # tensors in the checkpoint that belong to no linear of the blocks
     untraced_share: float  # of the weights inside the blocks, e.g. fused experts
 
     @property
     def linears(self) -> tuple[LinearInfo, ...]:
         return tuple(linear for block in self.blocks for linear in block.linears)
+
+    @property
+    def every(self) -> tuple[LinearInfo, ...]:
+        """The linears of the blocks and the head."""
+        return self.linears if self.head is None else (*self.linears, self.head)
 
 
 class Candidate(Noun):
@@ -215,12 +225,34 @@ class QuantizerOptions(Noun):
 
 
 class Trial(Noun):
-    """One allocation carried out on calibration text, and the KL divergence it really gave, nats per token."""
+    """One allocation carried out on calibration text, and the KL divergence it really gave, nats per token.
 
+    `standard_error` is over sequences; `upper` is the bound that a damage limit was held against, in its own unit.
+    """
+
+    label: str
     widths: tuple[int, ...]
     bits_per_weight: float
     expected_damage: float
     measured_kld: float
+    standard_error: float | None = None
+    upper: float | None = None
+
+
+class Move(Noun):
+    """One unit's width before and after an exchange."""
+
+    unit: str
+    before: int
+    after: int
+
+
+class Exchange(Noun):
+    """Moves made together within the budget, and the change of KL they measured, nats per token."""
+
+    moves: tuple[Move, ...]
+    change: float
+    standard_error: float
 
 
 class Plan(Noun):
@@ -232,10 +264,12 @@ class Plan(Noun):
     calibration: str
     calibration_digest: str
     scorer: str
+    program: str = "integer"
     quantizer: str
     options: QuantizerOptions
     allocation: BitAllocation
     trials: tuple[Trial, ...] = ()
+    exchanges: tuple[Exchange, ...] = ()
     seed: int
     batch_size: int
 
@@ -254,7 +288,10 @@ class LinearOutcome(Noun):
 
 
 class BlockOutcome(Noun):
-    """What became of one block; `shard` is its file in the output."""
+    """What became of one block; `shard` is its file in the output.
+
+    A quantized head is a step like a block, numbered after the last of them.
+    """
 
     block: int
     shard: str

@@ -33,6 +33,11 @@ TORCHLESS = (
     "eval.statistics",
     "compress.allocate.integer",
     "compress.allocate.budget",
+    "compress.allocate.order",
+    "compress.allocate.quadratic",
+    "compress.allocate.ratio",
+    "compress.allocate.spend",
+    "compress.allocate.sweep",
     "model.header",
 )
 FORBIDDEN_WORDS = ("NotImplementedError", "TODO", "FIXME")

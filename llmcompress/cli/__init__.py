@@ -11,9 +11,10 @@ import click
 from llmcompress import __version__
 from llmcompress.cli.judge import eval_command, verify_command
 from llmcompress.cli.look import env_command, inspect_command, list_command
+from llmcompress.cli.planning import plan_command
 from llmcompress.cli.quantize import quantize_command
 from llmcompress.cli.say import tell_bug, tell_error
-from llmcompress.cli.scoring import plan_command, score_command
+from llmcompress.cli.scoring import score_command
 from llmcompress.errors import CompressError, Interrupted, MachineError
 
 COMMANDS = (

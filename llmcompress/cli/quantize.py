@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from llmcompress.cli.options import pick_device, read_recipe, recipe_options, speaking
+from llmcompress.cli.planning import SCORES, read_scores
 from llmcompress.cli.progress import BlockProgress
 from llmcompress.cli.say import Speaker, command_line, megabytes
 
@@ -22,6 +23,7 @@ def default_output(model: str, budget: str) -> Path:
 @click.argument("model")
 @click.option("--budget", required=True, help="3.5bits (linears), 3.5bits/file (whole checkpoint), 4.2GB, 300MiB.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Default: MODEL-BUDGET in this folder.")
+@SCORES
 @recipe_options
 @click.option("--dry-run", is_flag=True, help="Print sizes and needs, write nothing.")
 @click.option("--force", is_flag=True, help="Replace an existing output, atomically, once the new one is complete.")
@@ -44,9 +46,13 @@ def quantize_command(model: str, budget: str, output: Path | None, speaker: Spea
 
 def _request(model: str, budget: str, output: Path | None, flags: dict[str, Any]) -> Any:
     from llmcompress.compress.allocate.budget import parse_budget
+    from llmcompress.errors import InputError
 
     recipe = read_recipe(flags["recipe"], flags["changes"], flags["calibration"], flags["seed"])
     spent = parse_budget(budget)
+    if spent.measured:
+        raise InputError(f"budget {spent.text}: quantize takes no limit of damage", "give a budget in bits or bytes")
+    scores = None if flags["scores_path"] is None else read_scores(flags["scores_path"])
     from llmcompress.compress.journal import check_output
     from llmcompress.model.hub import resolve
 
@@ -64,6 +70,7 @@ def _request(model: str, budget: str, output: Path | None, flags: dict[str, Any]
         command=command_line(),
         force=flags["force"],
         restart=flags["restart"],
+        scores=scores,
     )
 
 

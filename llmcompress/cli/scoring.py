@@ -1,38 +1,53 @@
-"""`llmcompress score` and `llmcompress plan`."""
+"""`llmcompress score`: what each width of each linear is expected to cost."""
 
 from pathlib import Path
 from typing import Any
 
 import click
 
+from llmcompress.cli.drawing import say_lines, say_table, score_figures, terminal_bars, write_pictures
 from llmcompress.cli.options import pick_device, read_recipe, recipe_options, speaking
-from llmcompress.cli.say import Speaker, megabytes
+from llmcompress.cli.say import Speaker
+
+PICTURES = click.option(
+    "--pictures",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Write SVG pictures, and a page with all of them, into this folder.",
+)
 
 
 @click.command("score")
 @click.argument("model")
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Where to write scores.json.")
 @click.option("--scorer", "scorers", multiple=True, help="Repeatable. Default: the recipe's.")
+@PICTURES
 @recipe_options
 @speaking
 def score_command(model: str, output: Path | None, scorers: tuple[str, ...], speaker: Speaker, **flags: Any) -> None:
-    """Score the linears of MODEL: what each candidate width is expected to cost."""
+    """Score the linears of MODEL: what each candidate width is expected to cost.
+
+    Prints the damage at one width in the middle, block by block; every width of every linear with -v.
+    """
     recipe = read_recipe(flags["recipe"], flags["changes"], flags["calibration"], flags["seed"])
     found = _score(model, recipe, flags["device"], speaker, scorers)
-    for scores in found.scores:
-        _tell_scores(scores, speaker)
     if output is not None:
-        _write(output, found, speaker)
-    speaker.result(found.model_dump(mode="json"))
+        write_json(output, found, speaker)
+    if flags["pictures"] is not None:
+        write_pictures(flags["pictures"], f"Scores of {found.model}", score_figures(found), speaker)
+    for scores in found.scores:
+        _tell_scores(found.trace, scores, speaker)
+    if speaker.json:
+        speaker.result(found.model_dump(mode="json"))
 
 
-def _score(model: str, recipe: Any, device: str | None, speaker: Speaker, scorers: tuple[str, ...] = ()) -> Any:
+def _score(model: str, recipe: Any, device: str | None, speaker: Speaker, scorers: tuple[str, ...]) -> Any:
     from llmcompress.compress.scoring import SCORERS
     from llmcompress.model.hub import resolve
     from llmcompress.plugins import find
 
     source = resolve(model)
-    names = scorers or (recipe.scorer,)
+    names = tuple(dict.fromkeys(scorers)) or (recipe.scorer,)
     for name in names:
         find(SCORERS, name)
     from llmcompress.compress.pipeline import score_file
@@ -41,108 +56,97 @@ def _score(model: str, recipe: Any, device: str | None, speaker: Speaker, scorer
     return score_file(source, recipe, pick_device(device), names)
 
 
-def _write(output: Path, value: Any, speaker: Speaker) -> None:
+def write_json(output: Path, value: Any, speaker: Speaker) -> None:
+    """Write a noun as a stage file, and say so."""
     from llmcompress.files import commit_json
 
     commit_json(output, value.model_dump(mode="json"))
     speaker.talk(f"written to {output}")
 
 
-def _tell_scores(scores: Any, speaker: Speaker) -> None:
+def _tell_scores(trace: Any, scores: Any, speaker: Speaker) -> None:
+    if speaker.json:
+        return
+    if speaker.verbose:
+        _tell_every_width(scores, speaker)
+    else:
+        _tell_middle_width(trace, scores, speaker)
+    _tell_series(trace, scores, speaker)
+
+
+def _tell_every_width(scores: Any, speaker: Speaker) -> None:
     widths = sorted({c.spec.bits for layer in scores.layers for c in layer.candidates})
+    has = any(layer.importance is not None for layer in scores.layers)
     rows = []
     for layer in scores.layers:
         damages = {c.spec.bits: c.damage for c in layer.candidates}
-        first = [] if layer.importance is None else [f"{layer.importance:.4g}"]
+        first = [] if not has else ["-" if layer.importance is None else f"{layer.importance:.4g}"]
         rows.append([layer.linear, *first, *(f"{damages[b]:.3g}" if b in damages else "-" for b in widths)])
-    has = any(layer.importance is not None for layer in scores.layers)
     columns = ["linear", *(["importance"] if has else []), *(f"{bits} bits" for bits in widths)]
-    speaker.table(f"{scores.scorer}: expected damage, {scores.unit}", columns, rows)
+    say_table(speaker, f"{scores.scorer}: expected damage, {scores.unit}", columns, rows)
 
 
-@click.command("plan")
-@click.argument("model")
-@click.option("--budget", required=True, help="As for quantize.")
-@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Where to write the allocation.")
-@click.option("--frontier", is_flag=True, help="Also print bits against expected damage over the whole range.")
-@recipe_options
-@speaking
-def plan_command(model: str, budget: str, output: Path | None, frontier: bool, speaker: Speaker, **flags: Any) -> None:
-    """Spend a budget: decide the width of every linear of MODEL, or of a scores.json."""
-    from llmcompress.compress.allocate.budget import parse_budget
+def middle_width(scores: Any) -> int:
+    """The candidate width nearest to the middle of all candidate widths, the smaller of two; 0 without candidates."""
+    from statistics import median
 
-    spent = parse_budget(budget)
-    found = _scores_of(model, flags, speaker)
-    allocation = _spend(found, spent)
-    _tell_allocation(found, allocation, speaker)
-    document = {"allocation": allocation.model_dump(mode="json")}
-    if frontier:
-        document["frontier"] = _frontier(found, speaker)
-    if output is not None:
-        _write(output, allocation, speaker)
-    speaker.result(document)
+    widths = sorted({c.spec.bits for layer in scores.layers for c in layer.candidates})
+    return min(widths, key=lambda bits: (abs(bits - median(widths)), bits)) if widths else 0
 
 
-def _scores_of(model: str, flags: dict[str, Any], speaker: Speaker) -> Any:
-    from llmcompress.types import ScoreFile
+def _tell_middle_width(trace: Any, scores: Any, speaker: Speaker) -> None:
+    """A line for each block, a column for each kind of linear; one column where a block's linears are all alike."""
+    from llmcompress.pictures.columns import columns_of
 
-    path = Path(model)
-    if path.suffix == ".json" and path.is_file():
-        return ScoreFile.parse(path.read_bytes(), path.name)
-    recipe = read_recipe(flags["recipe"], flags["changes"], flags["calibration"], flags["seed"])
-    return _score(model, recipe, flags["device"], speaker)
-
-
-def _spend(found: Any, budget: Any) -> Any:
-    from llmcompress.compress.allocate.spend import spend
-
-    widths = {x.name: (x.rows, x.columns) for x in found.trace.linears}
-
-    def file_bytes(specs: Any) -> int:
-        return int(found.other_bytes + sum(spec.storage_bits(*widths[name]) for name, spec in specs.items()) // 8)
-
-    return spend(found.trace, found.scores[0], budget, group_size=found.group_size, file_bytes=file_bytes)
+    bits, columns = middle_width(scores), columns_of(trace)
+    words = {layer.linear: _damage(layer, bits) for layer in scores.layers}
+    rows = []
+    for block in trace.blocks:
+        found = {columns.kind_of[x.name]: words.get(x.name, "-") for x in block.linears}
+        rows.append([str(block.index), *(found.get(kind, "-") for kind in columns.kinds)])
+    kinds = list(columns.kinds)
+    if kinds and all(len(set(row[1:])) == 1 for row in rows):
+        kinds, rows = ["each linear"], [row[:2] for row in rows]
+    title = f"{scores.scorer}: expected damage at {bits} bits, {scores.unit} (every width with -v)"
+    say_table(speaker, title, ["block", *kinds], rows)
+    if trace.head is not None and trace.head.name in words:
+        say_lines(speaker, [f"head {trace.head.name}: {words[trace.head.name]}", ""])
 
 
-def _tell_allocation(found: Any, allocation: Any, speaker: Speaker) -> None:
-    specs = {a.linear: a.spec for a in allocation.assigned}
-    for block in found.trace.blocks:
-        units: dict[str, list[Any]] = {}
-        for linear in block.linears:
-            units.setdefault(linear.unit, []).append(linear)
-        parts = []
-        for members in units.values():
-            spec = specs.get(members[0].name)
-            names = "+".join(linear.name.rsplit(".", 1)[-1] for linear in members)
-            parts.append(f"{names} {spec.bits if spec else 'kept'}")
-        if not speaker.json:
-            speaker.result(None, [f"{block.name}  " + "  ".join(parts)])
-    proof = "optimal" if allocation.status == "optimal" else f"within {allocation.gap:.2%} of optimal"
-    if not speaker.json:
-        speaker.result(
-            None,
-            [
-                f"linears {allocation.bits_per_weight:.4f} bits per weight, checkpoint "
-                f"{allocation.file_bits_per_weight:.4f}, {megabytes(allocation.file_bytes)}; "
-                f"expected damage {allocation.expected_damage:.4g} {found.scores[0].unit}; {proof}",
-                *([f"under the budget: {allocation.under_budget_reason}"] if allocation.under_budget_reason else []),
-            ],
-        )
+def _damage(layer: Any, bits: int) -> str:
+    """The damage of a linear at a width, or at its own nearest width, which is then named."""
+    if not layer.candidates:
+        return "-"
+    near = min(layer.candidates, key=lambda c: (abs(c.spec.bits - bits), c.spec.bits))
+    return f"{near.damage:.3g}" + ("" if near.spec.bits == bits else f" at {near.spec.bits}")
 
 
-def _frontier(found: Any, speaker: Speaker) -> list[dict[str, float]]:
-    from llmcompress.compress.allocate.budget import parse_budget
-    from llmcompress.errors import InputError
+def _tell_series(trace: Any, scores: Any, speaker: Speaker) -> None:
+    """Figures per block or per point, those of one length in one table; usage and breakpoints also in words."""
+    from llmcompress.pictures.terminal import void_map_lines
+    from llmcompress.pictures.trajectory import breakpoint_words, path_of
+    from llmcompress.pictures.voidmap import PREFIX, usage_of, void_words
 
-    points: list[dict[str, float]] = []
-    for tenths in range(20, 86, 5):
-        try:
-            allocation = _spend(found, parse_budget(f"{tenths / 10}bits"))
-        except InputError:
-            continue  # below the smallest formats
-        point = {"bits_per_weight": allocation.bits_per_weight, "expected_damage": allocation.expected_damage}
-        if not points or point != points[-1]:
-            points.append(point)
-    rows = [[f"{p['bits_per_weight']:.4f}", f"{p['expected_damage']:.4g}"] for p in points]
-    speaker.table("frontier", ["bits per weight", f"expected damage, {found.scores[0].unit}"], rows)
-    return points
+    usage, path = usage_of(scores.series), path_of(scores.series)
+    drawn = {PREFIX + phase for phase in usage}
+    tables: dict[int, list[Any]] = {}
+    for series in scores.series:
+        variant = series.name.startswith("selected ") and not speaker.verbose
+        if series.name not in drawn and not variant:
+            tables.setdefault(len(series.values), []).append(series)
+    blocks = len(trace.blocks)
+    for length, group in tables.items():
+        place = {blocks: "block", blocks + 1: "point"}.get(length, "number")
+        rows = [[str(at), *(_figure(series.name, series.values[at]) for series in group)] for at in range(length)]
+        say_table(speaker, f"{scores.scorer}, by {place}", [place, *(series.name for series in group)], rows)
+    if usage:
+        title = f"{scores.scorer}: share of tokens for which a block is active"
+        say_lines(speaker, [title, *void_map_lines(usage, bars=terminal_bars(speaker)), *void_words(usage), ""])
+    if path:
+        say_lines(speaker, [breakpoint_words(path), ""])
+
+
+def _figure(name: str, value: float) -> str:
+    if name.partition(" ")[0] == "selected":
+        return "yes" if value > 0 else "-"
+    return f"{value:.4g}"

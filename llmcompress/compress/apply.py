@@ -5,17 +5,17 @@ Law: advance with what was stored. The next block sees exactly the weights a rea
 
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from types import ModuleType
 
 import torch
 from safetensors.torch import load_file, save
-from torch import Tensor, nn
+from torch import Tensor
 
 from llmcompress.compress.exporters.compressed_tensors import packed_tensors
 from llmcompress.compress.grid import Codes, proxy_loss
+from llmcompress.compress.head import head_hessian
 from llmcompress.compress.journal import CommitRecord, Journal
 from llmcompress.compress.observe import collect_hessians, install_weight, weight_of
 from llmcompress.compress.output import specs_of
@@ -25,7 +25,7 @@ from llmcompress.model.checkpoint import TORCH_DTYPES, read_tensor
 from llmcompress.model.skeleton import Skeleton
 from llmcompress.model.stream import BlockCall, BlockStream
 from llmcompress.plugins import find
-from llmcompress.types import BlockOutcome, BlockTrace, Fallback, LinearOutcome, ModelTrace, Plan
+from llmcompress.types import BlockOutcome, BlockTrace, Fallback, LinearInfo, LinearOutcome, ModelTrace, Plan
 
 QUANTIZERS = "llmcompress.compress.quantizers"
 
@@ -44,6 +44,12 @@ class ApplyJob:
     shards: ShardMap
     batches: list[Tensor]
     probe: Tensor
+
+    @property
+    def parts(self) -> tuple[BlockTrace | LinearInfo, ...]:
+        """What is quantized, a step each: the blocks, then the head where it is to be."""
+        head = self.shards.head
+        return self.trace.blocks if head is None else (*self.trace.blocks, head)
 
 
 @dataclass
@@ -66,9 +72,9 @@ class Chain:
 
 
 def apply(job: ApplyJob, journal: Journal) -> Iterator[BlockOutcome]:
-    """Carry out `job.plan`. Yields one outcome per block; safe to kill and call again.
+    """Carry out `job.plan`. Yields one outcome per block, and one for a quantized head; safe to kill and call again.
 
-    Finished blocks are not repeated: their outcomes are yielded marked `resumed`.
+    Finished steps are not repeated: their outcomes are yielded marked `resumed`.
     """
     done = journal.committed()
     journal.prepare()
@@ -78,15 +84,20 @@ def apply(job: ApplyJob, journal: Journal) -> Iterator[BlockOutcome]:
     for record in done[1:]:
         if record.outcome is not None:
             yield record.outcome.model_copy(update={"resumed": True})
-    chain = start_chain(job)
     first = max(len(done) - 1, 0)
+    if first == len(job.parts):
+        return
+    chain = start_chain(job)
     if first:
         chain.hidden = load_hidden(journal, first, job.skeleton.device)
-    for info in job.trace.blocks[first:]:
-        outcome, shard_digest = quantize_block(job, chain, info, journal)
-        hidden_digest = save_hidden(journal, info.index + 1, chain.hidden)
+    for step, part in enumerate(job.parts[first:], first + 1):
+        if isinstance(part, BlockTrace):
+            outcome, shard_digest = quantize_block(job, chain, part, journal)
+        else:
+            outcome, shard_digest = quantize_head(job, chain, part, journal)
+        hidden_digest = save_hidden(journal, step, chain.hidden)
         record = CommitRecord(
-            step=info.index + 1,
+            step=step,
             shard=outcome.shard,
             shard_digest=shard_digest,
             hidden_digest=hidden_digest,
@@ -108,10 +119,14 @@ def start_chain(job: ApplyJob) -> Chain:
 
 
 def finished_logits(job: ApplyJob, journal: Journal) -> Tensor:
-    """Logits of the probe after the last block, float32 `(1, tokens, vocabulary)`."""
-    hidden = load_hidden(journal, len(job.trace.blocks), job.skeleton.device)
-    job.skeleton.load_rest()
-    logits = BlockStream(job.skeleton).leave(job.probe, hidden[-1])
+    """Logits of the probe after the last step, float32 `(1, tokens, vocabulary)`."""
+    hidden = load_hidden(journal, len(job.parts), job.skeleton.device)
+    if job.shards.head is not None:
+        return hidden[-1]
+    stream = BlockStream(job.skeleton)
+    stream.start([job.probe])  # learns what the blocks of this family return
+    job.skeleton.free(job.skeleton.blocks[0])
+    logits = stream.leave(job.probe, hidden[-1])
     job.skeleton.free_rest()
     return logits
 
@@ -143,7 +158,6 @@ def quantize_block(job: ApplyJob, chain: Chain, info: BlockTrace, journal: Journ
     """Quantize the linears of one block, write its shard and advance the chain through what was stored."""
     began = time.monotonic()
     block = job.skeleton.load_block(info.index)
-    quantizer = find(QUANTIZERS, job.plan.quantizer)
     hessians: dict[int, Tensor] = {}
     if job.batches:
         runs = [partial(chain.forward, place, info.index) for place in range(len(job.batches))]
@@ -152,15 +166,15 @@ def quantize_block(job: ApplyJob, chain: Chain, info: BlockTrace, journal: Journ
     for linear in info.linears:
         if job.plan.spec_of(linear.name) is None:
             continue
-        codes, outcome, notes = _quantize_linear(job, quantizer, block, info=info, name=linear.name, hessians=hessians)
+        weight = weight_of(block, info, linear).contiguous()
+        codes, outcome, notes = _quantize_linear(job, linear, weight, hessian=hessians.get(linear.shared_input))
+        install_weight(block, info, linear, codes.dequantize())
         packed[linear.tensor] = packed_tensors(linear, codes)
         outcomes.append(outcome)
         fallbacks += [Fallback(where=linear.name, reason=note) for note in notes]
     chain.advance(info.index)
     job.skeleton.free(block)
-    shard = job.shards.name(info.index + 1)
-    layout = job.shards.layout(info.index + 1, specs_of(job.plan))
-    digest = write_shard(journal.partial / shard, layout, _block_tensors(job, info, packed))
+    shard, digest = _write_shard(job, info.index + 1, packed, journal)
     seconds = time.monotonic() - began
     return (
         BlockOutcome(
@@ -170,35 +184,52 @@ def quantize_block(job: ApplyJob, chain: Chain, info: BlockTrace, journal: Journ
     )
 
 
+@torch.no_grad()
+def quantize_head(job: ApplyJob, chain: Chain, head: LinearInfo, journal: Journal) -> tuple[BlockOutcome, str]:
+    """Quantize the head on what the quantized blocks give it to read, and write its shard, the last one.
+
+    The chain ends here: what remains of its hidden states are the probe's logits under the stored head.
+    """
+    began = time.monotonic()
+    job.skeleton.load_rest()
+    module = job.skeleton.model.get_submodule(head.name)
+    target = module.weight
+    hessian = head_hessian(module, chain.stream, job.batches, chain.hidden[:-1])
+    codes, outcome, notes = _quantize_linear(job, head, target.detach(), hessian=hessian)
+    target.copy_(codes.dequantize())
+    chain.hidden = [chain.stream.leave(job.probe, chain.hidden[-1])]
+    job.skeleton.free_rest()
+    step = len(job.parts)
+    shard, digest = _write_shard(job, step, {head.tensor: packed_tensors(head, codes)}, journal)
+    fallbacks = tuple(Fallback(where=head.name, reason=note) for note in notes)
+    seconds = time.monotonic() - began
+    return BlockOutcome(block=step - 1, shard=shard, linears=(outcome,), fallbacks=fallbacks, seconds=seconds), digest
+
+
 def _quantize_linear(
-    job: ApplyJob,
-    quantizer: ModuleType,
-    block: nn.Module,
-    *,
-    info: BlockTrace,
-    name: str,
-    hessians: dict[int, Tensor],
+    job: ApplyJob, linear: LinearInfo, weight: Tensor, *, hessian: Tensor | None
 ) -> tuple[Codes, LinearOutcome, tuple[str, ...]]:
-    linear = next(x for x in info.linears if x.name == name)
-    spec = job.plan.spec_of(name)
-    weight = weight_of(block, info, linear).contiguous()
-    hessian = hessians.get(linear.shared_input)
+    """The codes of a weight `(rows, columns)`, what they cost, and what the quantizer has to say."""
     dtype = TORCH_DTYPES[job.shards.scale_dtype]
+    quantizer, spec = find(QUANTIZERS, job.plan.quantizer), job.plan.spec_of(linear.name)
     result = quantizer.quantize(weight, hessian, spec, options=job.plan.options, dtype=dtype)
     stored = result.codes.dequantize()
     measure = hessian if hessian is not None else torch.eye(linear.columns, device=weight.device)
     loss = proxy_loss(weight, stored, measure)
     whole = proxy_loss(torch.zeros_like(weight), weight, measure)
-    install_weight(block, info, linear, stored)
     outcome = LinearOutcome(
-        linear=name, bits=result.codes.spec.bits, proxy_loss=loss, relative_loss=loss / max(whole, 1e-30)
+        linear=linear.name, bits=result.codes.spec.bits, proxy_loss=loss, relative_loss=loss / max(whole, 1e-30)
     )
     return result.codes, outcome, result.fallbacks
 
 
-def _block_tensors(job: ApplyJob, info: BlockTrace, packed: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors of a block's shard: packed linears, everything else byte for byte."""
+def _write_shard(
+    job: ApplyJob, place: int, packed: Mapping[str, dict[str, Tensor]], journal: Journal
+) -> tuple[str, str]:
+    """Write shard `place`: packed linears, everything else byte for byte; returns its file name and digest."""
     tensors: dict[str, Tensor] = {}
-    for name in job.shards.shards[info.index + 1]:
+    for name in job.shards.shards[place]:
         tensors |= packed.get(name) or {name: read_tensor(job.shards.entries[name])}
-    return tensors
+    shard = job.shards.name(place)
+    digest = write_shard(journal.partial / shard, job.shards.layout(place, specs_of(job.plan)), tensors)
+    return shard, digest

@@ -40,7 +40,7 @@ def _extreme(opened: Opened, *, largest: bool) -> dict[str, LinearSpec]:
 
 def forecast(opened: Opened, recipe: Recipe, budget: Budget) -> Forecast:
     """Header arithmetic only: no weight is read. Raises InputError for a budget below the smallest formats."""
-    linears = [x for x in opened.trace.linears if x.name in opened.candidates]
+    linears = [x for x in opened.trace.every if x.name in opened.candidates]
     weights = sum(x.weights for x in linears)
     totals = []
     for largest in (False, True):
@@ -104,6 +104,9 @@ def _peak_memory(opened: Opened, recipe: Recipe, hidden: int) -> int:
     vocabulary = int(opened.skeleton.config.get_text_config().vocab_size)
     logits = recipe.calibration.batch_size * recipe.calibration.sequence_length * vocabulary * FLOAT_BYTES * 3
     applying = block * 2 * FLOAT_BYTES + hessians * FLOAT_BYTES * 3 + hidden * 3
+    head = opened.shards.head
+    if head is not None:  # copies of its weight while it is rounded, its Hessian, logits of a batch
+        applying = max(applying, (head.weights * 3 + head.columns**2 * 3) * FLOAT_BYTES + hidden * 2 + logits)
     return BASE_BYTES + rest * FLOAT_BYTES + max(applying, block * FLOAT_BYTES + scoring + stored + logits)
 
 

@@ -48,7 +48,7 @@ def round_to_grid(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
     return torch.clamp(torch.round(weight / scale) + half, 0, 2 * half - 1)
 
 
-def _stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
+def stored_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Round scales to the dtype they are stored in; a group of zeros gets 1, no scale becomes 0 or infinite."""
     limits = torch.finfo(dtype)
     rounded = scale.clamp(-limits.max, limits.max).to(dtype)
@@ -90,13 +90,13 @@ def _search(
     groups: Tensor, bits: int, dtype: torch.dtype, *, clips: tuple[float, ...], importance: Tensor | None
 ) -> Tensor:
     full = full_range_scale(groups, bits)
-    best = _stored(full, dtype)
+    best = stored_scale(full, dtype)
     if len(clips) == 1:
         return best
     lowest = torch.full_like(full, torch.inf)
     half = 1 << (bits - 1)
     for shrink in clips:
-        scale = _stored(full * shrink, dtype)
+        scale = stored_scale(full * shrink, dtype)
         wide = scale.to(groups.dtype)[..., None]
         error = (round_to_grid(groups, wide, bits) - half) * wide - groups
         squared = error.square() if importance is None else error.square() * importance

@@ -170,7 +170,7 @@ def _front_matter(origin: Origin) -> str:
 def _width_rows(story: Story) -> str:
     """Weights by code width, as table rows."""
     widths: dict[int, int] = {}
-    for linear in story.trace.linears:
+    for linear in story.trace.every:
         spec = story.plan.spec_of(linear.name)
         if spec is not None:
             widths[spec.bits] = widths.get(spec.bits, 0) + linear.weights
@@ -190,11 +190,19 @@ def _opens_with(story: Story) -> str:
     )
 
 
+def _remarks(story: Story) -> list[str]:
+    """What a reader of the figures should know besides."""
+    head, kept = story.trace.head, story.plan.allocation.kept
+    spec = None if head is None else story.plan.spec_of(head.name)
+    said = [] if spec is None else [f"The output head is quantized as well, to {spec.bits} bits."]
+    return [*said, f"{len(kept)} linear(s) are left at the source precision."] if kept else said
+
+
 def model_card(story: Story) -> str:
     """The README.md of the output, with front matter the model hub understands."""
     plan, origin, allocation = story.plan, story.origin, story.plan.allocation
     revision = f" at revision `{origin.revision}`" if origin.revision else ""
-    kept = f"{len(allocation.kept)} linear(s) are left at the source precision." if allocation.kept else ""
+    kept = " ".join(_remarks(story))
     return f"""---
 {_front_matter(origin)}---
 

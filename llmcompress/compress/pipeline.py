@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress.compress.allocate.budget import Budget
-from llmcompress.compress.scoring import SCORERS, ScoreJob, candidates_for, run_scorers
+from llmcompress.compress.candidates import resolve
+from llmcompress.compress.scoring import SCORERS, ScoreJob, run_scorers
 from llmcompress.compress.shards import ShardMap, shard_map
 from llmcompress.model.checkpoint import TORCH_DTYPES
 from llmcompress.model.hub import Source
@@ -23,7 +24,7 @@ from llmcompress.recipes import Recipe
 from llmcompress.types import LinearSpec, ModelTrace, ScoreFile, Scores
 
 QUANTIZERS = "llmcompress.compress.quantizers"
-WORKING_SCORERS = ("working_point", "adaquant_delta")  # their figures depend on a base width
+WORKING_SCORERS = ("working_point",)  # their figures depend on a base width
 PROBE_TOKENS = 32
 
 
@@ -44,8 +45,11 @@ class Opened:
         return digest_source(scan(self.skeleton.files), self.skeleton.files.config)
 
 
-def open_model(source: Source, recipe: Recipe, device: str) -> Opened:
-    """Validate, build and trace a model. Raises InputError."""
+def open_model(source: Source, recipe: Recipe, device: str, *, whole_file: bool = False) -> Opened:
+    """Validate, build and trace a model. Raises InputError.
+
+    With `whole_file` the budget counts every byte of the checkpoint, and the head may be quantized for it.
+    """
     skeleton = Skeleton.open(source.path, device)
     text_config = skeleton.config.get_text_config()
     check_tokenizer(source.path, int(text_config.vocab_size))
@@ -53,19 +57,20 @@ def open_model(source: Source, recipe: Recipe, device: str) -> Opened:
     files = skeleton.files
     halves = sum(1 for entry in files.tensors.values() if entry.dtype == "F16")
     scale_dtype = "F16" if halves * 2 > len(files.tensors) else "BF16"
+    candidates = resolve(traced, recipe.plan, whole_file)
     return Opened(
         source=source,
         skeleton=skeleton,
         trace=traced,
-        shards=shard_map(skeleton, traced, scale_dtype),
-        candidates=candidates_for(traced, recipe.plan.bits, recipe.plan.group_size),
+        shards=shard_map(skeleton, traced, scale_dtype, quantized=candidates),
+        candidates=candidates,
         context_tokens=getattr(text_config, "max_position_embeddings", None),
         source_bytes=sum((source.path / name).stat().st_size for name in files.shards),
     )
 
 
 def outside_linears(skeleton: Skeleton) -> tuple[str, ...]:
-    """Linears outside the blocks (the head): never quantized, and named so in config.json."""
+    """Linears outside the blocks, the head among them: left alone and named so in config.json, unless planned."""
     inside = {id(module) for module in skeleton.blocks.modules()}
     return tuple(
         name

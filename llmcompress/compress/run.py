@@ -26,6 +26,7 @@ from llmcompress.compress.pipeline import (
     score,
 )
 from llmcompress.compress.planning import make_plan
+from llmcompress.compress.reuse import expected, reuse
 from llmcompress.compress.verify import Check, probe_of, read_record, require, verify
 from llmcompress.errors import InputError
 from llmcompress.files import commit_json
@@ -33,7 +34,7 @@ from llmcompress.model.checkpoint import folder_bytes
 from llmcompress.model.hub import Source
 from llmcompress.model.text import Batches
 from llmcompress.recipes import Recipe
-from llmcompress.types import BlockOutcome, Plan, Scores
+from llmcompress.types import BlockOutcome, Plan, ScoreFile, Scores
 
 SCORES_NAME = "scores.json"
 PLAN_NAME = "plan.json"
@@ -41,7 +42,7 @@ PLAN_NAME = "plan.json"
 
 @dataclass(frozen=True)
 class QuantizeRequest:
-    """Everything `quantize` was told. `command` is printed in the model card."""
+    """Everything `quantize` was told. `command` is printed in the model card; `scores` are taken instead of scoring."""
 
     source: Source
     output: Path
@@ -51,6 +52,7 @@ class QuantizeRequest:
     command: str
     force: bool = False
     restart: bool = False
+    scores: ScoreFile | None = None
 
 
 @dataclass(frozen=True)
@@ -109,13 +111,15 @@ def quantize(request: QuantizeRequest) -> Iterator[Event]:
     published = None if request.force else journal.published_request()
     check_output(request.output, request.source.path, request.force or published is not None)
     yield "opening"
-    opened = open_model(request.source, request.recipe, request.device)
+    whole_file = request.budget.kind in ("file", "bytes")
+    opened = open_model(request.source, request.recipe, request.device, whole_file=whole_file)
     needed = forecast(opened, request.recipe, request.budget)
     check_disk(needed, request.output)
     yield needed
     yield "reading weights and text"
     digest = opened.digest()
     batches = calibration(opened, request.recipe) if needs_data(request.recipe) else NO_DATA
+    _given(request, batches, digest)
     asked = request_of(opened, request.recipe, batches, digest, request.budget)
     with journal.locked():
         if published == asked:
@@ -144,7 +148,7 @@ def _locked(
         journal.record_request(asked, environment())
     elif changed := journal.changed_environment(environment()):
         yield Warned(f"going on with another {', '.join(changed)}: the result may differ in its last bits")
-    yield f"scoring with {request.recipe.scorer} and planning"
+    yield "planning" if request.scores else f"scoring with {request.recipe.scorer} and planning"
     plan = _plan(request, journal, opened, batches=batches, digest=digest)
     yield Planned(plan, opened)
     job = ApplyJob(
@@ -156,7 +160,7 @@ def _locked(
         probe=probe_tokens(opened, request.recipe.seed),
     )
     if going_on:
-        yield Resumed(max(len(journal.committed()) - 1, 0), len(opened.trace.blocks))
+        yield Resumed(max(len(journal.committed()) - 1, 0), len(opened.shards.shards) - 1)
     outcomes = []
     for outcome in apply(job, journal):
         outcomes.append(outcome)
@@ -176,11 +180,18 @@ def _plan(request: QuantizeRequest, journal: Journal, opened: Opened, *, batches
     if stored.exists():
         scores = Scores.parse(stored.read_bytes(), SCORES_NAME)
     else:
-        scores = score(opened, request.recipe, batches, digest)
+        scores = _given(request, batches, digest) or score(opened, request.recipe, batches, digest)
         commit_json(stored, scores.model_dump(mode="json"))
     plan = make_plan(opened, request.recipe, batches, scores, request.budget)
     commit_json(planned, plan.model_dump(mode="json"))
     return plan
+
+
+def _given(request: QuantizeRequest, batches: Batches, digest: str) -> Scores | None:
+    """The scores the user gave, None where there are none. Raises InputError where they belong to something else."""
+    if request.scores is None:
+        return None
+    return reuse(request.scores, request.recipe.scorer, expected(request.recipe, batches, digest))
 
 
 def _close(

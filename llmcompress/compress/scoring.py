@@ -13,7 +13,8 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from llmcompress.compress.grid import gaussian_distortion, group_size_for
+from llmcompress.compress.candidates import candidates_for as candidates_for
+from llmcompress.compress.grid import gaussian_distortion
 from llmcompress.compress.quantizers import rtn
 from llmcompress.model.skeleton import Skeleton
 from llmcompress.model.stream import BlockStream
@@ -126,16 +127,6 @@ def _watch(job: ScoreJob, observers: list[tuple[Observer, bool]], *, data: bool)
 def _show(observers: list[Observer], info: BlockTrace, entering: Tensor, leaving: Tensor) -> None:
     for observer in observers:
         observer.see(info, entering, leaving)
-
-
-def candidates_for(trace: ModelTrace, bits: tuple[int, ...], group_size: int) -> dict[str, tuple[LinearSpec, ...]]:
-    """The formats each linear could get; a linear whose width no group size divides gets none."""
-    found = {}
-    for linear in trace.linears:
-        size = group_size_for(linear.columns, group_size)
-        if size is not None:
-            found[linear.name] = tuple(LinearSpec(bits=width, group_size=size) for width in sorted(bits))
-    return found
 
 
 def rounding_errors(

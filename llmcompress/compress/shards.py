@@ -1,12 +1,13 @@
 """Which tensor goes into which shard, what a shard weighs before it exists, and writing one.
 
-Shard 1 holds everything outside the blocks, shard `i + 2` holds block `i`; their number is known from
-the start, so every shard is written once, under its final name.
+Shard 1 holds everything outside the blocks, shard `i + 2` holds block `i`; a head that is to be quantized
+has the last shard to itself. Their number is known from the start, so every shard is written once, under
+its final name.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,12 +26,16 @@ INDEX_NAME = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class ShardMap:
-    """The tensors of the source by the shard of the output they end up in, `[0]` for outside the blocks."""
+    """The tensors of the source by the shard of the output they end up in, `[0]` for outside the blocks.
+
+    `head` is the head where it is to be quantized: its weight is then the one tensor of the last shard.
+    """
 
     shards: tuple[tuple[str, ...], ...]
     entries: Mapping[str, TensorEntry]
     linears: Mapping[str, LinearInfo]  # by the name of their weight in the file
     scale_dtype: str
+    head: LinearInfo | None = None
 
     def name(self, shard: int) -> str:
         """File name of a shard."""
@@ -53,12 +58,16 @@ class ShardMap:
         return sum(shard_bytes(self.layout(shard, specs)) for shard in range(len(self.shards)))
 
 
-def shard_map(skeleton: Skeleton, trace: ModelTrace, scale_dtype: str) -> ShardMap:
-    """Assign the source's tensors to shards."""
+def shard_map(skeleton: Skeleton, trace: ModelTrace, scale_dtype: str, *, quantized: Container[str] = ()) -> ShardMap:
+    """Assign the source's tensors to shards; `quantized` names linears, and matters for the head alone."""
     rest = skeleton.rest_tensors()
     blocks = tuple(skeleton.block_tensors(index) for index in range(len(skeleton.blocks)))
-    linears = {linear.tensor: linear for linear in trace.linears}
-    return ShardMap((rest, *blocks), skeleton.files.tensors, linears, scale_dtype)
+    linears = {linear.tensor: linear for linear in trace.every}
+    head = trace.head
+    if head is None or head.name not in quantized:
+        return ShardMap((rest, *blocks), skeleton.files.tensors, linears, scale_dtype)
+    others = tuple(name for name in rest if name != head.tensor)
+    return ShardMap((others, *blocks, (head.tensor,)), skeleton.files.tensors, linears, scale_dtype, head)
 
 
 def _elements(shape: tuple[int, ...]) -> int:

@@ -4,72 +4,70 @@ All allocations share one pass over the checkpoint: each block is quantized once
 each keeps its own chain of hidden states, because the next block must see what came before it.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
+from llmcompress.compress.head import HeadView
+from llmcompress.compress.measuring import MeasureJob, Text, changed_weight, sequence_dnll, sequence_kld
 from llmcompress.compress.observe import collect_hessians, install_weight, weight_of
-from llmcompress.model.skeleton import Skeleton
 from llmcompress.model.stream import BlockCall, BlockStream
-from llmcompress.types import BitAllocation, BlockTrace, LinearSpec, ModelTrace, QuantizerOptions
+from llmcompress.types import BitAllocation, BlockTrace, LinearSpec
 
 
 @dataclass(frozen=True)
-class TrialJob:
-    """The model and the quantizer to try; `dtype` is that of stored scales."""
+class Damage:
+    """Of each allocation on each sequence, nats per token, float64 `(allocations, sequences)`.
 
-    skeleton: Skeleton
-    trace: ModelTrace
-    quantizer: ModuleType
-    options: QuantizerOptions
-    dtype: torch.dtype
+    `kld` is the KL divergence from the full-precision model, `dnll` the rise of the negative log-likelihood.
+    """
+
+    kld: Tensor
+    dnll: Tensor
 
 
-def measure_allocations(
-    job: TrialJob, allocations: list[BitAllocation], calibration: list[Tensor], held_out: list[Tensor]
-) -> list[float]:
-    """Mean KL divergence from the full-precision model on `held_out`, nats per token, for each allocation.
+def measure_allocations(job: MeasureJob, allocations: Sequence[BitAllocation], text: Text) -> Damage:
+    """Carry allocations out and compare them with the full-precision model.
 
-    Token batches are int64 `(batch, tokens)`; Hessians come from `calibration` alone.
+    Hessians come from `text.calibration` alone; sequences are those of `text.judging`.
     """
     stream = BlockStream(job.skeleton)
-    held_out = held_out or calibration
-    entered, calls = stream.start([*calibration, *held_out])
+    entered, calls = stream.start([*text.calibration, *text.judging])
     job.skeleton.free_rest()
+    cut = len(text.calibration)
     chains = [list(entered) for _ in allocations]
-    reference = list(entered)
+    reference = entered[cut:]
     tables = [{a.linear: a.spec for a in allocation.assigned} for allocation in allocations]
     for info in job.trace.blocks:
         for specs, hidden in zip(tables, chains, strict=True):
             block = job.skeleton.load_block(info.index)
-            runs = [
-                partial(stream.run_block, info.index, hidden[p], calls[p][info.index]) for p in range(len(calibration))
-            ]
-            hessians, _ = collect_hessians(block, info, runs)
+            runs = [partial(stream.run_block, info.index, hidden[p], calls[p][info.index]) for p in range(cut)]
+            hessians = collect_hessians(block, info, runs)[0] if job.quantizer.NEEDS_HESSIAN else {}
             _quantize(job, block, info, specs=specs, hessians=hessians)
             _advance(stream, info.index, hidden, calls)
         job.skeleton.load_block(info.index)
-        _advance(stream, info.index, reference, calls)
+        _advance(stream, info.index, reference, calls[cut:])
         job.skeleton.free(job.skeleton.blocks[info.index])
     job.skeleton.load_rest()
-    first = len(calibration)
-    measured = [_mean_kld(stream, held_out, reference[first:], hidden[first:]) for hidden in chains]
+    pairs = [
+        _damage(job, stream, text, reference=reference, hidden=hidden, specs=specs)
+        for specs, hidden in zip(tables, chains, strict=True)
+    ]
     job.skeleton.free_rest()
-    return measured
+    return Damage(torch.stack([kld for kld, _ in pairs]), torch.stack([dnll for _, dnll in pairs]))
 
 
 def _quantize(
-    job: TrialJob, block: nn.Module, info: BlockTrace, *, specs: dict[str, LinearSpec], hessians: dict[int, Tensor]
+    job: MeasureJob, block: nn.Module, info: BlockTrace, *, specs: Mapping[str, LinearSpec], hessians: dict[int, Tensor]
 ) -> None:
     for linear in info.linears:
         if linear.name in specs:
             weight = weight_of(block, info, linear).contiguous()
-            hessian = hessians.get(linear.shared_input)
-            result = job.quantizer.quantize(weight, hessian, specs[linear.name], options=job.options, dtype=job.dtype)
-            install_weight(block, info, linear, result.codes.dequantize())
+            stored = changed_weight(job, weight, hessians.get(linear.shared_input), specs[linear.name])
+            install_weight(block, info, linear, stored)
 
 
 @torch.no_grad()
@@ -79,11 +77,22 @@ def _advance(stream: BlockStream, index: int, hidden: list[Tensor], calls: list[
 
 
 @torch.no_grad()
-def _mean_kld(stream: BlockStream, batches: list[Tensor], reference: list[Tensor], hidden: list[Tensor]) -> float:
-    total, count = 0.0, 0
-    for tokens, left, right in zip(batches, reference, hidden, strict=True):
+def _damage(
+    job: MeasureJob,
+    stream: BlockStream,
+    text: Text,
+    *,
+    reference: list[Tensor],
+    hidden: list[Tensor],
+    specs: Mapping[str, LinearSpec],
+) -> tuple[Tensor, Tensor]:
+    cut = len(text.calibration)
+    head = HeadView(job, stream, text.calibration, hidden[:cut])
+    klds, dnlls = [], []
+    for tokens, left, right in zip(text.judging, reference, hidden[cut:], strict=True):
         p = torch.log_softmax(stream.leave(tokens, left), -1)
-        q = torch.log_softmax(stream.leave(tokens, right), -1)
-        total += float((p.exp() * (p - q)).sum(dtype=torch.float64))
-        count += tokens.numel()
-    return total / count
+        with head.as_in(specs):
+            q = torch.log_softmax(stream.leave(tokens, right), -1)
+        klds.append(sequence_kld(p, q).cpu())
+        dnlls.append(sequence_dnll(p, q, tokens).cpu())
+    return torch.cat(klds), torch.cat(dnlls)

@@ -2,7 +2,8 @@
 
 One short forward of each kind of block with every module watched. Linears that receive the very
 same tensor object form a shared-input group; those of one group under one parent module form a
-fused unit (`{q, k, v}`, `{gate, up}`), which serving runtimes store together.
+fused unit (`{q, k, v}`, `{gate, up}`), which serving runtimes store together. The head, which makes
+the logits, is a linear outside the blocks and a unit of its own.
 """
 
 from collections.abc import Iterable
@@ -125,11 +126,36 @@ def trace(skeleton: Skeleton) -> ModelTrace:
         infos = tuple(_linear_infos(skeleton, index, patterns[kind]))
         norms = tuple(NormFeed(shared_input=g, norm=n) for g, n in patterns[kind].norms)
         blocks.append(BlockTrace(index=index, name=skeleton.block_name(index), linears=infos, norms=norms))
+    head = _head(skeleton, stream, tokens, hidden[0])
     skeleton.free_rest()
-    return _model_trace(skeleton, tuple(blocks))
+    return _model_trace(skeleton, tuple(blocks), head)
 
 
-def _model_trace(skeleton: Skeleton, blocks: tuple[BlockTrace, ...]) -> ModelTrace:
+def _head(skeleton: Skeleton, stream: BlockStream, tokens: Tensor, hidden: Tensor) -> LinearInfo | None:
+    """The linear that makes the logits, if the model runs it and it has a weight of its own, one plain tensor."""
+    module = skeleton.model.get_output_embeddings()
+    name = next((name for name, found in skeleton.model.named_modules() if found is module), "")
+    weight = f"{name}.weight"
+    tied = skeleton.tied()
+    if not isinstance(module, nn.Linear) or name.startswith(skeleton.blocks_name + "."):
+        return None
+    if weight in tied or weight in tied.values():
+        return None
+    if skeleton.names.module_of.get(weight) != weight or weight in skeleton.names.converted:
+        return None  # under another name in the file: readers of packed tensors would not find it
+    read: list[Tensor] = []
+    handle = module.register_forward_pre_hook(lambda _, args: read.append(args[0]))
+    try:
+        stream.leave(tokens, hidden)
+    finally:
+        handle.remove()
+    rows, columns = module.weight.shape
+    if len(read) != 1 or read[0].shape[-1] != columns:
+        return None
+    return LinearInfo(name=name, tensor=weight, rows=rows, columns=columns, unit=name, shared_input=0)
+
+
+def _model_trace(skeleton: Skeleton, blocks: tuple[BlockTrace, ...], head: LinearInfo | None) -> ModelTrace:
     traced = {linear.tensor for block in blocks for linear in block.linears}
     weights = sum(linear.weights for block in blocks for linear in block.linears)
     inside = sum(p.numel() for p in skeleton.blocks.parameters() if p.ndim >= 2)
@@ -137,6 +163,7 @@ def _model_trace(skeleton: Skeleton, blocks: tuple[BlockTrace, ...]) -> ModelTra
     return ModelTrace(
         model_type=str(skeleton.config.model_type),
         blocks=blocks,
+        head=head,
         parameters=sum(p.numel() for p in skeleton.model.parameters()),
         other_bytes=other,
         untraced_share=1 - weights / inside if inside else 0.0,

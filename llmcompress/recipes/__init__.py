@@ -3,7 +3,7 @@
 import json
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
@@ -14,6 +14,7 @@ from llmcompress.plugins import nearest
 from llmcompress.types import Noun, QuantizerOptions
 
 SUFFIX = ".yaml"
+NAME_TABLES = ("plan.pin", "plan.candidates")  # their keys are names of linears
 
 
 class CalibrationPart(Noun):
@@ -27,11 +28,24 @@ class CalibrationPart(Noun):
 
 
 class PlanPart(Noun):
-    """The formats a linear may get; `trials` measures a few allocations before choosing one."""
+    """The formats a linear may get, and how one is chosen for each.
+
+    `program` spends the budget; `trials` carries a few other allocations out and takes the best; `exchange` is the
+    most rounds of measured exchange afterwards.
+
+    `pin` fixes the width of the linears a name stands for, `candidates` lists the widths they may have. A
+    name is a linear's full name, its last component, or a pattern (`*`, `?`, `[...]`) on the full name.
+    `head_bits` are the widths of the output head where the budget counts the whole file; empty leaves it alone.
+    """
 
     bits: tuple[int, ...] = (2, 3, 4, 5, 6, 8)
     group_size: int = Field(default=128, ge=32)
     trials: bool = True
+    program: Literal["integer", "quadratic", "order"] = "integer"
+    exchange: int = Field(default=0, ge=0)
+    pin: dict[str, int] = Field(default_factory=dict)
+    candidates: dict[str, tuple[int, ...]] = Field(default_factory=dict)
+    head_bits: tuple[int, ...] = (4, 6, 8)
 
 
 class Recipe(Noun):
@@ -86,13 +100,21 @@ def _apply_change(document: dict[str, Any], change: str) -> None:
     key, equals, value = change.partition("=")
     if not equals or not key.strip():
         raise InputError(f"--set {change}: write it as key=value", "for example --set plan.group_size=64")
-    *path, leaf = key.strip().split(".")
+    *path, leaf = _parts(key.strip())
     place = document
     for part in path:
         place = place.setdefault(part, {})
         if not isinstance(place, dict):
             raise InputError(f"--set {change}: {part} has no parts", "for example --set plan.group_size=64")
     place[leaf] = parse_yaml(value, f"--set {change}")
+
+
+def _parts(key: str) -> list[str]:
+    """The places a dotted key leads through; what follows a table of names is one name, dots and all."""
+    for table in NAME_TABLES:
+        if key.startswith(table + ".") and key != table + ".":
+            return [*table.split("."), key.removeprefix(table + ".")]
+    return key.split(".")
 
 
 def _keys(model: type[Noun] = Recipe, prefix: str = "") -> tuple[str, ...]:
@@ -115,7 +137,18 @@ def _validated(document: dict[str, Any], where: str) -> Recipe:
         hint = nearest(place, _keys()) if first["type"] == "extra_forbidden" else "see `llmcompress list recipes`"
         what = "no such key" if first["type"] == "extra_forbidden" else first["msg"]
         raise InputError(f"{where}: {place}: {what}", hint) from None
-    wrong = [bits for bits in recipe.plan.bits if not 2 <= bits <= 8]
-    if wrong or not recipe.plan.bits:
-        raise InputError(f"{where}: plan.bits: {wrong or 'empty'}", "give widths from 2 to 8, e.g. [2, 3, 4, 5, 6, 8]")
+    check_widths(recipe.plan, where)
     return recipe
+
+
+def check_widths(part: PlanPart, where: str) -> None:
+    """Raises InputError naming the key whose list of widths is empty, or holds one outside 2 to 8."""
+    lists = {"bits": part.bits, **{f"candidates.{name}": widths for name, widths in part.candidates.items()}}
+    lists |= {f"pin.{name}": (width,) for name, width in part.pin.items()}
+    if part.head_bits:
+        lists["head_bits"] = part.head_bits
+    for key, widths in lists.items():
+        wrong = [width for width in widths if not 2 <= width <= 8]
+        if wrong or not widths:
+            hint = "give widths from 2 to 8, e.g. [2, 3, 4, 5, 6, 8]"
+            raise InputError(f"{where}: plan.{key}: {wrong or 'empty'}", hint)

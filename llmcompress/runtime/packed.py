@@ -81,6 +81,8 @@ class PackedReader:
 
     def bits_of(self, stem: str) -> int:
         """Code width of a packed linear, from config.json; module and tensor names may differ by a prefix."""
+        if stem in self._bits:
+            return self._bits[stem]
         for target, bits in self._bits.items():
             if target == stem or target.endswith("." + stem) or stem.endswith("." + target):
                 return bits

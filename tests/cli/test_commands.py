@@ -162,7 +162,9 @@ def test_scores_can_be_planned_without_the_model(llama: Path, run: Run, tmp_path
     assert "frontier" in found.stdout
     from_scores = json.loads((tmp_path / "plan.json").read_text())
     direct = json.loads(run("plan", llama, "--recipe", "fast", "--budget", "3.7bits", "--json").stdout)["allocation"]
-    assert from_scores == direct
+    assert from_scores["assigned"] == direct["assigned"]
+    assert from_scores["storage_bits"] == direct["storage_bits"]
+    assert abs(from_scores["file_bytes"] - direct["file_bytes"]) < 200
     made = json.loads(run(*QUANTIZE[:1], llama, *QUANTIZE[3:], "--budget", "3.7bits", "--json").stdout)
     assert made["bits_per_weight"] == from_scores["bits_per_weight"]
     assert abs(made["shard_bytes"] - from_scores["file_bytes"]) < 200

@@ -199,7 +199,7 @@ def test_any_text_is_a_budget_or_an_input_error(text: str) -> None:
         assert parse_budget(text).amount >= 0
 
 
-@pytest.mark.parametrize("text", ["", "3.5", "bits", "-3bits", "17bits", "0bits", "3GB/file", "kld<=0.05", "3.5.1bits"])
+@pytest.mark.parametrize("text", ["", "3.5", "bits", "-3bits", "17bits", "0bits", "3GB/file", "3.5.1bits"])
 def test_bad_budgets_are_refused(text: str) -> None:
     with pytest.raises(InputError):
         parse_budget(text)

@@ -27,8 +27,9 @@ def test_contract(name: str, llama: Path) -> None:
         damages = [c.damage for c in sorted(layer.candidates, key=lambda c: c.spec.bits)]
         assert [c.spec.bits for c in layer.candidates] == [2, 3, 4]
         assert damages == sorted(damages, reverse=True)
-        assert damages[0] > 0
+        assert damages[0] > 0 or name == "working_point"  # where what is within the noise counts nothing
         assert (layer.importance is not None) == (scorer.UNIT == "unitless")
+    assert sum(layer.candidates[0].damage for layer in layers) > 0
     assert hasattr(scorer, "observer") != hasattr(scorer, "score")
     assert scored(llama, name).layers == layers
 

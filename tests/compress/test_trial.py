@@ -8,10 +8,12 @@ from test_allocate import allocate, toy_trace
 
 from llmcompress.compress.allocate.budget import parse_budget
 from llmcompress.compress.allocate.spend import narrower_widths, with_widths
+from llmcompress.compress.measuring import MeasureJob, Text
 from llmcompress.compress.pipeline import open_model, score
 from llmcompress.compress.planning import make_plan
 from llmcompress.compress.quantizers import gptq, rtn
-from llmcompress.compress.trial import TrialJob, measure_allocations
+from llmcompress.compress.trial import measure_allocations
+from llmcompress.errors import InputError
 from llmcompress.model.hub import Source
 from llmcompress.model.text import Batches
 from llmcompress.recipes import load_recipe
@@ -33,11 +35,10 @@ def test_measured_kl_equals_the_kl_of_the_quantized_model(llama: Path) -> None:
     opened = open_model(Source(llama, "llama"), load_recipe("default"), "cpu")
     names = [linear.name for linear in opened.trace.linears]
     _, some = allocate("3bits")
-    job = TrialJob(opened.skeleton, opened.trace, rtn, QuantizerOptions(), torch.bfloat16)
+    job = MeasureJob(opened.skeleton, opened.trace, rtn, QuantizerOptions(), torch.bfloat16)
     held = tokens(4, 1)
-    measured = measure_allocations(
-        job, [uniform(some, names, b) for b in (2, 3, 8)], [tokens(2, 0)], [held[:2], held[2:]]
-    )
+    text = Text([tokens(2, 0)], [held[:2], held[2:]])
+    measured = measure_allocations(job, [uniform(some, names, b) for b in (2, 3, 8)], text).kld.mean(1).tolist()
     assert measured[0] > measured[1] > measured[2] > 0
     model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
     with torch.no_grad():
@@ -56,12 +57,12 @@ def test_each_allocation_has_a_chain_of_its_own(llama: Path) -> None:
     opened = open_model(Source(llama, "llama"), load_recipe("default"), "cpu")
     names = [linear.name for linear in opened.trace.linears]
     _, some = allocate("3bits")
-    job = TrialJob(opened.skeleton, opened.trace, gptq, QuantizerOptions(), torch.bfloat16)
+    job = MeasureJob(opened.skeleton, opened.trace, gptq, QuantizerOptions(), torch.bfloat16)
     pair = [uniform(some, names, 2), uniform(some, names, 4)]
-    parts = [tokens(4, 0)], [tokens(2, 1)]
-    alone = [measure_allocations(job, [one], *parts)[0] for one in pair]
-    assert measure_allocations(job, pair, *parts) == pytest.approx(alone)
-    assert measure_allocations(job, pair[::-1], *parts) == pytest.approx(alone[::-1])
+    text = Text([tokens(4, 0)], [tokens(2, 1)])
+    alone = torch.cat([measure_allocations(job, [one], text).kld for one in pair])
+    assert torch.equal(measure_allocations(job, pair, text).kld, alone)
+    assert torch.equal(measure_allocations(job, pair[::-1], text).kld, alone.flip(0))
 
 
 def test_the_plan_takes_the_allocation_that_measured_best(llama: Path) -> None:
@@ -70,15 +71,44 @@ def test_the_plan_takes_the_allocation_that_measured_best(llama: Path) -> None:
     opened = open_model(Source(llama, "llama"), recipe, "cpu")
     batches = Batches(tokens(12, 3), "random", "none")
     scores = score(opened, recipe, batches, "digest")
-    plan = make_plan(opened, recipe, batches, scores, parse_budget("3.6bits"))
-    assert len(plan.trials) > 1
-    best = min(plan.trials, key=lambda trial: trial.measured_kld)
+    plan = make_plan(opened, recipe, batches, scores, parse_budget("3.8bits"))
+    contest = [t for t in plan.trials if t.label not in ("before exchange", "after exchange")]
+    labels = [trial.label for trial in contest]
+    assert labels[0] == "fisher, integer"
+    assert any(label.startswith("uniform 3") for label in labels)
+    assert any(label.startswith("lim order") for label in labels)
+    final = [t for t in plan.trials if t.label in ("before exchange", "after exchange")] or contest
+    best = min(final, key=lambda trial: trial.measured_kld)
     assert {a.spec.bits for a in plan.allocation.assigned} == set(best.widths)
     assert plan.allocation.expected_damage == best.expected_damage
+    if len(final) == 2:
+        assert plan.exchanges
+        assert final[0].expected_damage == min(contest, key=lambda t: t.measured_kld).expected_damage
+    assert plan.allocation.storage_bits <= plan.allocation.budget_bits
     untried = make_plan(
-        opened, load_recipe("default", (*sets, "plan.trials=false")), batches, scores, parse_budget("3.6bits")
+        opened, load_recipe("default", (*sets, "plan.trials=false")), batches, scores, parse_budget("3.8bits")
     )
     assert untried.trials == ()
+    assert untried.exchanges == ()
+
+
+@pytest.mark.parametrize("text", ["kld<=0.2", "ppl<=+20%"])
+def test_a_damage_limit_gives_the_smallest_plan_that_keeps_it(text: str, llama: Path) -> None:
+    recipe = load_recipe("default", ("calibration.score_samples=4", "plan.group_size=64"))
+    opened = open_model(Source(llama, "llama"), recipe, "cpu")
+    batches = Batches(tokens(16, 3), "random", "none")
+    scores = score(opened, recipe, batches, "digest")
+    plan = make_plan(opened, recipe, batches, scores, parse_budget(text))
+    limit = 0.2
+    assert len(plan.trials) <= 8
+    chosen = next(t for t in plan.trials if t.bits_per_weight == plan.allocation.bits_per_weight)
+    assert chosen.upper is not None
+    assert chosen.upper <= limit
+    assert all(t.upper > limit for t in plan.trials if t.bits_per_weight < chosen.bits_per_weight)  # type: ignore[operator]
+    assert plan.allocation.budget == text
+    assert plan.allocation.budget_bits == plan.allocation.storage_bits
+    with pytest.raises(InputError, match="cannot be met"):
+        make_plan(opened, recipe, batches, scores, parse_budget("kld<=0.000002"))
 
 
 def test_narrower_widths_are_adjacent_and_around_the_mean() -> None:

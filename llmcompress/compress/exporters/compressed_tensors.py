@@ -54,17 +54,24 @@ def packed_layout(linear: LinearInfo, spec: LinearSpec, scale_dtype: str) -> dic
     }
 
 
-def quantization_config(plan: Plan, trace: ModelTrace, unquantized: Iterable[str]) -> dict[str, Any]:
-    """The `quantization_config` section of config.json; `unquantized` are linears outside the blocks."""
+def _targets(plan: Plan, trace: ModelTrace) -> list[tuple[LinearSpec, list[str]]]:
+    """The linears of each format, narrowest first; the head comes last, in a group of its own."""
     by_spec: dict[LinearSpec, list[str]] = {}
     for linear in trace.linears:
         spec = plan.spec_of(linear.name)
         if spec is not None:
             by_spec.setdefault(spec, []).append(linear.name)
+    groups = sorted(by_spec.items(), key=lambda item: (item[0].bits, item[0].group_size))
+    head = None if trace.head is None else plan.spec_of(trace.head.name)
+    return groups if trace.head is None or head is None else [*groups, (head, [trace.head.name])]
+
+
+def quantization_config(plan: Plan, trace: ModelTrace, unquantized: Iterable[str]) -> dict[str, Any]:
+    """The `quantization_config` section of config.json; `unquantized` are linears outside the blocks."""
     groups = {}
-    for place, spec in enumerate(sorted(by_spec, key=lambda s: (s.bits, s.group_size))):
+    for place, (spec, targets) in enumerate(_targets(plan, trace)):
         groups[f"group_{place:02d}"] = {
-            "targets": by_spec[spec],
+            "targets": targets,
             "weights": {
                 "num_bits": spec.bits,
                 "type": "int",
@@ -77,12 +84,13 @@ def quantization_config(plan: Plan, trace: ModelTrace, unquantized: Iterable[str
             "output_activations": None,
             "format": "pack-quantized",
         }
+    alone = {name for name in unquantized if plan.spec_of(name) is None}
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": sorted([*unquantized, *(kept.linear for kept in plan.allocation.kept)]),
+        "ignore": sorted(alone | {kept.linear for kept in plan.allocation.kept}),
         "kv_cache_scheme": None,
     }
 

@@ -1,15 +1,19 @@
-"""Expected KL of rounding one linear, from gradients: `1/2 * mean over tokens of sum_o (g_o * dy_o)^2`.
+"""Expected KL of rounding, from gradients: `1/2 E (sum g dy)^2`, as much of the sum inside the square as asked for.
 
-`dW` is what the quantizer that will be used does to the weight, `dy = x dW^T` what that changes in the
-linear's output. `g` is the gradient of the log-likelihood of labels *sampled from the model* (the true
-Fisher, not the empirical one) with respect to that output. Cross terms between outputs and between tokens
-are dropped, as in ModelOpt's gradient score.
+`dW` is what the quantizer that will be used does to a weight, `dy = x dW^T` what that changes in its linear's
+output, `g` the gradient of the log-likelihood with respect to that output. Labels are drawn from the model (the
+true Fisher) or are the text's own next tokens (the empirical one). `score.fisher.reduce`:
 
-Memory is one block: a forward stores the hidden states that enter each block, then the blocks are
-visited last to first, each run again with gradients.
+- `sum`: squares of single products, as in ModelOpt's gradient score; no cross terms, least noise.
+- `dot`: products are added over the outputs of a fused unit first, token by token.
+- `sequence`: added over all tokens of a sequence as well: the exact quadratic form of the Fisher matrix, but one
+  number per sequence and draw of labels, so it needs many.
+
+Memory is one block: a forward stores the hidden states that enter each block, then the blocks are visited last
+to first, each run again with gradients.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -17,51 +21,100 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmcompress.compress.head import head_hessian
 from llmcompress.compress.observe import collect_hessians, module_of, weight_of
 from llmcompress.compress.scoring import Measured, ScoreJob, rounding_errors
-from llmcompress.model.stream import BlockStream
-from llmcompress.types import BlockTrace, Candidate, LayerScore, LinearSpec, Unit
+from llmcompress.model.stream import BlockCall, BlockStream
+from llmcompress.types import BlockTrace, Candidate, LayerScore, LinearInfo, LinearSpec, Unit
 
 UNIT: Unit = "nats/token"
 NEEDS_DATA = True
+CHUNK = 1 << 24  # output changes are computed about this many at a time
+
+Errors = dict[str, list[tuple[LinearSpec, Tensor]]]
 
 
-def output_gradient(stream: BlockStream, tokens: Tensor, hidden: Tensor, generator: torch.Generator) -> Tensor:
-    """Gradient, with respect to the last hidden states, of the summed loss of labels drawn from the model."""
+def output_gradient(
+    stream: BlockStream, tokens: Tensor, hidden: Tensor, generator: torch.Generator, labels: str = "model"
+) -> Tensor:
+    """Gradient, with respect to the last hidden states, of the summed loss of drawn labels or of the next tokens."""
     leaf = hidden.detach().requires_grad_(True)
     with torch.enable_grad():
-        logits = stream.logits_of(tokens, leaf).flatten(0, 1)
-        with torch.no_grad():
-            labels = torch.multinomial(torch.softmax(logits, -1).cpu(), 1, generator=generator).flatten()
-        loss = nn.functional.cross_entropy(logits, labels.to(logits.device), reduction="sum")
+        logits = stream.logits_of(tokens, leaf)
+        if labels == "data":
+            logits, chosen = logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
+        else:
+            logits = logits.flatten(0, 1)
+            with torch.no_grad():
+                chosen = torch.multinomial(torch.softmax(logits, -1).cpu(), 1, generator=generator).flatten()
+        loss = nn.functional.cross_entropy(logits, chosen.to(logits.device), reduction="sum")
     return torch.autograd.grad(loss, leaf)[0]
 
 
-Damages = dict[tuple[str, LinearSpec], Tensor]
+class Sums:
+    """The squares, by linear for `sum` and by fused unit otherwise, and width."""
+
+    def __init__(self, linears: Mapping[str, LinearInfo], errors: Errors, reduce: str) -> None:
+        self.linears, self.errors, self.reduce = linears, errors, reduce
+        self.found: dict[tuple[str, int], float] = {}
+        self._open: dict[tuple[str, int], Tensor] = {}
+
+    def add(self, name: str, inputs: Tensor, gradient: Tensor) -> None:
+        """One linear's inputs `(batch, tokens, columns)` and output gradients `(batch, tokens, rows)`."""
+        sequences = inputs.shape[0]
+        inputs, gradient = inputs.flatten(0, -2), gradient.flatten(0, -2)
+        step = max(CHUNK // gradient.shape[1], 1)
+        for spec, error in self.errors[name]:
+            matrix = error.float().T
+            parts = [
+                (inputs[start : start + step] @ matrix).mul_(gradient[start : start + step])
+                for start in range(0, len(inputs), step)
+            ]
+            if self.reduce == "sum":
+                key = (name, spec.bits)
+                total = sum(float(part.square_().sum(dtype=torch.float64)) for part in parts)
+                self.found[key] = self.found.get(key, 0.0) + total
+                continue
+            key = (self.linears[name].unit, spec.bits)
+            dots = torch.cat([part.sum(1, dtype=torch.float64) for part in parts])
+            if self.reduce == "sequence":
+                dots = dots.view(sequences, -1).sum(1)
+            self._open[key] = self._open[key] + dots if key in self._open else dots
+
+    def settle(self) -> None:
+        """Square what was added since the last time: every linear of a unit has been seen for a batch."""
+        for key, dots in self._open.items():
+            self.found[key] = self.found.get(key, 0.0) + float(dots.square().sum())
+        self._open.clear()
+
+    def layers(self, count: int) -> list[LayerScore]:
+        """Damages per token, `1/2 found / count`; a unit's is shared among its linears by weight count."""
+        weights: dict[str, int] = {}
+        for name in self.errors:
+            weights[self.linears[name].unit] = weights.get(self.linears[name].unit, 0) + self.linears[name].weights
+        layers = []
+        for name, specs in self.errors.items():
+            linear = self.linears[name]
+            key, share = (name, 1.0) if self.reduce == "sum" else (linear.unit, linear.weights / weights[linear.unit])
+            candidates = tuple(
+                Candidate(spec=spec, damage=0.5 * share * self.found.get((key, spec.bits), 0.0) / count)
+                for spec, _ in specs
+            )
+            layers.append(LayerScore(linear=name, candidates=candidates))
+        return layers
 
 
 @contextmanager
-def _measuring(
-    block: nn.Module, info: BlockTrace, errors: dict[str, list[tuple[LinearSpec, Tensor]]], into: Damages
-) -> Iterator[None]:
-    """Add each linear's `sum (g * dy)^2` to `into` while a backward runs through the block."""
+def _measuring(modules: Mapping[str, nn.Module], sums: Sums) -> Iterator[None]:
+    """Add to `sums` while a backward runs through the modules."""
     handles = []
-    for linear in info.linears:
-        if linear.name not in errors:
-            continue
+    for linear in modules:
 
-        def after(_: nn.Module, args: tuple[Any, ...], output: Tensor, name: str = linear.name) -> None:
-            inputs = args[0].detach().flatten(0, -2)
+        def after(_: nn.Module, args: tuple[Any, ...], output: Tensor, name: str = linear) -> None:
+            inputs = args[0].detach()
+            output.register_hook(lambda gradient: sums.add(name, inputs, gradient))  # type: ignore[no-untyped-call]
 
-            def arrive(gradient: Tensor) -> None:
-                flat = gradient.flatten(0, -2)
-                for spec, error in errors[name]:
-                    change = inputs @ error.float().T
-                    into[name, spec] += (change * flat).square().sum(dtype=torch.float64)
-
-            output.register_hook(arrive)  # type: ignore[no-untyped-call]
-
-        handles.append(module_of(block, info, linear).register_forward_hook(after))
+        handles.append(modules[linear].register_forward_hook(after))
     try:
         yield
     finally:
@@ -69,69 +122,88 @@ def _measuring(
             handle.remove()
 
 
+class _Backward:
+    """The streamed backward over one calibration text."""
+
+    def __init__(self, job: ScoreJob) -> None:
+        self.job, self.options = job, job.options.fisher
+        self.stream, self.tokens = job.stream()
+        self.hidden, self.calls = self.stream.start(self.tokens)
+        self.entering: list[list[Tensor]] = []
+        self.gradients: list[list[Tensor]] = []  # by draw, then batch
+        positions = job.batches.tokens.shape[1] - (1 if self.options.labels == "data" else 0)
+        self.count = len(job.batches.tokens) * positions * self.options.draws
+
+    def forward(self) -> None:
+        """Keep what enters each block."""
+        for info in self.job.trace.blocks:
+            block = self.job.skeleton.load_block(info.index)
+            self.entering.append(self.hidden)
+            with torch.no_grad():
+                self.hidden = [self._run(info, h, c) for h, c in zip(self.hidden, self.calls, strict=True)]
+            self.job.skeleton.free(block)
+
+    def _run(self, info: BlockTrace, hidden: Tensor, call: list[BlockCall]) -> Tensor:
+        return self.stream.run_block(info.index, hidden, call[info.index])
+
+    def head(self) -> list[LayerScore]:
+        """Gradients entering the last block's output, and the head's own score where it has candidates."""
+        generator = torch.Generator().manual_seed(self.job.seed)
+        info, errors, modules = self.job.trace.head, Errors(), dict[str, nn.Module]()
+        if info is not None and info.name in self.job.candidates:
+            module = self.job.skeleton.model.get_submodule(info.name)
+            weight: Tensor = module.weight
+            hessian = None
+            if self.job.quantizer.NEEDS_HESSIAN:
+                hessian = head_hessian(module, self.stream, self.tokens, self.hidden)
+            errors[info.name] = _errors(self.job, info, weight.detach().clone(), hessian)
+            modules[info.name] = module
+        sums = Sums({} if info is None else {info.name: info}, errors, self.options.reduce)
+        for _ in range(self.options.draws):
+            found = []
+            for tokens, state in zip(self.tokens, self.hidden, strict=True):
+                with _measuring(modules, sums):
+                    found.append(output_gradient(self.stream, tokens, state, generator, self.options.labels))
+                sums.settle()
+            self.gradients.append(found)
+        self.job.skeleton.free_rest()
+        return sums.layers(self.count)
+
+    def block(self, info: BlockTrace) -> list[LayerScore]:
+        """Scores of one block, and the gradients carried to the one before it."""
+        block, entering = self.job.skeleton.load_block(info.index), self.entering.pop()
+        hessians: dict[int, Tensor] = {}
+        if self.job.quantizer.NEEDS_HESSIAN:
+            runs = [partial(self._run, info, h, c) for h, c in zip(entering, self.calls, strict=True)]
+            hessians, _ = collect_hessians(block, info, runs)
+        linears = {x.name: x for x in info.linears if x.name in self.job.candidates}
+        errors = {
+            x.name: _errors(self.job, x, weight_of(block, info, x).contiguous(), hessians.get(x.shared_input))
+            for x in linears.values()
+        }
+        sums = Sums(linears, errors, self.options.reduce)
+        modules = {x.name: module_of(block, info, x) for x in linears.values()}
+        for gradients in self.gradients:
+            for place, call in enumerate(self.calls):
+                leaf = entering[place].detach().requires_grad_(True)
+                with _measuring(modules, sums), torch.enable_grad():
+                    output = self._run(info, leaf, call)
+                    gradients[place] = torch.autograd.grad(output, leaf, gradients[place])[0]
+                sums.settle()
+        self.job.skeleton.free(block)
+        return sums.layers(self.count)
+
+
+def _errors(
+    job: ScoreJob, linear: LinearInfo, weight: Tensor, hessian: Tensor | None
+) -> list[tuple[LinearSpec, Tensor]]:
+    return [(spec, error.to(torch.bfloat16)) for spec, error in rounding_errors(job, linear, weight, hessian)]
+
+
 def score(job: ScoreJob) -> Measured:
     """Score every linear and candidate in nats per token."""
-    stream, tokens = job.stream()
-    generator = torch.Generator().manual_seed(job.seed)
-    hidden, calls = stream.start(tokens)
-    entering = []
-    for info in job.trace.blocks:
-        block = job.skeleton.load_block(info.index)
-        entering.append(hidden)
-        with torch.no_grad():
-            hidden = [stream.run_block(info.index, h, call[info.index]) for h, call in zip(hidden, calls, strict=True)]
-        job.skeleton.free(block)
-    gradients = [output_gradient(stream, t, h, generator) for t, h in zip(tokens, hidden, strict=True)]
-    job.skeleton.free_rest()
-    count = job.batches.tokens.numel()
-    found: dict[int, list[LayerScore]] = {}
-    for info in reversed(job.trace.blocks):
-        block = job.skeleton.load_block(info.index)
-        hessians: dict[int, Tensor] = {}
-        if job.quantizer.NEEDS_HESSIAN:
-            runs = [
-                partial(stream.run_block, info.index, h, c[info.index])
-                for h, c in zip(entering[-1], calls, strict=True)
-            ]
-            hessians, _ = collect_hessians(block, info, runs)
-        errors, damages = _prepare(job, block, info, hessians)
-        with _measuring(block, info, errors, damages):
-            for place, call in enumerate(calls):
-                leaf = entering[-1][place].detach().requires_grad_(True)
-                with torch.enable_grad():
-                    output = stream.run_block(info.index, leaf, call[info.index])
-                gradients[place] = torch.autograd.grad(output, leaf, gradients[place])[0]
-        entering.pop()
-        found[info.index] = _layers(info, errors, damages, count)
-        job.skeleton.free(block)
-    return Measured(tuple(layer for index in sorted(found) for layer in found[index]))
-
-
-def _prepare(
-    job: ScoreJob, block: nn.Module, info: BlockTrace, hessians: dict[int, Tensor]
-) -> tuple[dict[str, list[tuple[LinearSpec, Tensor]]], Damages]:
-    """The rounding error of every candidate, and a zero to add its damage to."""
-    errors: dict[str, list[tuple[LinearSpec, Tensor]]] = {}
-    damages: Damages = {}
-    for linear in info.linears:
-        if linear.name in job.candidates:
-            weight = weight_of(block, info, linear).contiguous()
-            found = rounding_errors(job, linear, weight, hessians.get(linear.shared_input))
-            errors[linear.name] = [(spec, error.to(torch.bfloat16)) for spec, error in found]
-            for spec, _ in errors[linear.name]:
-                damages[linear.name, spec] = torch.zeros((), dtype=torch.float64, device=weight.device)
-    return errors, damages
-
-
-def _layers(
-    info: BlockTrace, errors: dict[str, list[tuple[LinearSpec, Tensor]]], damages: Damages, count: int
-) -> list[LayerScore]:
-    layers = []
-    for linear in info.linears:
-        if linear.name in errors:
-            candidates = tuple(
-                Candidate(spec=spec, damage=0.5 * float(damages[linear.name, spec]) / count)
-                for spec, _ in errors[linear.name]
-            )
-            layers.append(LayerScore(linear=linear.name, candidates=candidates))
-    return layers
+    backward = _Backward(job)
+    backward.forward()
+    head = backward.head()
+    found = {info.index: backward.block(info) for info in reversed(job.trace.blocks)}
+    return Measured((*(layer for index in sorted(found) for layer in found[index]), *head))

@@ -4,6 +4,7 @@ Data-free. A *smaller* share is taken as more important, so the importance given
 Option `zd.sides`: `one` counts `z > 1`, `two` counts `|z| > 1`.
 """
 
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -15,14 +16,44 @@ from llmcompress.types import BlockTrace, Series, Unit
 
 UNIT: Unit = "unitless"
 NEEDS_DATA = False
+PART_WEIGHTS = 1 << 18  # weights that are in float64 at a time
 
 
-def z_share(weights: list[Tensor], *, two_sided: bool = False) -> float:
-    """Share of the pooled weights with `z > 1` (or `|z| > 1`), mean and deviation over the whole pool."""
-    pool = torch.cat([weight.flatten() for weight in weights]).double()
-    z = (pool - pool.mean()) / pool.std(correction=0).clamp_min(1e-300)
-    beyond = z.abs() > 1 if two_sided else z > 1
-    return float(beyond.double().mean())
+def _parts(weights: Sequence[Tensor]) -> Iterator[Tensor]:
+    """The weights in float64, a few whole rows at a time; a transposed view is not copied whole."""
+    for weight in weights:
+        rows = weight if weight.ndim > 1 else weight[:, None]
+        for part in torch.split(rows, max(PART_WEIGHTS // rows.shape[1], 1)):
+            yield part.double()
+
+
+def mean_and_deviation(weights: Sequence[Tensor]) -> tuple[float, float]:
+    """Mean and population deviation of all weights together, without ever pooling them.
+
+    Counts, means and sums of squares about the mean of each part are merged pairwise, which, unlike the mean
+    of the squares less the square of the mean, loses nothing where the mean is large.
+    """
+    count, mean, squares = 0, 0.0, 0.0
+    for part in _parts(weights):
+        variance, centre = torch.var_mean(part, correction=0)
+        here, apart = part.numel(), float(centre) - mean
+        squares += float(variance) * here + apart * apart * count * here / (count + here)
+        mean += apart * here / (count + here)
+        count += here
+    return mean, (squares / count) ** 0.5
+
+
+def z_share(weights: Sequence[Tensor], *, two_sided: bool = False) -> float:
+    """Share of the pooled weights with `z > 1` (or `|z| > 1`), mean and deviation over the whole pool.
+
+    `weights` of any shape and at least one in all; they are gone through twice, in parts.
+    """
+    mean, deviation = mean_and_deviation(weights)
+    beyond = 0
+    for part in _parts(weights):
+        distance = part - mean
+        beyond += int(((distance.abs() if two_sided else distance) > deviation).sum())
+    return beyond / sum(weight.numel() for weight in weights)
 
 
 class _ZScores(Observer):

@@ -1,0 +1,203 @@
+"""`llmcompress plan`: decide the width of every linear, from a model or from its scores alone."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from llmcompress.cli.drawing import (
+    measured_word,
+    plan_figures,
+    say_lines,
+    say_table,
+    terminal_bars,
+    write_pictures,
+)
+from llmcompress.cli.options import pick_device, read_recipe, recipe_options, speaking
+from llmcompress.cli.say import Speaker, megabytes
+from llmcompress.cli.scoring import PICTURES, write_json
+
+SCORES = click.option(
+    "--scores",
+    "scores_path",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Take the scores from this scores.json instead of scoring, if they fit model, text and settings.",
+)
+
+
+@dataclass(frozen=True)
+class _Case:
+    """What there is to decide from: the desk, how its scores were found, and a way to measure, with a model."""
+
+    desk: Any
+    chosen: str
+    measure: Callable[[list[Any]], list[float]] | None = None
+
+
+@click.command("plan")
+@click.argument("model")
+@click.option("--budget", required=True, help="3.5bits (linears), 3.5bits/file (whole checkpoint), 4.2GB, 300MiB.")
+@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Where to write plan.json.")
+@click.option("--scorer", help="Whose scores to plan by. Default: the first in nats/token, or the recipe's.")
+@SCORES
+@click.option("--frontier", is_flag=True, help="Also print bits against damage over the whole range of sizes.")
+@PICTURES
+@recipe_options
+@speaking
+def plan_command(model: str, budget: str, output: Path | None, frontier: bool, speaker: Speaker, **flags: Any) -> None:
+    """Spend a budget: decide the width of every linear of MODEL, or of a scores.json.
+
+    From a scores.json this needs no model and takes a second. The measured damage of --frontier needs the model.
+    """
+    from llmcompress.compress.allocate.budget import parse_budget
+    from llmcompress.compress.decide import decide, plan_file
+
+    spent = parse_budget(budget)
+    case = _from_file(model, flags) if _is_file(model) else _from_model(model, spent, flags, frontier, speaker=speaker)
+    allocation = decide(case.desk, spent)
+    points = _frontier(case, speaker) if frontier else []
+    _tell(case, allocation, speaker)
+    if frontier:
+        _tell_frontier(case, points, speaker)
+    document = plan_file(case.desk, allocation, points)
+    if output is not None:
+        write_json(output, document, speaker)
+    if flags["pictures"] is not None:
+        figures = plan_figures(case.desk, allocation, points)
+        write_pictures(flags["pictures"], f"Plan for {case.desk.model}, {budget}", figures, speaker)
+    if speaker.json:
+        speaker.result(_answer(allocation, document, frontier))
+
+
+def _answer(allocation: Any, document: Any, frontier: bool) -> dict[str, Any]:
+    found = document.model_dump(mode="json")
+    answer = {"allocation": allocation.model_dump(mode="json")}
+    return answer | {key: found[key] for key in ("model", "scorer", "unit", *(["frontier"] if frontier else []))}
+
+
+def _is_file(model: str) -> bool:
+    """Whether MODEL means a score file. Raises InputError for one that is not there."""
+    from llmcompress.errors import InputError
+
+    path = Path(model)
+    if path.suffix != ".json" or path.is_dir():
+        return False
+    if not path.is_file():
+        raise InputError(f"{model}: no such file", "make it with `llmcompress score MODEL -o scores.json`")
+    return True
+
+
+def read_scores(path: Path) -> Any:
+    """A score file. Raises InputError naming the place where it is damaged."""
+    from llmcompress.compress.decide import check_scores
+    from llmcompress.errors import InputError
+    from llmcompress.types import ScoreFile
+
+    try:
+        file = ScoreFile.parse(path.read_bytes(), path.name)
+    except OSError as error:
+        raise InputError(f"{path.name}: {error.strerror}", "check the path and its permissions") from None
+    check_scores(file)
+    return file
+
+
+def _from_file(model: str, flags: dict[str, Any]) -> _Case:
+    from llmcompress.compress.decide import desk_of, pick
+    from llmcompress.errors import InputError
+
+    if flags["scores_path"] is not None:
+        raise InputError("--scores goes with a model, not with a score file", "give one of the two")
+    file = read_scores(Path(model))
+    scores = pick(file, flags["scorer"])
+    others = [x.scorer for x in file.scores if x is not scores]
+    if flags["scorer"] or not others:
+        return _Case(desk_of(file, scores), "")
+    why = f"the first in {scores.unit}" if scores.unit == "nats/token" else "the first"
+    return _Case(desk_of(file, scores), f"{why}; --scorer takes {', '.join(dict.fromkeys(others))} instead")
+
+
+def _from_model(model: str, budget: Any, flags: dict[str, Any], frontier: bool, *, speaker: Speaker) -> _Case:
+    from llmcompress.errors import InputError
+
+    if budget.measured:
+        raise InputError(f"budget {budget.text}: plan takes no limit of damage", "give a budget in bits or bytes")
+    recipe = read_recipe(flags["recipe"], flags["changes"], flags["calibration"], flags["seed"])
+    if flags["scorer"] is not None:
+        recipe = recipe.model_copy(update={"scorer": flags["scorer"]})
+    given = None if flags["scores_path"] is None else read_scores(flags["scores_path"])
+    from llmcompress.compress import pipeline, planning
+    from llmcompress.compress.decide import Desk
+    from llmcompress.compress.reuse import expected, reuse
+    from llmcompress.compress.scoring import SCORERS
+    from llmcompress.model.hub import resolve
+    from llmcompress.plugins import find
+
+    source = resolve(model)
+    reads = bool(find(SCORERS, recipe.scorer).NEEDS_DATA)
+    whole_file = budget.kind in ("file", "bytes")
+    opened = pipeline.open_model(source, recipe, pick_device(flags["device"]), whole_file=whole_file)
+    batches = pipeline.calibration(opened, recipe) if reads or frontier else pipeline.NO_DATA
+    if given is None:
+        speaker.talk(f"scoring {source.name} with {recipe.scorer} ...")
+        scores = pipeline.score(opened, recipe, batches, opened.digest())
+    else:
+        scores = reuse(given, recipe.scorer, expected(recipe, batches, opened.digest()))
+    size, file_bytes = recipe.plan.group_size, opened.shards.file_bytes
+    desk = Desk(source.name, opened.trace, scores, size, file_bytes, opened.candidates)
+
+    def measure(found: list[Any]) -> list[float]:
+        return planning.measured_frontier(opened, recipe, batches, found)
+
+    return _Case(desk, "", measure)
+
+
+def _frontier(case: _Case, speaker: Speaker) -> list[Any]:
+    from llmcompress.compress.decide import frontier, point_of
+
+    found = frontier(case.desk)
+    if case.measure is None:
+        return [point_of(allocation) for allocation in found]
+    speaker.talk(f"measuring {len(found)} allocations ...")
+    return [point_of(a, kld) for a, kld in zip(found, case.measure(found), strict=True)]
+
+
+def _tell(case: _Case, allocation: Any, speaker: Speaker) -> None:
+    from llmcompress.pictures.terminal import heat_map_lines
+
+    scores = case.desk.scores
+    proof = "least possible" if allocation.status == "optimal" else f"within {allocation.gap:.2%} of the least possible"
+    lines = [
+        *heat_map_lines(case.desk.trace, allocation, bars=terminal_bars(speaker)),
+        "",
+        f"scorer      {scores.scorer}, {scores.unit}" + (f" ({case.chosen})" if case.chosen else ""),
+        f"linears     {allocation.bits_per_weight:.4f} bits per weight, codes, scales and shapes counted",
+        f"checkpoint  {allocation.file_bits_per_weight:.4f} bits per weight, {megabytes(allocation.file_bytes)}",
+        f"damage      {allocation.expected_damage:.4g} {scores.unit} expected, {proof}",
+    ]
+    if allocation.under_budget_reason:
+        lines.append(f"under the budget: {allocation.under_budget_reason}")
+    for facts, what in ((allocation.kept, "left at the source precision"), (allocation.fallbacks, "adjusted")):
+        reasons: dict[str, list[str]] = {}
+        for fact in facts:
+            reasons.setdefault(fact.reason, []).append(fact.linear if hasattr(fact, "linear") else fact.where)
+        for reason, names in reasons.items():
+            more = ", ..." if len(names) > 1 else ""
+            lines.append(f"{len(names)} linear(s) {what}: {reason} ({names[0]}{more})")
+    say_lines(speaker, lines)
+
+
+def _tell_frontier(case: _Case, points: list[Any], speaker: Speaker) -> None:
+    rows = [
+        [f"{p.bits_per_weight:.4f}", f"{p.file_bits_per_weight:.4f}", megabytes(p.file_bytes),
+         f"{p.expected_damage:.4g}", measured_word(p)]
+        for p in points
+    ]  # fmt: skip
+    unit = case.desk.scores.unit
+    columns = ["bits per weight", "checkpoint", "size", f"expected, {unit}", "measured KL, nats/token"]
+    say_lines(speaker, [""])
+    say_table(speaker, "frontier", columns, rows)
+    if case.measure is None:
+        say_lines(speaker, ["measured damage needs the model: llmcompress plan MODEL --scores FILE --frontier"])

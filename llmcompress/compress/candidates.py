@@ -1,0 +1,112 @@
+"""Which formats each linear could get: the widths of the recipe, narrowed and pinned by name."""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+
+from llmcompress.compress.grid import group_size_for
+from llmcompress.errors import InputError
+from llmcompress.plugins import nearest
+from llmcompress.recipes import PlanPart, check_widths
+from llmcompress.types import LinearInfo, LinearSpec, ModelTrace
+
+Candidates = dict[str, tuple[LinearSpec, ...]]
+
+
+def _specs(linear: LinearInfo, widths: Iterable[int], group_size: int) -> tuple[LinearSpec, ...]:
+    """A format for each width, narrowest first; none where no group size divides the linear's inputs."""
+    size = group_size_for(linear.columns, group_size)
+    return () if size is None else tuple(LinearSpec(bits=width, group_size=size) for width in sorted(set(widths)))
+
+
+def candidates_for(trace: ModelTrace, bits: tuple[int, ...], group_size: int) -> Candidates:
+    """The formats each linear of the blocks could get; a linear whose width no group size divides gets none."""
+    found = {linear.name: _specs(linear, bits, group_size) for linear in trace.linears}
+    return {name: specs for name, specs in found.items() if specs}
+
+
+def matches(name: str, linear: LinearInfo) -> bool:
+    """Whether a name in a recipe stands for a linear: full name, last component, or pattern on the full name."""
+    return name in (linear.name, linear.name.rpartition(".")[2]) or fnmatchcase(linear.name, name)
+
+
+def _units(trace: ModelTrace) -> list[list[LinearInfo]]:
+    """The linears by fused unit, the head last."""
+    units: dict[str, list[LinearInfo]] = {}
+    for linear in trace.every:
+        units.setdefault(linear.unit, []).append(linear)
+    return list(units.values())
+
+
+def _check_names(trace: ModelTrace, part: PlanPart) -> None:
+    """Every name in a recipe must stand for a linear of this model, a pinned one for one that can be quantized."""
+    tables: tuple[tuple[str, Mapping[str, object]], ...] = (("pin", part.pin), ("candidates", part.candidates))
+    for key, table in tables:
+        for name in table:
+            found = [linear for linear in trace.every if matches(name, linear)]
+            if not found:
+                raise InputError(f"plan.{key}.{name}: no linear of this model has that name", _nearest(name, trace))
+            if all(group_size_for(linear.columns, part.group_size) is None for linear in found):
+                what = (
+                    f"plan.{key}.{name}: {found[0].columns} inputs are not divisible by a group size of 128, 64 or 32"
+                )
+                raise InputError(what, "leave it out: it stays at the source precision")
+
+
+def _nearest(name: str, trace: ModelTrace) -> str:
+    """A hint with the nearest names; all last components where nothing is near."""
+    last = tuple(dict.fromkeys(linear.name.rpartition(".")[2] for linear in trace.every))
+    full = [linear.name for linear in trace.every]
+    close = difflib.get_close_matches(name, [*last, *full], n=3, cutoff=0.5)
+    tied = "" if trace.head else " (the head has no weight of its own here: it stays as it is)"
+    return nearest(name, tuple(close) or last) + tied
+
+
+def _pinned(unit: list[LinearInfo], part: PlanPart) -> int | None:
+    """The width a unit is pinned to, if any. Raises InputError for two that disagree."""
+    pins = {name: width for name, width in part.pin.items() if any(matches(name, linear) for linear in unit)}
+    if len(set(pins.values())) > 1:
+        said = ", ".join(f"{name}={width}" for name, width in pins.items())
+        names = "+".join(linear.name for linear in unit)
+        raise InputError(f"plan.pin: {said} disagree about {names}", "linears that are fused share one width")
+    return next(iter(pins.values()), None)
+
+
+def _listed(unit: list[LinearInfo], part: PlanPart) -> set[int] | None:
+    """The widths that all lists matching a unit allow, None where none matches. Raises InputError for no width."""
+    lists = {n: set(widths) for n, widths in part.candidates.items() if any(matches(n, linear) for linear in unit)}
+    if not lists:
+        return None
+    common = set.intersection(*lists.values())
+    if not common:
+        said, names = ", ".join(lists), "+".join(linear.name for linear in unit)
+        raise InputError(f"plan.candidates: {said} have no width in common for {names}", "let their lists overlap")
+    return common
+
+
+def resolve(trace: ModelTrace, plan_part: PlanPart, whole_file: bool) -> Candidates:
+    """The formats each linear could get, by name; a linear that is absent stays at the source precision.
+
+    A pin leaves one width and goes before a list, a list goes before `bits`; what is said of one member of a
+    fused unit holds for the unit, and where several lists match, the widths they all allow remain. The head
+    is there when it is pinned, or when `whole_file` says that the budget counts its bytes.
+
+    Raises InputError for a name that stands for no linear, a width outside 2 to 8, or rules that disagree.
+    """
+    check_widths(plan_part, "recipe")
+    _check_names(trace, plan_part)
+    found: Candidates = {}
+    for unit in _units(trace):
+        pin, listed = _pinned(unit, plan_part), _listed(unit, plan_part)
+        is_head = trace.head in unit
+        if is_head and pin is None and not whole_file:
+            continue
+        usual = plan_part.head_bits if is_head else plan_part.bits
+        widths = (pin,) if pin is not None else usual if listed is None else listed
+        found |= {linear.name: specs for linear in unit if (specs := _specs(linear, widths, plan_part.group_size))}
+    return found
+
+
+def narrowed(candidates: Mapping[str, tuple[LinearSpec, ...]], widths: tuple[int, ...]) -> Candidates:
+    """Fewer candidates: those of `widths`; a linear that would be left with none, as a pinned one, keeps all."""
+    return {name: tuple(spec for spec in specs if spec.bits in widths) or specs for name, specs in candidates.items()}

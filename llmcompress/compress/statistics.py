@@ -1,0 +1,41 @@
+"""Means over sequences and what may be claimed of them. The sequence is the unit, never the token."""
+
+import math
+from collections.abc import Sequence
+
+import numpy
+from scipy import stats
+
+
+def mean(values: Sequence[float]) -> float:
+    """Plain mean."""
+    return math.fsum(values) / len(values)
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Of the mean over sequences; infinite for fewer than two."""
+    if len(values) < 2:
+        return math.inf
+    return float(numpy.std(values, ddof=1)) / math.sqrt(len(values))
+
+
+def upper_bound(values: Sequence[float], level: float = 0.95) -> float:
+    """One-sided Student-t bound of a mean that cannot be negative, on the log scale.
+
+    `m * exp(t * s / (sqrt(n) * m))`, which for skewed divergences covers better than `m + t s / sqrt(n)`.
+    Infinite for fewer than two sequences.
+    """
+    if len(values) < 2:
+        return math.inf
+    middle = mean(values)
+    if middle <= 0:
+        return 0.0
+    reach = float(stats.t.ppf(level, len(values) - 1)) * standard_error(values) / middle
+    return middle * math.exp(min(reach, 700.0))
+
+
+def upper_bound_signed(values: Sequence[float], level: float = 0.95) -> float:
+    """One-sided Student-t bound of a mean of either sign, e.g. of changes in log-likelihood."""
+    if len(values) < 2:
+        return math.inf
+    return mean(values) + float(stats.t.ppf(level, len(values) - 1)) * standard_error(values)
