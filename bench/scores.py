@@ -29,7 +29,7 @@ from llmcompress.compress.allocate.spend import with_widths
 from llmcompress.compress.measuring import Text
 from llmcompress.compress.pipeline import Opened, calibration, open_model, score_all, score_job
 from llmcompress.compress.planning import Planner, make_plan
-from llmcompress.compress.programs import block_order, quadratic_program
+from llmcompress.compress.programs import block_order
 from llmcompress.compress.scoring import SCORERS, Observer, _watch
 from llmcompress.compress.statistics import mean, standard_error
 from llmcompress.compress.trial import measure_allocations
@@ -132,9 +132,9 @@ def baselines(planner: Planner, table: Mapping[str, Scores], text: str) -> dict[
             except InputError:
                 continue
     found["fisher {3,4}"] = planner.allocate(with_widths(planner.scores, (3, 4)), budget)
-    found["quadratic {2,...,8}"] = planner.allocate(planner.scores, budget, quadratic_program(planner))
+    found["quadratic {2,...,8}"] = planner.allocate(planner.scores, budget, planner.quadratic())
     found["quadratic {3,...,8}"] = planner.allocate(
-        with_widths(planner.scores, (3, 4, 5, 6, 8)), budget, quadratic_program(planner)
+        with_widths(planner.scores, (3, 4, 5, 6, 8)), budget, planner.quadratic()
     )
     return found
 
@@ -187,8 +187,9 @@ def main() -> None:
     for name, (scores, cost) in found.items():
         row = {"scorer": name, "unit": scores.unit, **correlations(truth, by_unit(trace, scores)), **asdict(cost)}
         scorers.append(row)
-        print(f"{name:<16} Spearman {row['spearman']:+.3f}  Kendall {row['kendall']:+.3f}  log {row['log']:+.3f}  "
-              f"{cost.cpu_seconds:.1f} s = {cost.forward_passes:.1f} forwards  +{cost.peak_mb:.0f} MB", flush=True)  # fmt: skip
+        ranks = f"Spearman {row['spearman']:+.3f}  Kendall {row['kendall']:+.3f}  log {row['log']:+.3f}"
+        spent = f"{cost.cpu_seconds:.1f} s = {cost.forward_passes:.1f} forwards  +{cost.peak_mb:.0f} MB"
+        print(f"{name:<16} {ranks}  {spent}", flush=True)
     rows = plans(options, {name: scores for name, (scores, _) in found.items()})
     if options.json:
         document = {

@@ -10,7 +10,15 @@ from pydantic import Field
 
 from llmcompress.compress.allocate.budget import Budget, parse_budget
 from llmcompress.compress.allocate.integer import InfeasibleError, Solution
-from llmcompress.compress.allocate.spend import Allowed, FileBytes, Program, SpendUnit, integer_program, spend
+from llmcompress.compress.allocate.spend import (
+    Allowed,
+    FileBytes,
+    Ground,
+    Program,
+    SpendUnit,
+    integer_program,
+    spend_by,
+)
 from llmcompress.errors import InputError
 from llmcompress.types import BitAllocation, Candidate, LinearSpec, ModelTrace, Noun, ScoreFile, Scores, Unit
 
@@ -139,15 +147,8 @@ def decide(desk: Desk, budget: Budget, program: Program = integer_program) -> Bi
             f"budget {budget.text}: a damage limit is measured, which scores alone cannot do: it needs the model",
             "give the model in place of the score file, or a budget in bits or bytes",
         )
-    return spend(
-        desk.trace,
-        desk.scores,
-        budget,
-        group_size=desk.group_size,
-        file_bytes=desk.file_bytes,
-        candidates=desk.candidates,
-        program=program,
-    )
+    ground = Ground(desk.group_size, desk.file_bytes, desk.candidates)
+    return spend_by(program, desk.trace, desk.scores, budget, ground=ground)
 
 
 def frontier(desk: Desk) -> list[BitAllocation]:

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from llmcompress.compress.allocate.budget import Budget
 from llmcompress.compress.allocate.spend import (
+    Ground,
     Program,
     integer_program,
     narrower_widths,
     priced,
     reassigned,
-    spend,
+    spend_by,
     with_widths,
 )
 from llmcompress.compress.exchange import Exchanger, Limits, exchange_units, halves
@@ -77,15 +78,8 @@ class Planner:
 
     def allocate(self, scores: Scores, budget: Budget, program: Program = integer_program) -> BitAllocation:
         """Spend the budget on scores. Raises InputError when it is too small."""
-        return spend(
-            self.opened.trace,
-            scores,
-            budget,
-            group_size=self.recipe.plan.group_size,
-            file_bytes=self.opened.shards.file_bytes,
-            candidates=self.opened.candidates,
-            program=program,
-        )
+        ground = Ground(self.recipe.plan.group_size, self.opened.shards.file_bytes, self.opened.candidates)
+        return spend_by(program, self.opened.trace, scores, budget, ground=ground)
 
     def program(self) -> Program:
         """The program of the recipe. Measures the interactions of units where it needs them."""

@@ -9,7 +9,7 @@ from scoring_help import job_for, scored
 from test_allocate import toy_scores, toy_trace
 
 from llmcompress.compress.allocate.budget import parse_budget
-from llmcompress.compress.allocate.spend import integer_program, spend, with_widths
+from llmcompress.compress.allocate.spend import Ground, integer_program, spend_by, with_widths
 from llmcompress.compress.gram import GramJudge, error_vectors, measure_gram
 from llmcompress.compress.measuring import MeasureJob, Noise, Text
 from llmcompress.compress.programs import block_importance, block_order, interactions, quadratic
@@ -89,9 +89,7 @@ def test_the_order_program_gives_whole_blocks_the_wide_format_most_important_fir
     assert block_importance(trace, scores) == pytest.approx((0.3, 0.9, 0.1, 0.5))
     seen = []
     for text in ("3.3bits", "3.6bits", "3.85bits", "4.1bits", "4.4bits"):
-        found = spend(
-            trace, scores, parse_budget(text), group_size=64, file_bytes=size, program=block_order(trace, scores)
-        )
+        found = spend_by(block_order(trace, scores), trace, scores, parse_budget(text), ground=Ground(64, size))
         assert found.storage_bits <= found.budget_bits
         blocks = wide_blocks(found)
         assert all(len({a.spec for a in found.assigned if f".{b}." in a.linear}) == 1 for b in range(4))
@@ -110,7 +108,7 @@ def test_the_order_program_refuses_what_it_cannot_order() -> None:
     )
     many = scores.model_copy(update={"layers": layers})
     with pytest.raises(InputError, match="two widths"):
-        spend(trace, many, parse_budget("3.5bits"), group_size=64, file_bytes=size, program=block_order(trace, many))
+        spend_by(block_order(trace, many), trace, many, parse_budget("3.5bits"), ground=Ground(64, size))
 
 
 def test_without_interactions_the_quadratic_program_is_the_integer_program() -> None:
@@ -119,8 +117,8 @@ def test_without_interactions_the_quadratic_program_is_the_integer_program() -> 
     places = {(unit, bits): 6 * n + b for n, unit in enumerate(units) for b, bits in enumerate((2, 3, 4, 5, 6, 8))}
     program = quadratic(places, numpy.eye(len(places)))
     budget = parse_budget("3.5bits")
-    plain = spend(trace, scores, budget, group_size=64, file_bytes=size, program=integer_program)
-    found = spend(trace, scores, budget, group_size=64, file_bytes=size, program=program)
+    plain = spend_by(integer_program, trace, scores, budget, ground=Ground(64, size))
+    found = spend_by(program, trace, scores, budget, ground=Ground(64, size))
     assert found.expected_damage == pytest.approx(plain.expected_damage, rel=1e-6)
     assert found.storage_bits <= found.budget_bits
 

@@ -73,6 +73,18 @@ def total(units: Sequence[Choices], chosen: Sequence[int]) -> tuple[int, float]:
     return cost, math.fsum(unit.damages[i] for unit, i in zip(units, chosen, strict=True))
 
 
+def reachable(units: Sequence[Choices], smallest: int, window: tuple[int, int]) -> bool:
+    """False where no total can lie in a window: all totals differ from the smallest by a common divisor's multiples.
+
+    Costs of equal layers have large common divisors, and a solver may take long to prove the same.
+    """
+    step = math.gcd(*(cost - unit.costs[0] for unit in units for cost in unit.costs))
+    low, high = window
+    if step == 0:
+        return low <= smallest <= high
+    return smallest + (high - smallest) // step * step >= low
+
+
 def solve(
     units: Sequence[Choices],
     budget: int,
@@ -90,7 +102,7 @@ def solve(
     """
     _check(units)
     smallest, largest = (total(units, _extreme(_costs(units), ties, sign))[0] for sign in (1, -1))
-    if smallest > budget or largest < minimum:
+    if smallest > budget or largest < minimum or not reachable(units, smallest, (minimum, budget)):
         raise InfeasibleError(smallest, largest)
     floor = float(minimum) if minimum > smallest else -math.inf
     program = _Program(_damages(units), _costs(units), float(budget), floor, tuple(ties))

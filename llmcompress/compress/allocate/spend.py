@@ -195,6 +195,19 @@ def _spent_on_any(
     return _spent([unit.settled(last) for unit in units], trace, budget, file_bytes=file_bytes, program=program)
 
 
+@dataclass(frozen=True)
+class Ground:
+    """What a budget is spent on, beside the scores.
+
+    `file_bytes(specs)` is the exact size of the weight shards for an allocation; `candidates` are the formats
+    allowed to each linear that is to be quantized, those that were scored where not given.
+    """
+
+    group_size: int
+    file_bytes: FileBytes
+    candidates: Allowed | None = None
+
+
 def spend(
     trace: ModelTrace,
     scores: Scores,
@@ -203,28 +216,30 @@ def spend(
     group_size: int,
     file_bytes: FileBytes,
     candidates: Allowed | None = None,
-    program: Program = integer_program,
 ) -> BitAllocation:
-    """Choose a format for every unit by a program, the exact integer one by default, on true storage bits.
+    """Choose a format for every unit by the exact integer program; see `spend_by`."""
+    return spend_by(integer_program, trace, scores, budget, ground=Ground(group_size, file_bytes, candidates))
 
-    `file_bytes(specs)` is the exact size of the weight shards for an allocation. `candidates` are the formats
-    allowed to each linear that is to be quantized; where not given, the linears and formats that were scored.
-    A unit that has several but no score gets its widest format, or the widest the budget has room for, and
-    the fallback is recorded. Raises InputError with the nearest feasible budget when the budget is too small.
+
+def spend_by(program: Program, trace: ModelTrace, scores: Scores, budget: Budget, *, ground: Ground) -> BitAllocation:
+    """Choose a format for every unit by a program, on true storage bits.
+
+    A unit that has several formats but no score gets its widest, or the widest the budget has room for, and the
+    fallback is recorded. Raises InputError with the nearest feasible budget when the budget is too small.
     """
     layers = {layer.linear: layer for layer in scores.layers if layer.candidates}
-    allowed = candidates
+    allowed = ground.candidates
     if allowed is None:
         allowed = {name: tuple(c.spec for c in layer.candidates) for name, layer in layers.items()}
     units = _units(trace, layers, allowed)
     if not units:
         raise InputError("no linear of this model can be quantized", "its widths fit no group size of 128, 64 or 32")
-    spent = _spent_on_any(units, trace, budget, file_bytes=file_bytes, program=program)
+    spent = _spent_on_any(units, trace, budget, file_bytes=ground.file_bytes, program=program)
     solution = spent.solution
     return BitAllocation(
         assigned=tuple(Assigned(linear=name, spec=spec) for name, spec in spent.specs.items()),
-        kept=_kept(trace, allowed, group_size=group_size, whole_file=budget.kind in ("file", "bytes")),
-        fallbacks=(*_fallbacks(spent.specs, trace, group_size), *_unscored(units, spent.specs, scores.scorer)),
+        kept=_kept(trace, allowed, group_size=ground.group_size, whole_file=budget.kind in ("file", "bytes")),
+        fallbacks=(*_fallbacks(spent.specs, trace, ground.group_size), *_unscored(units, spent.specs, scores.scorer)),
         budget=budget.text,
         budget_bits=spent.account.available,
         storage_bits=solution.cost,
