@@ -1,6 +1,7 @@
 """`llmcompress quantize`: the whole chain."""
 
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,16 @@ from llmcompress.cli.say import Speaker, command_line, megabytes
 def default_output(model: str, budget: str) -> Path:
     """Where the result goes when -o is not given: the model's last name and the budget, in this folder."""
     name = model.rstrip("/").rsplit("/", 1)[-1].replace("@", "-")
-    return Path(f"{name}-{budget.replace('/', '-').replace(' ', '')}")
+    return Path(f"{name}-{re.sub(r'[^0-9A-Za-z.]+', '-', budget).strip('-')}")
 
 
 @click.command("quantize")
 @click.argument("model")
-@click.option("--budget", required=True, help="3.5bits (linears), 3.5bits/file (whole checkpoint), 4.2GB, 300MiB.")
+@click.option(
+    "--budget",
+    required=True,
+    help="3.5bits (linears), 3.5bits/file (whole checkpoint), 4.2GB, 300MiB, 'kld<=0.05', 'ppl<=+2%'.",
+)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Default: MODEL-BUDGET in this folder.")
 @SCORES
 @recipe_options
@@ -50,8 +55,8 @@ def _request(model: str, budget: str, output: Path | None, flags: dict[str, Any]
 
     recipe = read_recipe(flags["recipe"], flags["changes"], flags["calibration"], flags["seed"])
     spent = parse_budget(budget)
-    if spent.measured:
-        raise InputError(f"budget {spent.text}: quantize takes no limit of damage", "give a budget in bits or bytes")
+    if spent.measured and not recipe.plan.trials:
+        raise InputError(f"budget {spent.text} is measured, and plan.trials is off", "leave plan.trials on")
     scores = None if flags["scores_path"] is None else read_scores(flags["scores_path"])
     from llmcompress.compress.journal import check_output
     from llmcompress.model.hub import resolve

@@ -39,7 +39,10 @@ def _extreme(opened: Opened, *, largest: bool) -> dict[str, LinearSpec]:
 
 
 def forecast(opened: Opened, recipe: Recipe, budget: Budget) -> Forecast:
-    """Header arithmetic only: no weight is read. Raises InputError for a budget below the smallest formats."""
+    """Header arithmetic only: no weight is read. Raises InputError for a budget below the smallest formats.
+
+    For a limit of damage these are the most it can come to.
+    """
     linears = [x for x in opened.trace.every if x.name in opened.candidates]
     weights = sum(x.weights for x in linears)
     totals = []
@@ -50,7 +53,9 @@ def forecast(opened: Opened, recipe: Recipe, budget: Budget) -> Forecast:
     (low_bits, low_bytes), (high_bits, high_bytes) = totals
     other = low_bytes - low_bits / 8
     wanted: float = budget.amount * weights
-    if budget.kind != "linears":
+    if budget.measured:
+        wanted = float(high_bits)  # how small it can be is not known before it is measured
+    elif budget.kind != "linears":
         whole = budget.amount if budget.kind == "bytes" else budget.amount * opened.trace.parameters / 8
         wanted = (whole - other) * 8
     if wanted < low_bits:
