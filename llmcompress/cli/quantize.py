@@ -134,12 +134,16 @@ def _tell_plan(event: Any, speaker: Speaker) -> None:
     proof = (
         "least expected damage" if allocation.status == "optimal" else f"expected damage within {allocation.gap:.1%}"
     )
-    if event.plan.trials:
-        proof += f"; best of {len(event.plan.trials)} measured"
+    trials = event.plan.trials
+    if trials:
+        proof += f"; best of {len(trials)} measured"
     speaker.talk(
         f"plan: {allocation.bits_per_weight:.4f} bits per weight ({proof}), "
         f"{megabytes(allocation.file_bytes)} of shards"
     )
+    if speaker.verbose or (trials and trials[0].measured_kld > min(t.measured_kld for t in trials)):
+        for trial in trials:
+            speaker.talk(f"  measured KL {trial.measured_kld:.5f} at {trial.bits_per_weight:.4f} bits: {trial.label}")
     if allocation.under_budget_reason:
         speaker.talk(f"  under the budget by {1 - allocation.storage_bits / allocation.budget_bits:.2%}: "
                      f"{allocation.under_budget_reason}")  # fmt: skip
