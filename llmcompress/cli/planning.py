@@ -30,16 +30,17 @@ SCORES = click.option(
 
 @dataclass(frozen=True)
 class _Case:
-    """What there is to decide from: the desk, how its scores were found, and a way to measure, with a model."""
+    """The desk to decide at, how its scores were found, the decision, and a way to measure where there is a model."""
 
     desk: Any
     chosen: str
+    decide: Callable[[Any], Any]
     measure: Callable[[list[Any]], list[float]] | None = None
 
 
 @click.command("plan")
 @click.argument("model")
-@click.option("--budget", required=True, help="3.5bits (linears), 3.5bits/file (whole checkpoint), 4.2GB, 300MiB.")
+@click.option("--budget", required=True, help="3.5bits, 3.5bits/file, 4.2GB, 300MiB, 'kld<=0.05' or 'ppl<=+2%'.")
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Where to write plan.json.")
 @click.option("--scorer", help="Whose scores to plan by. Default: the first in nats/token, or the recipe's.")
 @SCORES
@@ -50,14 +51,15 @@ class _Case:
 def plan_command(model: str, budget: str, output: Path | None, frontier: bool, speaker: Speaker, **flags: Any) -> None:
     """Spend a budget: decide the width of every linear of MODEL, or of a scores.json.
 
-    From a scores.json this needs no model and takes a second. The measured damage of --frontier needs the model.
+    With a MODEL the plan is the one quantize would carry out, trials and all. From a scores.json it is the program's
+    own answer, in a second; measured damage, that of --frontier and limits such as 'kld<=0.05', needs the model.
     """
     from llmcompress.compress.allocate.budget import parse_budget
-    from llmcompress.compress.decide import decide, plan_file
+    from llmcompress.compress.decide import plan_file
 
     spent = parse_budget(budget)
     case = _from_file(model, flags) if _is_file(model) else _from_model(model, spent, flags, frontier, speaker=speaker)
-    allocation = decide(case.desk, spent)
+    allocation = case.decide(spent)
     points = _frontier(case, speaker) if frontier else []
     _tell(case, allocation, speaker)
     if frontier:
@@ -114,16 +116,33 @@ def _from_file(model: str, flags: dict[str, Any]) -> _Case:
     scores = pick(file, flags["scorer"])
     others = [x.scorer for x in file.scores if x is not scores]
     if flags["scorer"] or not others:
-        return _Case(desk_of(file, scores), "")
+        return _Case(desk_of(file, scores), "", _by_scores(desk_of(file, scores), flags))
     why = f"the first in {scores.unit}" if scores.unit == "nats/token" else "the first"
-    return _Case(desk_of(file, scores), f"{why}; --scorer takes {', '.join(dict.fromkeys(others))} instead")
+    chosen = f"{why}; --scorer takes {', '.join(dict.fromkeys(others))} instead"
+    return _Case(desk_of(file, scores), chosen, _by_scores(desk_of(file, scores), flags))
+
+
+def _by_scores(desk: Any, flags: dict[str, Any]) -> Callable[[Any], Any]:
+    """The decision without a model: an exact program on the scores. Raises InputError for settings it cannot keep."""
+    from llmcompress.compress.decide import decide
+    from llmcompress.errors import InputError
+
+    others = [c for c in flags["changes"] if not c.strip().startswith("plan.program")]
+    if others:
+        raise InputError(
+            f"--set {others[0]}: a score file was made with its own settings", "score again, or plan the model itself"
+        )
+    program = read_recipe(flags["recipe"], flags["changes"], None, None).plan.program
+    if program == "quadratic":
+        raise InputError("the quadratic program measures interactions, which needs the model", "give the model")
+    if program == "integer":
+        return lambda budget: decide(desk, budget)
+    from llmcompress.compress.programs import block_order
+
+    return lambda budget: decide(desk, budget, block_order(desk.trace, desk.scores))
 
 
 def _from_model(model: str, budget: Any, flags: dict[str, Any], frontier: bool, *, speaker: Speaker) -> _Case:
-    from llmcompress.errors import InputError
-
-    if budget.measured:
-        raise InputError(f"budget {budget.text}: plan takes no limit of damage", "give a budget in bits or bytes")
     recipe = read_recipe(flags["recipe"], flags["changes"], flags["calibration"], flags["seed"])
     if flags["scorer"] is not None:
         recipe = recipe.model_copy(update={"scorer": flags["scorer"]})
@@ -131,12 +150,10 @@ def _from_model(model: str, budget: Any, flags: dict[str, Any], frontier: bool, 
     from llmcompress.compress import pipeline, planning
     from llmcompress.compress.decide import Desk
     from llmcompress.compress.reuse import expected, reuse
-    from llmcompress.compress.scoring import SCORERS
     from llmcompress.model.hub import resolve
-    from llmcompress.plugins import find
 
     source = resolve(model)
-    reads = bool(find(SCORERS, recipe.scorer).NEEDS_DATA)
+    reads = pipeline.needs_data(recipe)
     whole_file = budget.kind in ("file", "bytes")
     opened = pipeline.open_model(source, recipe, pick_device(flags["device"]), whole_file=whole_file)
     batches = pipeline.calibration(opened, recipe) if reads or frontier else pipeline.NO_DATA
@@ -148,10 +165,13 @@ def _from_model(model: str, budget: Any, flags: dict[str, Any], frontier: bool, 
     size, file_bytes = recipe.plan.group_size, opened.shards.file_bytes
     desk = Desk(source.name, opened.trace, scores, size, file_bytes, opened.candidates)
 
+    def decide(spent: Any) -> Any:
+        return planning.make_plan(opened, recipe, batches, scores, spent).allocation
+
     def measure(found: list[Any]) -> list[float]:
         return planning.measured_frontier(opened, recipe, batches, found)
 
-    return _Case(desk, "", measure)
+    return _Case(desk, "", decide, measure)
 
 
 def _frontier(case: _Case, speaker: Speaker) -> list[Any]:

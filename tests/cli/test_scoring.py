@@ -94,13 +94,23 @@ def test_another_scorer_can_be_asked_for(scores: Path, run: Run) -> None:
     assert "rdp, voids, fisher, hessian" in refused.stderr
 
 
-@pytest.mark.parametrize("command", ["plan", "quantize"])
-def test_a_limit_of_damage_never_becomes_a_size(command: str, llama: Path, run: Run, tmp_path: Path) -> None:
-    found = run(command, llama, "--budget", "ppl<=+2%", "-o", "out")
-    assert found.returncode == 2
-    assert "limit of damage" in found.stderr
-    assert "smallest possible" not in found.stderr
-    assert list(tmp_path.iterdir()) == []
+def test_a_limit_of_damage_is_kept_by_the_plan_and_by_the_model_made_from_it(
+    llama: Path, run: Run, tmp_path: Path
+) -> None:
+    words = (*SMALL, "--set", "calibration.samples=12", "--set", "plan.group_size=64")
+    planned = run("plan", llama, "--budget", "kld<=0.2", *words, "--json")
+    assert planned.returncode == 0, planned.stderr
+    found = run("quantize", llama, "--budget", "kld<=0.2", *words, "-o", "out")
+    assert found.returncode == 0, found.stderr
+    plan = json.loads((tmp_path / "out" / "llmcompress.json").read_text())["plan"]
+    assert plan["allocation"]["assigned"] == json.loads(planned.stdout)["allocation"]["assigned"]
+    kept = [t for t in plan["trials"] if t["bits_per_weight"] == plan["allocation"]["bits_per_weight"]]
+    assert all(t["upper"] <= 0.2 for t in kept)
+    assert kept
+    too_tight = run("quantize", llama, "--budget", "kld<=0.00001", *words, "-o", "none")
+    assert too_tight.returncode == 2
+    assert "cannot be met" in too_tight.stderr
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize(
@@ -111,6 +121,9 @@ def test_a_limit_of_damage_never_becomes_a_size(command: str, llama: Path, run: 
         (("nothing.json", "--budget", "3bits"), "no such file"),
         (("scores.json", "--budget", "3bits", "--scores", "scores.json"), "--scores goes with a model"),
         (("scores.json", "--budget", "1bits"), "smallest possible"),
+        (("scores.json", "--budget", "3bits", "--set", "plan.bits=[3]"), "its own settings"),
+        (("scores.json", "--budget", "3bits", "--set", "plan.program=quadratic"), "needs the model"),
+        (("scores.json", "--budget", "3bits", "--set", "plan.program=order"), "damages, not an importance"),
     ],
 )
 def test_bad_requests_are_refused(

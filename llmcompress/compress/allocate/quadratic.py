@@ -274,8 +274,9 @@ def _curvatures(game: _Game) -> list[Array]:
 
     Two bases, the blocks as they are and blocks of zeros, each less the smallest eigenvalue in several metrics.
     """
-    floor = 1e-6 * max(float(numpy.abs(game.linear).max()), float(numpy.abs(game.cross).max()), 1e-200)
-    root = numpy.sqrt(numpy.maximum(2 * game.linear, floor))
+    largest = max(float(numpy.abs(game.linear).max()), float(numpy.abs(game.cross).max()), 1e-200)
+    usual = numpy.where(game.linear > 0, 2 * game.linear, 1e-6 * largest)  # what hurts nobody has no scale of its own
+    root = numpy.sqrt(numpy.maximum(usual, 1e-12 * largest))
     bases = [_differences(size) for size in game.sizes]
     across = block_diag(*bases)
     own = game.whole - game.cross
