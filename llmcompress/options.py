@@ -112,6 +112,7 @@ class SwapOptions(Noun):
     `base_bits` is the uniform width swaps are made around (the one nearest to the budget where not given, or
     the middle of the candidates where there is no budget). `noise` is the relative size of injected noise,
     `proposals` the exchanges measured per round, `memory_mb` what hidden states of swaps may take.
+    `interactions` of the quadratic program come from error vectors in the logits, or from every pair measured.
     """
 
     samples: int = Field(default=16, ge=2)
@@ -119,6 +120,7 @@ class SwapOptions(Noun):
     base_bits: int | None = Field(default=None, ge=2, le=8)
     noise: float = Field(default=0.1, gt=0, le=1)
     proposals: int = Field(default=32, ge=1)
+    interactions: Literal["gram", "pairs"] = "gram"
     memory_mb: int = Field(default=2048, ge=1)
 
 

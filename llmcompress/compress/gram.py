@@ -12,8 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from llmcompress.compress.allocate.quadratic import pairwise
 from llmcompress.compress.measuring import Changes, MeasureJob, Text
-from llmcompress.compress.swaps import run_swaps
+from llmcompress.compress.swaps import measure_swaps, run_swaps
 
 TOKENS_KEPT = 256  # the most likely tokens of each position; the rest goes into one bucket
 SKETCH = 1 << 14
@@ -71,6 +72,22 @@ class GramJudge:
         found = self.sketches.double().numpy()
         product: NDArray[numpy.float64] = found @ found.T / sum(self.tokens.values())
         return product
+
+
+def measure_pairs(
+    job: MeasureJob, variants: Sequence[Changes], units: Sequence[str], *, text: Text, memory_bytes: int
+) -> NDArray[numpy.float64]:
+    """CLADO's matrix (arXiv 2307.05657): every change and every pair of changes of different units, measured.
+
+    `units[i]` is the unit that variant `i` changes. For few units only: the number of evaluations is quadratic.
+    """
+    pairs = [(i, k) for i in range(len(variants)) for k in range(i) if units[i] != units[k]]
+    together = [{**variants[i], **variants[k]} for i, k in pairs]
+    klds = measure_swaps(job, {}, [*variants, *together], text=text, memory_bytes=memory_bytes)[1:].mean(1).numpy()
+    table = numpy.full((len(variants), len(variants)), numpy.nan)
+    for (i, k), value in zip(pairs, klds[len(variants) :], strict=True):
+        table[i, k] = value
+    return pairwise(klds[: len(variants)], table)
 
 
 def measure_gram(

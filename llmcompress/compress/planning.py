@@ -20,7 +20,7 @@ from llmcompress.compress.allocate.spend import (
     with_widths,
 )
 from llmcompress.compress.exchange import Exchanger, Limits, exchange_units, halves
-from llmcompress.compress.gram import measure_gram
+from llmcompress.compress.gram import measure_gram, measure_pairs
 from llmcompress.compress.limits import search
 from llmcompress.compress.measuring import MeasureJob, Text, at_width, units_of, widths_of
 from llmcompress.compress.pipeline import QUANTIZERS, Opened, score
@@ -97,7 +97,11 @@ class Planner:
         keys = [(unit, bits) for unit, members in units.items() for bits in widths_of(members, self.opened.candidates)]
         variants = [at_width(units[unit], self.opened.candidates, bits) for unit, bits in keys]
         text = Text(self.split(self.hessian_rows), self.split(rows[: swaps.samples, : swaps.tokens]))
-        gram = measure_gram(self.job(), variants, text=text, memory_bytes=swaps.memory_mb << 20, seed=self.recipe.seed)
+        memory = swaps.memory_mb << 20
+        if swaps.interactions == "pairs":
+            gram = measure_pairs(self.job(), variants, [unit for unit, _ in keys], text=text, memory_bytes=memory)
+        else:
+            gram = measure_gram(self.job(), variants, text=text, memory_bytes=memory, seed=self.recipe.seed)
         return quadratic({key: place for place, key in enumerate(keys)}, gram)
 
     def measure(self, allocations: Sequence[BitAllocation], rows: Tensor | None = None) -> Damage:

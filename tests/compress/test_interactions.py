@@ -10,7 +10,7 @@ from test_allocate import toy_scores, toy_trace
 
 from llmcompress.compress.allocate.budget import parse_budget
 from llmcompress.compress.allocate.spend import Ground, integer_program, spend_by, with_widths
-from llmcompress.compress.gram import GramJudge, error_vectors, measure_gram
+from llmcompress.compress.gram import GramJudge, error_vectors, measure_gram, measure_pairs
 from llmcompress.compress.measuring import MeasureJob, Noise, Text
 from llmcompress.compress.programs import block_importance, block_order, interactions, quadratic
 from llmcompress.compress.quantizers import rtn
@@ -34,6 +34,21 @@ def test_half_the_gram_is_the_divergence_of_small_changes(llama: Path) -> None:
     assert gram[1, 1] / 2 == pytest.approx(float(klds[1]), rel=0.05)
     assert gram.sum() / 2 == pytest.approx(float(klds[2]), rel=0.06)
     assert numpy.linalg.eigvalsh(gram).min() > -1e-12
+
+
+def test_measured_pairs_are_the_rise_beyond_the_singles(llama: Path) -> None:
+    job = job_for(llama)
+    measuring = MeasureJob(job.skeleton, job.trace, rtn, QuantizerOptions(), torch.bfloat16)
+    linears = [job.trace.linears[0], job.trace.linears[3], job.trace.linears[9]]
+    variants = [{x.name: LinearSpec(bits=bits, group_size=64)} for x in linears for bits in (2, 3)]
+    units = [x.unit for x in linears for _ in range(2)]
+    text = Text([], [torch.randint(96, (2, 24), generator=torch.Generator().manual_seed(6))])
+    found = measure_pairs(measuring, variants, units, text=text, memory_bytes=1 << 30)
+    both = {**variants[1], **variants[2]}
+    klds = measure_swaps(measuring, {}, [variants[1], variants[2], both], text=text, memory_bytes=1 << 30).mean(1)
+    assert found[1, 1] == pytest.approx(2 * float(klds[1]))
+    assert found[1, 2] == found[2, 1] == pytest.approx(float(klds[3] - klds[1] - klds[2]))
+    assert found[0, 1] == 0  # two widths of one unit never meet
 
 
 def test_error_vectors_keep_inner_products_when_unlikely_tokens_share_a_bucket() -> None:

@@ -10,14 +10,11 @@ from hypothesis import strategies as st
 
 from llmcompress.compress.allocate.integer import Choices, InfeasibleError, solve, total
 from llmcompress.compress.allocate.quadratic import (
-    divergence_vectors,
-    gram,
     minimise,
     objective,
     pairwise,
     psd,
     shrink,
-    sketch,
 )
 from llmcompress.errors import InputError
 
@@ -130,24 +127,6 @@ def test_without_cross_terms_it_is_the_knapsack_and_proven(seed: int) -> None:
     assert found.gap < 1e-8
 
 
-def test_gram_of_divergence_vectors_is_the_divergence_of_small_shifts() -> None:
-    source = numpy.random.default_rng(1)
-    logits, shifts = source.normal(size=(7, 11)), source.normal(size=(4, 7, 11))
-
-    def divergence(shift: Array) -> float:
-        logs = [x - numpy.log(numpy.exp(x).sum(-1, keepdims=True)) for x in (logits, logits + shift)]
-        return float((numpy.exp(logs[0]) * (logs[0] - logs[1])).sum(-1).mean())
-
-    matrix = gram(divergence_vectors(logits, shifts))
-    assert numpy.linalg.eigvalsh(matrix)[0] > -1e-10
-    errors = []
-    for size in (0.3, 0.01):
-        predicted = size**2 * matrix.sum() / 2
-        errors.append(abs(predicted / divergence(size * shifts.sum(0)) - 1))
-    assert errors[1] < 0.01
-    assert errors[1] < errors[0]
-
-
 @given(st.integers(0, 10**6))
 @CASES
 def test_projection_is_semidefinite_nearest_and_idempotent(seed: int) -> None:
@@ -165,20 +144,6 @@ def test_shrinking_keeps_the_diagonal() -> None:
     assert numpy.array_equal(shrink(matrix, 1.0), numpy.diag(numpy.diag(matrix)))
     half = shrink(matrix)
     assert numpy.allclose(half - numpy.diag(numpy.diag(half)), (matrix - numpy.diag(numpy.diag(matrix))) / 2)
-
-
-def test_sketch_does_not_depend_on_the_cuts_and_keeps_inner_products() -> None:
-    source = numpy.random.default_rng(0)
-    vectors = source.normal(size=(3, 150_000)) + source.normal(size=(1, 150_000))
-    whole = sketch([vectors], dimension=4096, seed=7)
-    pieces = sketch((vectors[:, a : a + 7001] for a in range(0, 150_000, 7001)), dimension=4096, seed=7)
-    assert numpy.allclose(whole, pieces)
-    assert not numpy.allclose(whole, sketch([vectors], dimension=4096, seed=8))
-    exact, norms = gram(vectors), numpy.linalg.norm(vectors, axis=1)
-    errors = (gram(whole) - exact) / numpy.outer(norms, norms)
-    assert numpy.abs(errors).max() < 4 * numpy.sqrt(2 / 4096)
-    many = [gram(sketch([vectors], dimension=64, seed=s))[0, 1] for s in range(60)]
-    assert numpy.mean(many) == pytest.approx(exact[0, 1], abs=4 * numpy.std(many) / numpy.sqrt(60))
 
 
 def test_a_given_start_is_never_made_worse_and_one_over_the_budget_is_passed_over() -> None:

@@ -7,7 +7,7 @@ candidates of the same unit never count, except on the diagonal. The optimum is 
 returned says how far from it, at most, it can be.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 from itertools import pairwise as neighbours
@@ -15,7 +15,6 @@ from itertools import pairwise as neighbours
 import numpy
 from numpy.typing import NDArray
 from scipy.linalg import block_diag, eigvalsh
-from scipy.sparse import csr_array
 
 from llmcompress.compress.allocate.integer import Choices, InfeasibleError, solve
 from llmcompress.compress.allocate.sweep import multiplier, padded
@@ -29,7 +28,6 @@ RELATIVE_GAP = 1e-6  # of the relaxation, at which Frank-Wolfe stops
 MIXTURES = (1.0, 0.3, 0.03, 1e-3)  # shares of the diagonal in the curvature that is moved
 KICKS = (0.03, 0.1, 0.3, 1.0)  # relative noise on the slopes of random starts, in turn
 ROUNDING_SECONDS = 5.0
-SKETCH_ROWS = 1 << 16  # coordinates whose hashes are drawn together
 
 
 def pairwise(singles: Array, pairs: Array) -> Array:
@@ -57,50 +55,6 @@ def psd(matrix: Array) -> Array:
 def shrink(matrix: Array, share: float = 0.5) -> Array:
     """Take away a share of every cross term; the diagonal stays. Noise on measured pairs asks for about a half."""
     return numpy.asarray((1 - share) * matrix + share * numpy.diag(numpy.diag(matrix)))
-
-
-def gram(vectors: Array) -> Array:
-    """Inner products of one vector per candidate (candidates, length): positive semidefinite by construction."""
-    matrix = vectors @ vectors.T
-    return numpy.asarray((matrix + matrix.T) / 2)
-
-
-def divergence_vectors(logits: Array, shifts: Array) -> Array:
-    """Vectors whose Gram matrix gives the KL divergence to second order: `KL(sum of shifts) ~ 1/2 |sum of vectors|^2`.
-
-    logits (tokens, vocabulary) of the teacher; shifts (candidates, tokens, vocabulary), what each candidate adds
-    to them. Returns (candidates, tokens * vocabulary), so that KL is in nats per token. Gauss-Newton: the Fisher
-    matrix of a softmax is `diag(p) - p p'`.
-    """
-    odds = numpy.exp(logits - logits.max(-1, keepdims=True))
-    share = odds / odds.sum(-1, keepdims=True)
-    centred = shifts - (share * shifts).sum(-1, keepdims=True)
-    return numpy.asarray((numpy.sqrt(share / len(logits)) * centred).reshape(len(shifts), -1))
-
-
-def sketch(chunks: Iterable[Array], *, dimension: int = 4096, seed: int = 0) -> Array:
-    """Random projection of long vectors that arrive in pieces and are never held whole.
-
-    chunks   each (vectors, any length), one after the other along the vectors
-    returns  (vectors, dimension); inner products are kept in expectation, with a standard deviation of at most
-             `sqrt(2 / dimension)` times the product of the norms
-
-    Every coordinate is added to one random place with a random sign (count sketch, Charikar et al. 2002). The
-    result depends on the seed and the vectors, not on where they were cut.
-    """
-    done, answer = 0, numpy.zeros((0, dimension))
-    for chunk in chunks:
-        answer = answer if len(answer) else numpy.zeros((len(chunk), dimension))
-        start = 0
-        while start < chunk.shape[1]:
-            block, offset = divmod(done, SKETCH_ROWS)
-            source = numpy.random.default_rng([seed, block])
-            place, sign = source.integers(dimension, size=SKETCH_ROWS), source.choice([-1.0, 1.0], SKETCH_ROWS)
-            here = min(SKETCH_ROWS - offset, chunk.shape[1] - start)
-            entries = (sign[offset : offset + here], (numpy.arange(here), place[offset : offset + here]))
-            answer += chunk[:, start : start + here] @ csr_array(entries, shape=(here, dimension))
-            start, done = start + here, done + here
-    return answer
 
 
 @dataclass(frozen=True)
