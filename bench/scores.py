@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,7 +26,7 @@ import torch
 from scipy import stats
 
 from llmcompress.compress.allocate.budget import parse_budget
-from llmcompress.compress.allocate.spend import with_widths
+from llmcompress.compress.allocate.spend import Program, integer_program, with_widths
 from llmcompress.compress.measuring import Text
 from llmcompress.compress.pipeline import Opened, calibration, open_model, score_all, score_job
 from llmcompress.compress.planning import Planner, make_plan
@@ -42,6 +43,9 @@ from llmcompress.types import BitAllocation, ModelTrace, Scores
 
 BUDGETS = ("3.5bits", "3.0bits")
 REFERENCE = "kl"
+ORDERS = ((3, 4), (2, 4), (2, 3))
+FEWER = ((2, 3), (3, 4), (3, 4, 5))
+QUADRATIC = ((2, 3, 4, 5, 6, 8), (3, 4, 5, 6, 8))
 
 
 @dataclass(frozen=True)
@@ -82,10 +86,13 @@ def all_scores(options: argparse.Namespace) -> dict[str, tuple[Scores, Cost]]:
     """Every scorer, each in a process of its own."""
     found = {}
     with tempfile.TemporaryDirectory() as scratch:
+        folder = options.keep or Path(scratch)
+        folder.mkdir(parents=True, exist_ok=True)
         for name in available(SCORERS):
-            path = Path(scratch) / f"{name}.json"
+            path = folder / f"{name}.json"
             words = [sys.executable, __file__, options.model, "--calibration", options.calibration]
-            subprocess.run([*words, "--one", name, "--json", str(path)], check=True)
+            if not path.exists():
+                subprocess.run([*words, "--one", name, "--json", str(path)], check=True)
             document = json.loads(path.read_text())
             found[name] = Scores.parse(json.dumps(document["scores"]), name), Cost(**document["cost"])
             print(f"{name}: {found[name][1].cpu_seconds:.1f} s", file=sys.stderr, flush=True)
@@ -118,25 +125,27 @@ def correlations(truth: Mapping[tuple[str, int], float], found: Mapping[tuple[st
 
 def baselines(planner: Planner, table: Mapping[str, Scores], text: str) -> dict[str, BitAllocation]:
     """Allocations that no scorer's integer program makes."""
-    budget, trace, found = parse_budget(text), planner.opened.trace, {}
-    for bits in (2, 3, 4):
-        try:
-            found[f"uniform {bits}"] = planner.allocate(with_widths(planner.scores, (bits,)), budget)
-        except InputError:
-            break
+    budget, trace, fisher = parse_budget(text), planner.opened.trace, planner.scores
+    wanted: list[tuple[str, Scores, Program]] = [
+        (f"uniform {bits}", with_widths(fisher, (bits,)), integer_program) for bits in (2, 3, 4)
+    ]
     for name in ("lim", "zd"):
-        for pair in ((3, 4), (2, 4)):
-            try:
-                program = block_order(trace, table[name])
-                found[f"order {name} {pair}"] = planner.allocate(with_widths(planner.scores, pair), budget, program)
-            except InputError:
-                continue
-    found["fisher {3,4}"] = planner.allocate(with_widths(planner.scores, (3, 4)), budget)
-    found["quadratic {2,...,8}"] = planner.allocate(planner.scores, budget, planner.quadratic())
-    found["quadratic {3,...,8}"] = planner.allocate(
-        with_widths(planner.scores, (3, 4, 5, 6, 8)), budget, planner.quadratic()
-    )
+        program = block_order(trace, table[name])
+        wanted += [
+            (f"order {name} {_set(pair)}", with_widths(fisher, pair), program) for pair in ((3, 4), (2, 4), (2, 3))
+        ]
+    wanted += [(f"fisher {_set(widths)}", with_widths(fisher, widths), integer_program) for widths in FEWER]
+    interacting = planner.quadratic()
+    wanted += [(f"fisher {_set(widths)}, quadratic", with_widths(fisher, widths), interacting) for widths in QUADRATIC]
+    found = {}
+    for label, scores, program in wanted:
+        with suppress(InputError):  # these widths cannot meet the budget
+            found[label] = planner.allocate(scores, budget, program)
     return found
+
+
+def _set(widths: tuple[int, ...]) -> str:
+    return "{" + ",".join(map(str, widths)) + "}"
 
 
 def plans(options: argparse.Namespace, table: Mapping[str, Scores]) -> list[dict[str, object]]:
@@ -149,10 +158,13 @@ def plans(options: argparse.Namespace, table: Mapping[str, Scores]) -> list[dict
         planner, budget = Planner(opened, recipe, batches, table["fisher"]), parse_budget(text)
         found = {f"{name}, integer": planner.allocate(scores, budget) for name, scores in table.items()}
         found |= baselines(planner, table, text)
-        began = time.process_time()
-        shipped = make_plan(opened, recipe, batches, table["fisher"], budget)
-        seconds = time.process_time() - began
-        found["shipped"] = shipped.allocation
+        made = {}
+        for rounds in (0, 2):
+            part = recipe.plan.model_copy(update={"exchange": rounds})
+            began = time.process_time()
+            plan = make_plan(opened, recipe.model_copy(update={"plan": part}), batches, table["fisher"], budget)
+            made[f"shipped, exchange {rounds}"] = (plan, time.process_time() - began)
+        found |= {label: plan.allocation for label, (plan, _) in made.items()}
         parts = Text(planner.split(batches.tokens), planner.split(held.tokens))
         klds = measure_allocations(planner.job(), list(found.values()), parts).kld.tolist()
         for (label, allocation), values in zip(found.items(), klds, strict=True):
@@ -162,9 +174,10 @@ def plans(options: argparse.Namespace, table: Mapping[str, Scores]) -> list[dict
             )  # fmt: skip
             print(f"{text}  {label:<28} {allocation.bits_per_weight:.4f}  KL {mean(values):.5f} "
                   f"+- {standard_error(values):.5f}", flush=True)  # fmt: skip
-        trials = [t.model_dump(mode="json") for t in shipped.trials]
-        exchanges = [e.model_dump(mode="json") for e in shipped.exchanges]
-        rows[-1] |= {"trials": trials, "exchanges": exchanges, "planning_cpu_seconds": seconds}
+        for row in rows[-len(made) :]:
+            plan, seconds = made[str(row["plan"])]
+            document = plan.model_dump(mode="json")
+            row |= {"trials": document["trials"], "exchanges": document["exchanges"], "planning_cpu_seconds": seconds}
     return rows
 
 
@@ -175,6 +188,7 @@ def main() -> None:
     parser.add_argument("--calibration", default="builtin")
     parser.add_argument("--data", default="builtin")
     parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--keep", type=Path, help="keep each scorer's file here, and use those that are there")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if options.one:
