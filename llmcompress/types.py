@@ -84,13 +84,25 @@ class NormFeed(Noun):
     norm: str
 
 
+class StreamWriter(Noun):
+    """A linear whose output is added to a stream of the block: what enters the block, or what `norm` reads.
+
+    `after` are linears whose outputs were added to that stream before, where several write side by side.
+    """
+
+    linear: str
+    norm: str = ""
+    after: tuple[str, ...] = ()
+
+
 class BlockTrace(Noun):
-    """What one forward of a block showed: its linears in call order and the norms that feed them."""
+    """What one forward of a block showed: its linears in call order, the norms that feed them, what they write to."""
 
     index: int
     name: str
     linears: tuple[LinearInfo, ...]
     norms: tuple[NormFeed, ...]
+    writers: tuple[StreamWriter, ...] = ()
 
 
 class ModelTrace(Noun):
@@ -216,11 +228,23 @@ class BitAllocation(Noun):
 
 
 class QuantizerOptions(Noun):
-    """What a quantizer may be told; each ignores what it has no use for."""
+    """What a quantizer may be told; each ignores what it has no use for.
+
+    `target` is what a linear's output is brought close to: its own full-precision output on the same input
+    (`layer`), the full-precision model's output there (`asymmetric`), the same with the error already present in
+    what the output is added to (`residual`), or GPTAQ's approximation of the second (`gptaq`). `alpha` is how much
+    of the difference is corrected; where not given, as much as the number of calibration tokens supports.
+    `true_sequential`: inputs of a linear are seen with the linears before it in its block already quantized.
+    """
 
     damp: float = Field(default=0.01, gt=0, le=1)
-    act_order: bool = True
+    order: Literal["act", "group", "plain"] = "act"
     clip: bool = True
+    target: Literal["layer", "gptaq", "asymmetric", "residual"] = "residual"
+    alpha: float | None = Field(default=None, ge=0, le=1)
+    true_sequential: bool = True
+    sweeps: int = Field(default=0, ge=0)
+    pull: float = Field(default=0.0, ge=0, lt=1)
     iterations: int = Field(default=200, ge=1)
 
 

@@ -7,18 +7,17 @@ import hashlib
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from llmcompress.compress.exporters.compressed_tensors import packed_tensors
-from llmcompress.compress.grid import Codes, proxy_loss
-from llmcompress.compress.head import head_hessian
+from llmcompress.compress.grid import proxy_loss
+from llmcompress.compress.head import head_input
 from llmcompress.compress.journal import CommitRecord, Journal
-from llmcompress.compress.observe import collect_hessians, install_weight, weight_of
 from llmcompress.compress.output import specs_of
+from llmcompress.compress.rounds import Method, Rounded, Streams, round_block, round_head
 from llmcompress.compress.shards import ShardMap, write_shard
 from llmcompress.files import commit_bytes
 from llmcompress.model.checkpoint import TORCH_DTYPES, read_tensor
@@ -46,6 +45,12 @@ class ApplyJob:
     probe: Tensor
 
     @property
+    def method(self) -> Method:
+        """How the plan rounds."""
+        dtype = TORCH_DTYPES[self.shards.scale_dtype]
+        return Method(find(QUANTIZERS, self.plan.quantizer), self.plan.options, dtype)
+
+    @property
     def parts(self) -> tuple[BlockTrace | LinearInfo, ...]:
         """What is quantized, a step each: the blocks, then the head where it is to be."""
         head = self.shards.head
@@ -54,21 +59,33 @@ class ApplyJob:
 
 @dataclass
 class Chain:
-    """Hidden states of every batch, the probe last, and how the model calls its blocks with them."""
+    """Hidden states of every batch, the probe last, and how the model calls its blocks with them.
+
+    `full` are those of the batches under the full-precision model, empty where it does not run beside.
+    """
 
     stream: BlockStream
     hidden: list[Tensor]
+    full: list[Tensor]
     calls: list[list[BlockCall]]
-
-    def forward(self, place: int, index: int) -> Tensor:
-        """Batch `place` through block `index`."""
-        return self.stream.run_block(index, self.hidden[place], self.calls[place][index])
 
     @torch.no_grad()
     def advance(self, index: int) -> None:
-        """Every batch through block `index`."""
-        for place in range(len(self.hidden)):
-            self.hidden[place] = self.forward(place, index)
+        """Every batch through block `index` as it will be stored."""
+        for place, call in enumerate(self.calls):
+            self.hidden[place] = self.stream.run_block(index, self.hidden[place], call[index])
+
+    @torch.no_grad()
+    def advance_full(self, index: int) -> None:
+        """The full-precision model's batches through block `index`, loaded as it was."""
+        for place in range(len(self.full)):
+            self.full[place] = self.stream.run_block(index, self.full[place], self.calls[place][index])
+
+    def streams(self, index: int) -> Streams:
+        """The batches as they enter block `index`."""
+        batches = len(self.calls) - 1
+        calls = [call[index] for call in self.calls[:batches]]
+        return Streams(self.hidden[:batches], list(self.full) or None, calls)
 
 
 def apply(job: ApplyJob, journal: Journal) -> Iterator[BlockOutcome]:
@@ -89,13 +106,14 @@ def apply(job: ApplyJob, journal: Journal) -> Iterator[BlockOutcome]:
         return
     chain = start_chain(job)
     if first:
-        chain.hidden = load_hidden(journal, first, job.skeleton.device)
+        kept = load_hidden(journal, first, job.skeleton.device)
+        chain.hidden, chain.full = kept[: len(chain.calls)], kept[len(chain.calls) :]
     for step, part in enumerate(job.parts[first:], first + 1):
         if isinstance(part, BlockTrace):
             outcome, shard_digest = quantize_block(job, chain, part, journal)
         else:
             outcome, shard_digest = quantize_head(job, chain, part, journal)
-        hidden_digest = save_hidden(journal, step, chain.hidden)
+        hidden_digest = save_hidden(journal, step, [*chain.hidden, *chain.full])
         record = CommitRecord(
             step=step,
             shard=outcome.shard,
@@ -115,18 +133,20 @@ def start_chain(job: ApplyJob) -> Chain:
     hidden, calls = stream.start([*job.batches, job.probe])
     job.skeleton.free_rest()
     job.skeleton.free(job.skeleton.blocks[0])
-    return Chain(stream, hidden, calls)
+    full = list(hidden[:-1]) if job.method.compares else []
+    return Chain(stream, hidden, full, calls)
 
 
 def finished_logits(job: ApplyJob, journal: Journal) -> Tensor:
     """Logits of the probe after the last step, float32 `(1, tokens, vocabulary)`."""
     hidden = load_hidden(journal, len(job.parts), job.skeleton.device)
+    probe = hidden[len(job.batches)]
     if job.shards.head is not None:
-        return hidden[-1]
+        return probe
     stream = BlockStream(job.skeleton)
     stream.start([job.probe])  # learns what the blocks of this family return
     job.skeleton.free(job.skeleton.blocks[0])
-    logits = stream.leave(job.probe, hidden[-1])
+    logits = stream.leave(job.probe, probe)
     job.skeleton.free_rest()
     return logits
 
@@ -158,21 +178,17 @@ def quantize_block(job: ApplyJob, chain: Chain, info: BlockTrace, journal: Journ
     """Quantize the linears of one block, write its shard and advance the chain through what was stored."""
     began = time.monotonic()
     block = job.skeleton.load_block(info.index)
-    hessians: dict[int, Tensor] = {}
-    if job.batches:
-        runs = [partial(chain.forward, place, info.index) for place in range(len(job.batches))]
-        hessians, _ = collect_hessians(block, info, runs)
     outcomes, fallbacks, packed = [], [], {}
-    for linear in info.linears:
-        if job.plan.spec_of(linear.name) is None:
-            continue
-        weight = weight_of(block, info, linear).contiguous()
-        codes, outcome, notes = _quantize_linear(job, linear, weight, hessian=hessians.get(linear.shared_input))
-        install_weight(block, info, linear, codes.dequantize())
-        packed[linear.tensor] = packed_tensors(linear, codes)
-        outcomes.append(outcome)
-        fallbacks += [Fallback(where=linear.name, reason=note) for note in notes]
+    streams, specs = chain.streams(info.index), specs_of(job.plan)
+    for rounded in round_block(job.method, block, info, specs, streams):
+        linear, result = rounded.linear, rounded.result
+        packed[linear.tensor] = packed_tensors(linear, result.codes)
+        outcomes.append(_outcome(rounded))
+        fallbacks += [Fallback(where=linear.name, reason=note) for note in result.fallbacks]
     chain.advance(info.index)
+    if chain.full:
+        job.skeleton.load_block(info.index)
+        chain.advance_full(info.index)
     job.skeleton.free(block)
     shard, digest = _write_shard(job, info.index + 1, packed, journal)
     seconds = time.monotonic() - began
@@ -194,33 +210,32 @@ def quantize_head(job: ApplyJob, chain: Chain, head: LinearInfo, journal: Journa
     job.skeleton.load_rest()
     module = job.skeleton.model.get_submodule(head.name)
     target = module.weight
-    hessian = head_hessian(module, chain.stream, job.batches, chain.hidden[:-1])
-    codes, outcome, notes = _quantize_linear(job, head, target.detach(), hessian=hessian)
+    seen = head_input(module, chain.stream, job.batches, chain.hidden[:-1], chain.full or None)
+    rounded = round_head(job.method, head, target.detach(), specs_of(job.plan)[head.name], seen)
+    codes = rounded.result.codes
     target.copy_(codes.dequantize())
-    chain.hidden = [chain.stream.leave(job.probe, chain.hidden[-1])]
+    probe = chain.stream.leave(job.probe, chain.hidden[-1])
+    chain.hidden, chain.full = [*(torch.empty(0) for _ in job.batches), probe], []
     job.skeleton.free_rest()
     step = len(job.parts)
     shard, digest = _write_shard(job, step, {head.tensor: packed_tensors(head, codes)}, journal)
-    fallbacks = tuple(Fallback(where=head.name, reason=note) for note in notes)
+    fallbacks = tuple(Fallback(where=head.name, reason=note) for note in rounded.result.fallbacks)
     seconds = time.monotonic() - began
-    return BlockOutcome(block=step - 1, shard=shard, linears=(outcome,), fallbacks=fallbacks, seconds=seconds), digest
-
-
-def _quantize_linear(
-    job: ApplyJob, linear: LinearInfo, weight: Tensor, *, hessian: Tensor | None
-) -> tuple[Codes, LinearOutcome, tuple[str, ...]]:
-    """The codes of a weight `(rows, columns)`, what they cost, and what the quantizer has to say."""
-    dtype = TORCH_DTYPES[job.shards.scale_dtype]
-    quantizer, spec = find(QUANTIZERS, job.plan.quantizer), job.plan.spec_of(linear.name)
-    result = quantizer.quantize(weight, hessian, spec, options=job.plan.options, dtype=dtype)
-    stored = result.codes.dequantize()
-    measure = hessian if hessian is not None else torch.eye(linear.columns, device=weight.device)
-    loss = proxy_loss(weight, stored, measure)
-    whole = proxy_loss(torch.zeros_like(weight), weight, measure)
-    outcome = LinearOutcome(
-        linear=linear.name, bits=result.codes.spec.bits, proxy_loss=loss, relative_loss=loss / max(whole, 1e-30)
+    outcome = BlockOutcome(
+        block=step - 1, shard=shard, linears=(_outcome(rounded),), fallbacks=fallbacks, seconds=seconds
     )
-    return result.codes, outcome, result.fallbacks
+    return outcome, digest
+
+
+def _outcome(rounded: Rounded) -> LinearOutcome:
+    """What one linear cost, against the weight that was to be rounded."""
+    wanted, stored = rounded.wanted, rounded.result.codes.dequantize()
+    seen = rounded.seen
+    measure = torch.eye(wanted.shape[1], device=wanted.device) if seen is None else seen.hessian
+    loss = proxy_loss(wanted, stored, measure)
+    whole = proxy_loss(torch.zeros_like(wanted), wanted, measure)
+    bits = rounded.result.codes.spec.bits
+    return LinearOutcome(linear=rounded.linear.name, bits=bits, proxy_loss=loss, relative_loss=loss / max(whole, 1e-30))
 
 
 def _write_shard(

@@ -2,54 +2,70 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llmcompress.compress.measuring import Change, Changes, MeasureJob, changed_weight
-from llmcompress.compress.observe import HessianSums
+from llmcompress.compress.observe import DriftSums, Reading
+from llmcompress.compress.rounding import Seen
+from llmcompress.compress.rounds import aim
 from llmcompress.model.stream import BlockStream
 
 
-def head_hessian(
-    head: nn.Module, stream: BlockStream, tokens: Sequence[Tensor], hidden: Sequence[Tensor]
-) -> Tensor | None:
-    """Mean of `x x^T` over what the head reads, `(columns, columns)`; None without tokens.
+def head_input(
+    head: nn.Module,
+    stream: BlockStream,
+    tokens: Sequence[Tensor],
+    hidden: Sequence[Tensor],
+    full: Sequence[Tensor] | None = None,
+) -> Seen | None:
+    """What the head reads; None without tokens. The rest of the model must be loaded.
 
-    `hidden` are the states `(batch, tokens, hidden)` that left the last block, the rest of the model is loaded.
+    `hidden` are the states `(batch, tokens, hidden)` that left the last block, `full` those of the full-precision
+    model, where the two are to be compared.
     """
-    sums = HessianSums()
-
-    def before(_: nn.Module, args: tuple[Any, ...]) -> None:
-        sums.add(0, args[0].detach().flatten(0, -2))
-
-    handle = head.register_forward_pre_hook(before)
+    sums = DriftSums()
+    read: list[Tensor] = []
+    handle = head.register_forward_pre_hook(lambda _, args: read.append(args[0].detach().flatten(0, -2).float()))
     try:
-        for batch, state in zip(tokens, hidden, strict=True):
-            stream.leave(batch, state)
+        for place, batch in enumerate(tokens):
+            stream.leave(batch, hidden[place])
+            if full is not None:
+                stream.leave(batch, full[place])
+            sums.add(*(Reading(inputs, {}) for inputs in read))
+            read.clear()
     finally:
         handle.remove()
-    return sums.means().get(0)
+    return sums.means()[0] if sums.tokens else None
 
 
 class HeadView:
     """Shows the head as it would be under a change; the loaded weight is put back afterwards."""
 
     def __init__(
-        self, job: MeasureJob, stream: BlockStream, tokens: Sequence[Tensor], hidden: Sequence[Tensor]
+        self,
+        job: MeasureJob,
+        stream: BlockStream,
+        tokens: Sequence[Tensor],
+        hidden: Sequence[Tensor],
+        full: Sequence[Tensor] | None = None,
     ) -> None:
-        self._job, self._stream, self._tokens, self._hidden = job, stream, tokens, hidden
+        self._job, self._stream, self._tokens, self._hidden, self._full = job, stream, tokens, hidden, full
         self._cache: dict[Change, Tensor] = {}
-        self._hessian: Tensor | None = None
+        self._seen: Seen | None = None
         self._looked = False
 
     def _weight(self, head: nn.Module, change: Change) -> Tensor:
         if change not in self._cache:
             if self._job.quantizer.NEEDS_HESSIAN and not self._looked:
-                self._hessian, self._looked = head_hessian(head, self._stream, self._tokens, self._hidden), True
-            weight: Tensor = head.weight  # type: ignore[assignment]
-            self._cache[change] = changed_weight(self._job, weight.detach().clone(), self._hessian, change)
+                self._seen = head_input(head, self._stream, self._tokens, self._hidden, self._full)
+                self._looked = True
+            weight: Tensor = head.weight.detach().clone()  # type: ignore[operator]
+            seen = self._seen
+            if seen is not None:
+                (weight,), seen = aim(self._job.options, seen, [weight], [None])
+            self._cache[change] = changed_weight(self._job, weight, seen, change)
         return self._cache[change]
 
     @contextmanager

@@ -8,7 +8,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from llmcompress.compress.grid import Codes
+from llmcompress.compress.rounding import Request, Seen
+from llmcompress.compress.rounds import Method
 from llmcompress.model.skeleton import Skeleton
 from llmcompress.types import LinearInfo, LinearSpec, ModelTrace, QuantizerOptions
 
@@ -22,6 +23,11 @@ class MeasureJob:
     quantizer: ModuleType
     options: QuantizerOptions
     dtype: torch.dtype
+
+    @property
+    def method(self) -> Method:
+        """How this job rounds."""
+        return Method(self.quantizer, self.options, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -44,15 +50,14 @@ Change = LinearSpec | Noise
 Changes = Mapping[str, Change]  # by linear name
 
 
-def changed_weight(job: MeasureJob, weight: Tensor, hessian: Tensor | None, change: Change) -> Tensor:
+def changed_weight(job: MeasureJob, weight: Tensor, seen: Seen | None, change: Change) -> Tensor:
     """The weight `(rows, columns)` after a change, as a reader of the file would see it."""
     if isinstance(change, Noise):
         generator = torch.Generator().manual_seed(change.seed)
         drawn = torch.randn(weight.shape, generator=generator).to(weight)
         return weight + drawn * (change.level * float(weight.norm()) / math.sqrt(weight.numel()))
-    result = job.quantizer.quantize(weight, hessian, change, options=job.options, dtype=job.dtype)
-    codes: Codes = result.codes
-    stored: Tensor = codes.dequantize()
+    results = job.quantizer.quantize([Request(weight, change)], seen, options=job.options, dtype=job.dtype)
+    stored: Tensor = results[0].codes.dequantize()
     return stored
 
 

@@ -1,12 +1,18 @@
-"""Watch the inputs of a block's linears while calibration runs through it."""
+"""Watch the inputs of a block's linears while calibration runs through it.
+
+Where a linear's output is to be brought close to the full-precision model's, two copies of the block run side by
+side: one as it will be stored, fed with what the stored model gives it, and one as it was.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from llmcompress.compress.rounding import Seen
 from llmcompress.model.stream import linear_modules
 from llmcompress.types import BlockTrace, LinearInfo
 
@@ -75,19 +81,110 @@ class HessianSums:
             self._sums[number] = found.T @ found
         self._tokens[number] = self._tokens.get(number, 0) + len(found)
 
-    def means(self) -> dict[int, Tensor]:
+    def means(self) -> dict[int, Seen]:
         """Mean over all tokens seen."""
-        return {number: total / self._tokens[number] for number, total in self._sums.items()}
+        return {n: Seen(total / self._tokens[n], self._tokens[n]) for n, total in self._sums.items()}
 
 
-def collect_hessians(
-    block: nn.Module, info: BlockTrace, runs: Sequence[Callable[[], Any]]
-) -> tuple[dict[int, Tensor], list[Any]]:
-    """Mean of `x x^T` over all tokens, float32 `(columns, columns)`, of each shared-input group.
-
-    `runs` are the forwards of the block, one per batch; what they return is returned as well.
-    """
+def collect_hessians(block: nn.Module, info: BlockTrace, runs: Sequence[Callable[[], Any]]) -> dict[int, Seen]:
+    """Mean of `x x^T` over all tokens for each shared-input group; `runs` are forwards of the block, a batch each."""
     sums = HessianSums()
     with torch.no_grad(), watching_inputs(block, info, sums.add):
-        outputs = [run() for run in runs]
-    return sums.means(), outputs
+        for run in runs:
+            run()
+    return sums.means()
+
+
+class _Enough(Exception):
+    """Leaves a block's forward once what was looked for has been read."""
+
+
+Run = Callable[[nn.Module, Tensor], Any]  # a block on the hidden states that enter it
+
+
+@dataclass
+class Reading:
+    """What one forward showed: the input of a group `(tokens, columns)`, and the stream each writer adds to."""
+
+    inputs: Tensor
+    streams: dict[str, Tensor]
+
+
+class GroupWatch:
+    """Reads the input of one shared-input group and what its linears' outputs are added to, and no further."""
+
+    def __init__(self, info: BlockTrace, members: Sequence[LinearInfo]) -> None:
+        self._info, self._members = info, members
+        names = {local_name(info, linear): linear.name for linear in members}
+        self._writers = [(names[w.linear], w) for w in info.writers if w.linear in names]
+
+    @torch.no_grad()
+    def read(self, block: nn.Module, hidden: Tensor, run: Run) -> Reading:
+        """Run a block until the group's input is there."""
+        seen: dict[str, Tensor] = {"": hidden}
+        found: list[Tensor] = []
+
+        def keep(name: str) -> Callable[..., None]:
+            def reads(_: nn.Module, args: tuple[Any, ...]) -> None:
+                seen[name] = args[0]
+
+            return reads
+
+        def wrote(name: str) -> Callable[..., None]:
+            def writes(_: nn.Module, __: Any, output: Tensor) -> None:
+                seen[name] = output
+
+            return writes
+
+        def enough(_: nn.Module, args: tuple[Any, ...]) -> None:
+            found.append(args[0])
+            raise _Enough
+
+        linears = linear_modules(block)
+        norms = {w.norm for _, w in self._writers if w.norm}
+        before = {name for _, w in self._writers for name in w.after}
+        handles = [block.get_submodule(name).register_forward_pre_hook(keep(name)) for name in norms]
+        handles += [linears[name].register_forward_hook(wrote(name)) for name in before]
+        handles.append(linears[local_name(self._info, self._members[0])].register_forward_pre_hook(enough))
+        try:
+            with suppress(_Enough):
+                run(block, hidden)
+        finally:
+            for handle in handles:
+                handle.remove()
+        streams = {name: seen[w.norm] + sum(seen[n] for n in w.after) for name, w in self._writers}
+        return Reading(found[0].flatten(0, -2).float(), {n: x.flatten(0, -2).float() for n, x in streams.items()})
+
+
+class DriftSums:
+    """Running sums over tokens of everything that is asked about one group."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self._hessian: Tensor | None = None
+        self._drift: Tensor | None = None
+        self._residuals: dict[str, Tensor] = {}
+
+    def add(self, stored: Reading, full: Reading | None = None) -> None:
+        """One batch, in the stored model and, where it is run, in the full-precision one."""
+        x = stored.inputs
+        self.tokens += len(x)
+        self._hessian = _grown(self._hessian, x, x)
+        if full is None:
+            return
+        self._drift = _grown(self._drift, full.inputs - x, x)
+        for name, stream in stored.streams.items():
+            self._residuals[name] = _grown(self._residuals.get(name), full.streams[name] - stream, x)
+
+    def means(self) -> tuple[Seen, dict[str, Tensor]]:
+        """What was seen, and the residual term `(rows, columns)` of every linear that writes to a stream."""
+        if self._hessian is None:
+            raise ValueError("nothing was added")
+        count = self.tokens
+        drift = None if self._drift is None else self._drift / count
+        residuals = {name: total / count for name, total in self._residuals.items()}
+        return Seen(self._hessian / count, count, drift), residuals
+
+
+def _grown(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    return left.T @ right if total is None else total.addmm_(left.T, right)

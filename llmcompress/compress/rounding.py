@@ -1,8 +1,42 @@
-"""What a quantizer returns."""
+"""What passes between a quantizer and whoever asks it.
+
+A quantizer is a file with `NEEDS_HESSIAN` and
+
+    quantize(requests, seen, *, options, dtype) -> list[Quantized]
+
+All requests of one call read the same input, so whatever depends on the input alone (a factorised Hessian, an
+order of columns) is worked out once for all linears of a group and for all formats of each.
+"""
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from llmcompress.compress.grid import Codes
+from llmcompress.types import LinearSpec
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What calibration showed of the input `x` that some linears share, in the model as it will be stored.
+
+    hessian  (columns, columns)  mean of `x x^T` over tokens
+    tokens   how many tokens; 0 where it is not known
+    drift    (columns, columns)  mean of `(x' - x) x^T`, `x'` being what the full-precision model reads there;
+             None where it was not measured, or is already part of the weights asked for
+    """
+
+    hessian: Tensor
+    tokens: int = 0
+    drift: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """A weight `(rows, columns)`, float32, and the format it is to get."""
+
+    weight: Tensor
+    spec: LinearSpec
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from llmcompress.compress.candidates import candidates_for as candidates_for
 from llmcompress.compress.grid import gaussian_distortion
 from llmcompress.compress.quantizers import rtn
+from llmcompress.compress.rounding import Request, Seen
 from llmcompress.model.skeleton import Skeleton
 from llmcompress.model.stream import BlockStream
 from llmcompress.model.text import Batches
@@ -130,18 +131,18 @@ def _show(observers: list[Observer], info: BlockTrace, entering: Tensor, leaving
 
 
 def rounding_errors(
-    job: ScoreJob, linear: LinearInfo, weight: Tensor, hessian: Tensor | None = None
-) -> Iterator[tuple[LinearSpec, Tensor]]:
-    """`(spec, dW)` for every candidate of a linear: what the quantizer that will be used does to its weight.
+    job: ScoreJob, weights: Mapping[str, Tensor], seen: Seen | None = None
+) -> Iterator[tuple[str, LinearSpec, Tensor]]:
+    """`(linear, spec, dW)` for every candidate of linears that read one input: what the quantizer does to them.
 
     Where that quantizer needs a Hessian and none is at hand, rounding with a clip search stands in.
     """
-    quantizer = job.quantizer
-    if quantizer.NEEDS_HESSIAN and hessian is None:
-        quantizer = rtn
-    for spec in job.candidates[linear.name]:
-        result = quantizer.quantize(weight, hessian, spec, options=job.rounding, dtype=job.scale_dtype)
-        yield spec, result.codes.dequantize() - weight
+    quantizer = rtn if job.quantizer.NEEDS_HESSIAN and seen is None else job.quantizer
+    asked = [(name, spec) for name in weights for spec in job.candidates[name]]
+    requests = [Request(weights[name], spec) for name, spec in asked]
+    results = quantizer.quantize(requests, seen, options=job.rounding, dtype=job.scale_dtype)
+    for (name, spec), result in zip(asked, results, strict=True):
+        yield name, spec, result.codes.dequantize() - weights[name]
 
 
 def layers_from_importance(job: ScoreJob, importance: Callable[[LinearInfo], float]) -> tuple[LayerScore, ...]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from llmcompress.compress.head import HeadView
 from llmcompress.compress.measuring import Change, Changes, MeasureJob, Text, changed_weight, sequence_kld
 from llmcompress.compress.observe import collect_hessians, install_weight, weight_of
+from llmcompress.compress.rounding import Seen
 from llmcompress.model.stream import BlockCall, BlockStream
 from llmcompress.types import BlockTrace, LinearInfo
 
@@ -61,7 +62,7 @@ class _Standing:
 
     block: nn.Module
     info: BlockTrace
-    hessians: dict[int, Tensor]
+    known: dict[int, Seen]
     original: dict[str, Tensor]
     weights: dict[str, Tensor]
     cache: dict[tuple[str, Change], Tensor] = field(default_factory=dict)
@@ -127,15 +128,15 @@ class _Pass:
 
     def _standing(self, block: nn.Module, info: BlockTrace) -> _Standing:
         touched = [x for x in info.linears if x.name in self.base or any(x.name in c.changes for c in self.chains)]
-        hessians: dict[int, Tensor] = {}
+        known: dict[int, Seen] = {}
         if touched and self.job.quantizer.NEEDS_HESSIAN and self.calibration:
             runs = [
                 partial(self.stream.run_block, info.index, hidden, call[info.index])
                 for hidden, call in zip(self.calibration, self.calls, strict=False)
             ]
-            hessians, _ = collect_hessians(block, info, runs)
+            known = collect_hessians(block, info, runs)
         original = {x.name: weight_of(block, info, x).clone() for x in touched}
-        standing = _Standing(block, info, hessians, original, dict(original))
+        standing = _Standing(block, info, known, original, dict(original))
         for linear in touched:
             if linear.name in self.base:
                 standing.weights[linear.name] = self._changed(standing, linear, self.base[linear.name])
@@ -145,8 +146,8 @@ class _Pass:
     def _changed(self, standing: _Standing, linear: LinearInfo, change: Change) -> Tensor:
         key = (linear.name, change)
         if key not in standing.cache:
-            hessian = standing.hessians.get(linear.shared_input)
-            standing.cache[key] = changed_weight(self.job, standing.original[linear.name], hessian, change)
+            seen = standing.known.get(linear.shared_input)
+            standing.cache[key] = changed_weight(self.job, standing.original[linear.name], seen, change)
         return standing.cache[key]
 
     def _through(self, standing: _Standing) -> None:

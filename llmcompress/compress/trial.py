@@ -6,16 +6,15 @@ each keeps its own chain of hidden states, because the next block must see what 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llmcompress.compress.head import HeadView
-from llmcompress.compress.measuring import MeasureJob, Text, changed_weight, sequence_dnll, sequence_kld
-from llmcompress.compress.observe import collect_hessians, install_weight, weight_of
+from llmcompress.compress.measuring import MeasureJob, Text, sequence_dnll, sequence_kld
+from llmcompress.compress.rounds import Streams, round_block
 from llmcompress.model.stream import BlockCall, BlockStream
-from llmcompress.types import BitAllocation, BlockTrace, LinearSpec
+from llmcompress.types import BitAllocation, LinearSpec
 
 
 @dataclass(frozen=True)
@@ -35,45 +34,37 @@ def measure_allocations(job: MeasureJob, allocations: Sequence[BitAllocation], t
     Hessians come from `text.calibration` alone; sequences are those of `text.judging`.
     """
     stream = BlockStream(job.skeleton)
-    entered, calls = stream.start([*text.calibration, *text.judging])
+    full, calls = stream.start([*text.calibration, *text.judging])
     job.skeleton.free_rest()
-    cut = len(text.calibration)
-    chains = [list(entered) for _ in allocations]
-    reference = entered[cut:]
+    cut, compares = len(text.calibration), job.method.compares
+    chains = [list(full) for _ in allocations]
     tables = [{a.linear: a.spec for a in allocation.assigned} for allocation in allocations]
     for info in job.trace.blocks:
+        here = [call[info.index] for call in calls[:cut]]
         for specs, hidden in zip(tables, chains, strict=True):
             block = job.skeleton.load_block(info.index)
-            runs = [partial(stream.run_block, info.index, hidden[p], calls[p][info.index]) for p in range(cut)]
-            hessians = collect_hessians(block, info, runs)[0] if job.quantizer.NEEDS_HESSIAN else {}
-            _quantize(job, block, info, specs=specs, hessians=hessians)
+            streams = Streams(hidden[:cut], full[:cut] if compares else None, here)
+            for _ in round_block(job.method, block, info, specs, streams):
+                pass
             _advance(stream, info.index, hidden, calls)
         job.skeleton.load_block(info.index)
-        _advance(stream, info.index, reference, calls[cut:])
+        _advance(stream, info.index, full, calls, 0 if compares else cut)
         job.skeleton.free(job.skeleton.blocks[info.index])
     job.skeleton.load_rest()
     pairs = [
-        _damage(job, stream, text, reference=reference, hidden=hidden, specs=specs)
+        _damage(job, stream, text, reference=full, hidden=hidden, specs=specs)
         for specs, hidden in zip(tables, chains, strict=True)
     ]
     job.skeleton.free_rest()
     return Damage(torch.stack([kld for kld, _ in pairs]), torch.stack([dnll for _, dnll in pairs]))
 
 
-def _quantize(
-    job: MeasureJob, block: nn.Module, info: BlockTrace, *, specs: Mapping[str, LinearSpec], hessians: dict[int, Tensor]
-) -> None:
-    for linear in info.linears:
-        if linear.name in specs:
-            weight = weight_of(block, info, linear).contiguous()
-            stored = changed_weight(job, weight, hessians.get(linear.shared_input), specs[linear.name])
-            install_weight(block, info, linear, stored)
-
-
 @torch.no_grad()
-def _advance(stream: BlockStream, index: int, hidden: list[Tensor], calls: list[list[BlockCall]]) -> None:
-    for place, call in enumerate(calls):
-        hidden[place] = stream.run_block(index, hidden[place], call[index])
+def _advance(
+    stream: BlockStream, index: int, hidden: list[Tensor], calls: list[list[BlockCall]], first: int = 0
+) -> None:
+    for place in range(first, len(calls)):
+        hidden[place] = stream.run_block(index, hidden[place], calls[place][index])
 
 
 @torch.no_grad()
@@ -87,9 +78,10 @@ def _damage(
     specs: Mapping[str, LinearSpec],
 ) -> tuple[Tensor, Tensor]:
     cut = len(text.calibration)
-    head = HeadView(job, stream, text.calibration, hidden[:cut])
+    compared = reference[:cut] if job.method.compares else None
+    head = HeadView(job, stream, text.calibration, hidden[:cut], compared)
     klds, dnlls = [], []
-    for tokens, left, right in zip(text.judging, reference, hidden[cut:], strict=True):
+    for tokens, left, right in zip(text.judging, reference[cut:], hidden[cut:], strict=True):
         p = torch.log_softmax(stream.leave(tokens, left), -1)
         with head.as_in(specs):
             q = torch.log_softmax(stream.leave(tokens, right), -1)

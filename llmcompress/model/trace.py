@@ -6,7 +6,7 @@ fused unit (`{q, k, v}`, `{gate, up}`), which serving runtimes store together. T
 the logits, is a linear outside the blocks and a unit of its own.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,37 +15,47 @@ from torch import Tensor, nn
 
 from llmcompress.model.skeleton import Skeleton
 from llmcompress.model.stream import BlockStream, hidden_of, linear_modules
-from llmcompress.types import BlockTrace, LinearInfo, ModelTrace, NormFeed
+from llmcompress.types import BlockTrace, LinearInfo, ModelTrace, NormFeed, StreamWriter
 
 PROBE_TOKENS = 8
+CLOSE = 1e-4  # relative difference of two tensors taken for the same, in float32
 
 
 @dataclass
 class _Watch:
     """What one forward of a block showed; tensors are held so that their identities stay unique."""
 
+    entering: Tensor
     inputs: list[tuple[str, Tensor]] = field(default_factory=list)
+    outputs: list[tuple[str, Tensor]] = field(default_factory=list)
     norms: list[tuple[str, Tensor]] = field(default_factory=list)
+    norm_inputs: list[tuple[str, Tensor]] = field(default_factory=list)
+    leaving: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
-def _watch(block: nn.Module, run: Any) -> _Watch:
-    seen = _Watch()
+def _watch(block: nn.Module, entering: Tensor, run: Callable[[], Tensor]) -> _Watch:
+    seen = _Watch(entering)
     handles = []
     for name, module in linear_modules(block).items():
 
         def before(_: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
             seen.inputs.append((name, args[0]))
 
+        def wrote(_: nn.Module, __: Any, output: Any, name: str = name) -> None:
+            seen.outputs.append((name, output))
+
         handles.append(module.register_forward_pre_hook(before))
+        handles.append(module.register_forward_hook(wrote))
     for name, module in block.named_modules():
         if "norm" in type(module).__name__.lower():
 
-            def after(_: nn.Module, __: Any, output: Any, name: str = name) -> None:
+            def after(_: nn.Module, args: tuple[Any, ...], output: Any, name: str = name) -> None:
                 seen.norms.append((name, hidden_of(output)))
+                seen.norm_inputs.append((name, args[0]))
 
             handles.append(module.register_forward_hook(after))
     try:
-        run()
+        seen.leaving = run()
     finally:
         for handle in handles:
             handle.remove()
@@ -62,6 +72,7 @@ class _Pattern:
 
     linears: tuple[tuple[str, int], ...]  # name, shared-input group, in call order
     norms: tuple[tuple[int, str], ...]
+    writers: tuple[StreamWriter, ...]
 
 
 def _pattern(seen: _Watch) -> _Pattern:
@@ -73,7 +84,36 @@ def _pattern(seen: _Watch) -> _Pattern:
     for name, tensor in seen.norms:
         if id(tensor) in groups:
             norms.append((groups[id(tensor)], name))
-    return _Pattern(tuple(linears), tuple(norms))
+    return _Pattern(tuple(linears), tuple(norms), _writers(seen))
+
+
+def _writers(seen: _Watch) -> tuple[StreamWriter, ...]:
+    """Linears whose output is the difference of two points of the stream, alone or added to one another.
+
+    Points are what enters the block, what its norms read, and what leaves it. A linear whose output goes through
+    anything else first (a norm, a scale) is not found.
+    """
+    like = seen.entering
+    outputs = [(name, output) for name, output in seen.outputs if output.shape == like.shape]
+    points = [("", like), *((n, x) for n, x in seen.norm_inputs if x.shape == like.shape and x is not like)]
+    ends = [*(x for _, x in points[1:]), seen.leaving]
+    alone: list[StreamWriter] = []
+    beside: list[StreamWriter] = []
+    names = [name for name, _ in outputs]
+    for place, (norm, start) in enumerate(points):
+        for end in ends[place:]:
+            difference = end - start
+            alone += [StreamWriter(linear=n, norm=norm) for n, output in outputs if _close(difference, output)]
+            if len(outputs) > 1 and _close(difference, sum(output for _, output in outputs)):
+                beside += [StreamWriter(linear=n, norm=norm, after=tuple(names[:i])) for i, n in enumerate(names)]
+    first: dict[str, StreamWriter] = {}
+    for writer in (*alone, *beside):
+        first.setdefault(writer.linear, writer)
+    return tuple(first[name] for name in names if name in first)
+
+
+def _close(left: Tensor, right: Any) -> bool:
+    return bool((left - right).norm() <= CLOSE * left.norm().clamp_min(1e-30))
 
 
 def _linear_infos(skeleton: Skeleton, index: int, pattern: _Pattern) -> Iterable[LinearInfo]:
@@ -117,15 +157,18 @@ def trace(skeleton: Skeleton) -> ModelTrace:
         if kind not in patterns:
             block = skeleton.load_block(index)
 
-            def run(index: int = index) -> None:
-                stream.run_block(index, hidden[0], calls[0][index])
+            def run(index: int = index) -> Tensor:
+                return stream.run_block(index, hidden[0], calls[0][index])
 
             with torch.no_grad():
-                patterns[kind] = _pattern(_watch(block, run))
+                patterns[kind] = _pattern(_watch(block, hidden[0], run))
         skeleton.free(skeleton.blocks[index])
         infos = tuple(_linear_infos(skeleton, index, patterns[kind]))
         norms = tuple(NormFeed(shared_input=g, norm=n) for g, n in patterns[kind].norms)
-        blocks.append(BlockTrace(index=index, name=skeleton.block_name(index), linears=infos, norms=norms))
+        name = skeleton.block_name(index)
+        known = {info.name.removeprefix(name + ".") for info in infos}
+        writers = tuple(writer for writer in patterns[kind].writers if {writer.linear, *writer.after} <= known)
+        blocks.append(BlockTrace(index=index, name=name, linears=infos, norms=norms, writers=writers))
     head = _head(skeleton, stream, tokens, hidden[0])
     skeleton.free_rest()
     return _model_trace(skeleton, tuple(blocks), head)

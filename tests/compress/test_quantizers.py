@@ -1,11 +1,14 @@
 """The contract every quantizer keeps, and what GPTQ is."""
 
+from typing import Literal
+
 import pytest
 import torch
 from torch import Tensor
 
+from llmcompress.compress.feedback import Loop, inverse_factor, round_columns
 from llmcompress.compress.grid import expand_scale, find_scale, proxy_loss, round_weight
-from llmcompress.compress.quantizers import gptq
+from llmcompress.compress.rounding import Quantized, Request, Seen
 from llmcompress.plugins import available, find
 from llmcompress.types import LinearSpec, QuantizerOptions
 
@@ -22,21 +25,34 @@ def problem(columns: int = 128, tokens: int = 512, seed: int = 0) -> tuple[Tenso
     return weight, inputs.T @ inputs / tokens
 
 
+def quantized(
+    name: str,
+    weight: Tensor,
+    hessian: Tensor,
+    spec: LinearSpec,
+    options: QuantizerOptions = OPTIONS,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Quantized:
+    """One weight alone."""
+    (found,) = find(PACKAGE, name).quantize([Request(weight, spec)], Seen(hessian), options=options, dtype=dtype)
+    assert isinstance(found, Quantized)
+    return found
+
+
 @pytest.mark.parametrize("name", available(PACKAGE))
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 def test_contract(name: str, bits: int) -> None:
     weight, hessian = problem()
     spec = LinearSpec(bits=bits, group_size=64)
-    result = find(PACKAGE, name).quantize(weight.clone(), hessian, spec, options=OPTIONS, dtype=torch.bfloat16)
-    codes = result.codes
+    codes = quantized(name, weight.clone(), hessian, spec).codes
     assert codes.codes.dtype == torch.uint8
     assert codes.codes.shape == weight.shape
     assert int(codes.codes.max()) < 2**bits
     assert codes.scale.shape == (48, 2)
     assert codes.scale.dtype == torch.bfloat16
     assert float((codes.dequantize() - weight).square().mean()) < 0.5 * 4.0 ** (1 - bits) + 0.15
-    again = find(PACKAGE, name).quantize(weight, hessian, spec, options=OPTIONS, dtype=torch.bfloat16)
-    assert torch.equal(codes.codes, again.codes.codes)
+    again = quantized(name, weight, hessian, spec).codes
+    assert torch.equal(codes.codes, again.codes)
 
 
 @pytest.mark.parametrize("name", available(PACKAGE))
@@ -45,18 +61,17 @@ def test_error_falls_with_width(name: str) -> None:
     losses = []
     for bits in (2, 3, 4, 6, 8):
         spec = LinearSpec(bits=bits, group_size=128)
-        codes = find(PACKAGE, name).quantize(weight, hessian, spec, options=OPTIONS, dtype=torch.bfloat16).codes
+        codes = quantized(name, weight, hessian, spec).codes
         losses.append(proxy_loss(weight, codes.dequantize(), hessian))
     assert losses == sorted(losses, reverse=True)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
-@pytest.mark.parametrize("act_order", [True, False])
-def test_gptq_beats_rounding_on_correlated_inputs(bits: int, act_order: bool) -> None:
+@pytest.mark.parametrize("order", ["act", "group", "plain"])
+def test_gptq_beats_rounding_on_correlated_inputs(bits: int, order: Literal["act", "group", "plain"]) -> None:
     weight, hessian = problem()
     spec = LinearSpec(bits=bits, group_size=64)
-    options = QuantizerOptions(act_order=act_order)
-    codes = gptq.quantize(weight, hessian, spec, options=options, dtype=torch.bfloat16).codes
+    codes = quantized("gptq", weight, hessian, spec, QuantizerOptions(order=order)).codes
     rounded = round_weight(weight, codes.scale, spec)
     ours = proxy_loss(weight, codes.dequantize(), hessian)
     assert ours < 0.9 * proxy_loss(weight, rounded.dequantize(), hessian)
@@ -65,7 +80,7 @@ def test_gptq_beats_rounding_on_correlated_inputs(bits: int, act_order: bool) ->
 def test_gptq_is_rounding_on_white_inputs() -> None:
     weight, _ = problem()
     spec = LinearSpec(bits=3, group_size=64)
-    codes = gptq.quantize(weight, torch.eye(128), spec, options=OPTIONS, dtype=torch.float32).codes
+    codes = quantized("gptq", weight, torch.eye(128), spec, dtype=torch.float32).codes
     assert torch.equal(codes.codes, round_weight(weight, codes.scale, spec).codes)
 
 
@@ -87,24 +102,25 @@ def slow_gptq(weight: Tensor, scale: Tensor, hessian: Tensor, bits: int) -> Tens
 def test_gptq_equals_exact_least_squares_feedback() -> None:
     weight, hessian = problem(columns=192, tokens=2000)  # more than one block of 128 columns
     spec = LinearSpec(bits=3, group_size=64)
-    options = QuantizerOptions(act_order=False)
+    options = QuantizerOptions(order="plain")
     scale = find_scale(weight, spec, torch.float32)
     damped = hessian.double() + torch.eye(192).double() * options.damp * hessian.double().diagonal().mean()
-    factor, notes = gptq.inverse_factor(hessian, options)
+    factor, notes = inverse_factor(hessian, torch.arange(192), options.damp)
     assert factor is not None
     assert notes == ()
-    codes = gptq.round_columns(weight, expand_scale(scale, 192), factor[1], bits=3)
+    steps = expand_scale(scale, 192)
+    loop = Loop(torch.full((len(weight),), 4.0), lambda start, stop, _: steps[:, start:stop])
+    codes, _ = round_columns(weight, factor.upper, loop)
     slow = slow_gptq(weight, expand_scale(scale, 192), damped, 3)
     assert float((codes != slow).float().mean()) < 2e-3  # a tie may fall either way in float32
 
 
 def test_the_factor_is_that_of_the_damped_inverse() -> None:
     _, hessian = problem()
-    options = QuantizerOptions(act_order=False)
-    factor, _ = gptq.inverse_factor(hessian, options)
+    factor, _ = inverse_factor(hessian, torch.arange(128), 0.01)
     assert factor is not None
-    upper = factor[1].double()
-    damped = hessian.double() + torch.eye(128).double() * options.damp * hessian.double().diagonal().mean()
+    upper = factor.upper.double()
+    damped = hessian.double() + torch.eye(128).double() * 0.01 * hessian.double().diagonal().mean()
     assert torch.allclose(torch.linalg.inv(damped), upper.T @ upper, rtol=1e-4, atol=1e-6)
 
 
@@ -112,7 +128,7 @@ def test_dead_inputs_are_rounded_not_zeroed() -> None:
     weight, hessian = problem()
     hessian[5], hessian[:, 5] = 0, 0
     spec = LinearSpec(bits=4, group_size=64)
-    result = gptq.quantize(weight, hessian, spec, options=OPTIONS, dtype=torch.bfloat16)
+    result = quantized("gptq", weight, hessian, spec)
     assert result.fallbacks == ()
     assert float((result.codes.dequantize()[:, 5] - weight[:, 5]).abs().max()) < 1.0
     assert float(result.codes.dequantize()[:, 5].abs().sum()) > 0
@@ -123,14 +139,31 @@ def test_singular_hessians_are_damped_and_recorded() -> None:
     hopeless = -torch.eye(128) * 0.05
     hopeless[0, 0] = 6.5
     spec = LinearSpec(bits=4, group_size=64)
-    raised = gptq.quantize(weight, hopeless + torch.eye(128) * 0.0499, spec, options=OPTIONS, dtype=torch.bfloat16)
+    raised = quantized("gptq", weight, hopeless + torch.eye(128) * 0.0499, spec)
     assert bool((raised.codes.codes < 16).all())
     broken = torch.full((128, 128), float("nan"))
-    result = gptq.quantize(weight, broken, spec, options=OPTIONS, dtype=torch.bfloat16)
+    result = quantized("gptq", weight, broken, spec)
     assert "not finite" in result.fallbacks[0]
     off_diagonal = torch.ones(128, 128) * 50 + torch.eye(128) * (1 - 50)
-    result = gptq.quantize(weight, off_diagonal, spec, options=OPTIONS, dtype=torch.bfloat16)
+    result = quantized("gptq", weight, off_diagonal, spec)
     assert "rounded instead" in result.fallbacks[0]
     indefinite = torch.ones(128, 128) * 1.3 + torch.eye(128) * (1 - 1.3)
-    result = gptq.quantize(weight, indefinite, spec, options=OPTIONS, dtype=torch.bfloat16)
+    result = quantized("gptq", weight, indefinite, spec)
     assert "damping raised to 1" in result.fallbacks[0]
+
+
+@pytest.mark.parametrize("name", available(PACKAGE))
+@pytest.mark.parametrize("order", ["act", "group"])
+def test_together_is_one_by_one(name: str, order: Literal["act", "group"]) -> None:
+    """Linears that read one input, and formats of one linear, do not disturb one another."""
+    weight, hessian = problem()
+    other = torch.randn(16, 128, generator=torch.Generator().manual_seed(5))
+    specs = [LinearSpec(bits=bits, group_size=size) for bits, size in ((2, 64), (3, 128), (4, 64), (8, 64))]
+    requests = [Request(w, spec) for w in (weight, other) for spec in specs]
+    options = QuantizerOptions(order=order, iterations=5)
+    together = find(PACKAGE, name).quantize(requests, Seen(hessian), options=options, dtype=torch.bfloat16)
+    for request, found in zip(requests, together, strict=True):
+        alone = quantized(name, request.weight, hessian, request.spec, options).codes
+        assert found.codes.spec == request.spec
+        assert torch.equal(found.codes.scale, alone.scale)
+        assert float((found.codes.codes != alone.codes).float().mean()) < 2e-3  # a tie may fall either way

@@ -12,6 +12,7 @@ from llmcompress.compress.measuring import MeasureJob, Text
 from llmcompress.compress.pipeline import open_model, score
 from llmcompress.compress.planning import make_plan
 from llmcompress.compress.quantizers import gptq, rtn
+from llmcompress.compress.rounding import Request
 from llmcompress.compress.trial import measure_allocations
 from llmcompress.errors import InputError
 from llmcompress.model.hub import Source
@@ -47,8 +48,8 @@ def test_measured_kl_equals_the_kl_of_the_quantized_model(llama: Path) -> None:
             weight = model.get_submodule(name).weight
             spec = LinearSpec(bits=3, group_size=64)
             options = QuantizerOptions()
-            codes = rtn.quantize(weight.clone(), None, spec, options=options, dtype=torch.bfloat16).codes
-            weight.copy_(codes.dequantize())
+            (found,) = rtn.quantize([Request(weight.clone(), spec)], None, options=options, dtype=torch.bfloat16)
+            weight.copy_(found.codes.dequantize())
         q = torch.log_softmax(model(held).logits.double(), -1)
     assert measured[1] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
 

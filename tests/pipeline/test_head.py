@@ -16,6 +16,7 @@ from llmcompress.compress.allocate.budget import parse_budget
 from llmcompress.compress.allocate.spend import spend
 from llmcompress.compress.pipeline import Opened, open_model
 from llmcompress.compress.quantizers import rtn
+from llmcompress.compress.rounding import Request
 from llmcompress.errors import InputError
 from llmcompress.model.checkpoint import CheckpointReader
 from llmcompress.model.hub import Source
@@ -159,7 +160,9 @@ def test_the_head_is_rounded_on_what_it_really_reads(output: Path, llama: Path) 
     next(iter(BlockStream(skeleton).logits([tokens])))
     inputs = read[0].flatten(0, 1)
     spec = LinearSpec(bits=stored.spec.bits, group_size=64)
-    nearest = rtn.quantize(weight, None, spec, options=QuantizerOptions(), dtype=torch.bfloat16).codes.dequantize()
+    request = Request(weight, spec)
+    (found,) = rtn.quantize([request], None, options=QuantizerOptions(), dtype=torch.bfloat16)
+    nearest = found.codes.dequantize()
 
     def harm(candidate: torch.Tensor) -> float:
         return float((inputs @ (candidate - weight).T).square().mean())

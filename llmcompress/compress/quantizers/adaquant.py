@@ -6,11 +6,13 @@ step here is a full-batch step over all calibration tokens, and the result is de
 independent ("parallel AdaQuant"). Weights may move by more than one step of the grid, unlike AdaRound's.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from llmcompress.compress.grid import Codes, expand_scale, find_scale, round_weight, stored_scale
-from llmcompress.compress.rounding import Quantized
+from llmcompress.compress.rounding import Quantized, Request, Seen
 from llmcompress.types import LinearSpec, QuantizerOptions
 
 NEEDS_HESSIAN = True
@@ -19,19 +21,22 @@ SCALE_RATE = 2e-3  # relative
 
 
 def quantize(
-    weight: Tensor, hessian: Tensor | None, spec: LinearSpec, *, options: QuantizerOptions, dtype: torch.dtype
-) -> Quantized:
-    """Quantize one linear by `options.iterations` Adam steps; the best codes seen are kept.
-
-    weight   (rows, columns)     float32
-    hessian  (columns, columns)  mean of x x^T over calibration tokens
-    dtype    of the stored scales
+    requests: Sequence[Request], seen: Seen | None, *, options: QuantizerOptions, dtype: torch.dtype
+) -> list[Quantized]:
+    """Quantize linears that read one input by `options.iterations` Adam steps each; the best codes seen are kept.
 
     Never a larger damped proxy loss than rounding. A Hessian that is not finite falls back to rounding, recorded.
     """
-    if hessian is None or not bool(torch.isfinite(hessian).all()):
+    return [_quantize(r.weight, r.spec, seen, options=options, dtype=dtype) for r in requests]
+
+
+def _quantize(
+    weight: Tensor, spec: LinearSpec, seen: Seen | None, *, options: QuantizerOptions, dtype: torch.dtype
+) -> Quantized:
+    if seen is None or not bool(torch.isfinite(seen.hessian).all()):
         scale = find_scale(weight, spec, dtype, clip=options.clip)
         return Quantized(round_weight(weight, scale, spec), ("calibration inputs are not finite: rounded instead",))
+    hessian = seen.hessian
     diagonal = hessian.diagonal()
     mean = diagonal.mean().clamp_min(1e-30)
     metric = (hessian / mean).float() + options.damp * torch.eye(len(hessian), device=hessian.device)

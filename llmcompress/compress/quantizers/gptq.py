@@ -1,97 +1,144 @@
 """GPTQ (arXiv 2210.17323): round column by column, pushing each error onto the columns still unrounded.
 
-Columns are taken in order of decreasing Hessian diagonal ("act-order") with static groups: all scales
-are fixed beforehand on the unpermuted weights, so the file keeps its plain layout.
+By default columns are taken in order of decreasing Hessian diagonal ("act-order") with static groups: all scales
+are fixed beforehand on the unpermuted weights, so the file keeps its plain layout. `quantize.order: group` keeps
+groups together instead and chooses each scale when its group is reached. Afterwards `quantize.sweeps` passes of
+coordinate descent over codes and scales lower the same loss further.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from llmcompress.compress.grid import Codes, expand_scale, find_scale, round_to_grid, round_weight
-from llmcompress.compress.rounding import Quantized
-from llmcompress.types import LinearSpec, QuantizerOptions
+from llmcompress.compress.descent import descend
+from llmcompress.compress.feedback import (
+    BLOCK_COLUMNS,
+    Factor,
+    Loop,
+    Scales,
+    column_order,
+    drift_factor,
+    inverse_factor,
+    round_columns,
+)
+from llmcompress.compress.grid import Codes, expand_scale, find_scale, round_weight
+from llmcompress.compress.rounding import Quantized, Request, Seen
+from llmcompress.types import QuantizerOptions
 
 NEEDS_HESSIAN = True
-BLOCK_COLUMNS = 128
-DAMP_RETRIES = 3
+GPTAQ_ALPHA = 0.25
+BATCH_WEIGHTS = 1 << 25  # rows are rounded together, about this many weights at a time
 
 
 def quantize(
-    weight: Tensor, hessian: Tensor | None, spec: LinearSpec, *, options: QuantizerOptions, dtype: torch.dtype
-) -> Quantized:
-    """Quantize one linear.
+    requests: Sequence[Request], seen: Seen | None, *, options: QuantizerOptions, dtype: torch.dtype
+) -> list[Quantized]:
+    """Quantize linears that read one input; `dtype` is that of the stored scales.
 
-    weight   (rows, columns)     float32
-    hessian  (columns, columns)  sum or mean of x x^T over calibration tokens; its scale does not matter
-    dtype    of the stored scales
-
-    A Hessian that is not finite, or stays singular after three tenfold increases of the damping, falls
-    back to rounding; both are recorded.
+    The scale of the Hessian does not matter. A Hessian that is not finite, or stays singular after three tenfold
+    increases of the damping, falls back to rounding; both are recorded.
     """
-    if hessian is None or not bool(torch.isfinite(hessian).all()):
-        scale = find_scale(weight, spec, dtype, clip=options.clip)
-        return Quantized(round_weight(weight, scale, spec), ("calibration inputs are not finite: rounded instead",))
-    diagonal = hessian.diagonal()
-    importance = diagonal / diagonal.mean().clamp_min(1e-30)
-    scale = find_scale(weight, spec, dtype, clip=options.clip, importance=importance.clamp_min(1e-6))
-    factor, notes = inverse_factor(hessian, options)
-    if factor is None:
-        return Quantized(round_weight(weight, scale, spec), notes)
-    order, upper = factor
-    codes = round_columns(weight[:, order], expand_scale(scale, weight.shape[1])[:, order], upper, bits=spec.bits)
-    restored = torch.empty_like(codes)
-    restored[:, order] = codes
-    return Quantized(Codes(restored, scale, spec), notes)
+    if seen is None or not bool(torch.isfinite(seen.hessian).all()):
+        return [_rounded(r, options, dtype, "calibration inputs are not finite: rounded instead") for r in requests]
+    found: dict[int, Quantized] = {}
+    for size in sorted({r.spec.group_size for r in requests}):
+        places = [place for place, r in enumerate(requests) if r.spec.group_size == size]
+        order = column_order(seen.hessian.diagonal(), options.order, size)
+        factor, notes = inverse_factor(seen.hessian, order, options.damp)
+        if factor is None:
+            found |= {place: _rounded(requests[place], options, dtype, notes[0]) for place in places}
+            continue
+        work = _Work(seen, factor, options, dtype)
+        for batch in _batches(requests, places):
+            codes = work.round([requests[place] for place in batch])
+            found |= {place: Quantized(found, notes) for place, found in zip(batch, codes, strict=True)}
+    return [found[place] for place in range(len(requests))]
 
 
-def inverse_factor(hessian: Tensor, options: QuantizerOptions) -> tuple[tuple[Tensor, Tensor] | None, tuple[str, ...]]:
-    """Column order, and the upper Cholesky factor `U` of the damped inverse, `H^-1 = U^T U`, in that order.
-
-    Returns None in place of both when the Hessian cannot be factorised, and the notes to record.
-    """
-    full = hessian.to(torch.float64)
-    dead = full.diagonal() <= 0
-    full = full + torch.diag(dead.to(full.dtype) * full.diagonal().mean().clamp_min(1e-30))
-    descending = torch.argsort(full.diagonal(), descending=True, stable=True)
-    order = descending if options.act_order else torch.arange(len(full), device=full.device)
-    full = full[order][:, order]
-    identity = torch.eye(len(full), dtype=full.dtype, device=full.device)
-    damp = options.damp
-    for attempt in range(DAMP_RETRIES + 1):
-        lower, failed = torch.linalg.cholesky_ex(full + identity * (damp * full.diagonal().mean()))
-        if not int(failed):
-            inverse = torch.cholesky_inverse(lower)
-            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-        if not int(failed):
-            notes = () if attempt == 0 else (f"singular Hessian: damping raised to {damp:g}",)
-            return (order, upper.to(torch.float32)), notes
-        damp *= 10
-    return None, (f"Hessian still singular at damping {damp / 10:g}: rounded instead",)
+def _rounded(request: Request, options: QuantizerOptions, dtype: torch.dtype, note: str) -> Quantized:
+    scale = find_scale(request.weight, request.spec, dtype, clip=options.clip)
+    return Quantized(round_weight(request.weight, scale, request.spec), (note,))
 
 
-def round_columns(weight: Tensor, scale: Tensor, upper: Tensor, *, bits: int) -> Tensor:
-    """The feedback loop, blocked: columns of a block are updated at once, later blocks after each block.
+def _batches(requests: Sequence[Request], places: Sequence[int]) -> list[list[int]]:
+    batches: list[list[int]] = []
+    room = 0
+    for place in places:
+        size = requests[place].weight.numel()
+        if not batches or size > room:
+            batches.append([])
+            room = BATCH_WEIGHTS
+        batches[-1].append(place)
+        room -= size
+    return batches
 
-    weight   (rows, columns)     in processing order
-    scale    (rows, columns)     one per weight, in processing order
-    upper    (columns, columns)  upper Cholesky factor of the inverse Hessian
-    returns  (rows, columns)     uint8 codes, in processing order
-    """
-    left = weight.clone()
-    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-    columns = weight.shape[1]
-    half = 1 << (bits - 1)
-    for start in range(0, columns, BLOCK_COLUMNS):
-        stop = min(start + BLOCK_COLUMNS, columns)
-        block = left[:, start:stop].clone()
-        errors = torch.empty_like(block)
-        factor = upper[start:stop, start:stop]
-        for inside in range(stop - start):
-            step = scale[:, start + inside]
-            code = round_to_grid(block[:, inside], step, bits)
-            codes[:, start + inside] = code.to(torch.uint8)
-            error = (block[:, inside] - (code - half) * step) / factor[inside, inside]
-            block[:, inside:] -= error[:, None] * factor[inside, inside:][None, :]
-            errors[:, inside] = error
-        left[:, stop:] -= errors @ upper[start:stop, stop:]
-    return codes
+
+class _Work:
+    """One input and its factor; rounds any number of weights that read it."""
+
+    def __init__(self, seen: Seen, factor: Factor, options: QuantizerOptions, dtype: torch.dtype) -> None:
+        self.seen, self.factor, self.options, self.dtype = seen, factor, options, dtype
+        diagonal = seen.hessian.diagonal()
+        self.importance = (diagonal / diagonal.mean().clamp_min(1e-30)).clamp_min(1e-6)
+        self.extra = None
+        if seen.drift is not None and options.target == "gptaq":
+            self.extra = drift_factor(seen.drift, factor, options.alpha or GPTAQ_ALPHA)
+
+    def round(self, requests: Sequence[Request]) -> list[Codes]:
+        """Codes of weights whose formats share one group size, in one loop over the columns."""
+        order, size = self.factor.order, requests[0].spec.group_size
+        halves = [torch.full((len(r.weight),), float(1 << (r.spec.bits - 1))) for r in requests]
+        chooser = _Chooser(self, requests)
+        static = self.options.order != "group"
+        loop = Loop(
+            half=torch.cat(halves).to(order.device),
+            scales=chooser.static() if static else chooser.entering,
+            block=BLOCK_COLUMNS if static else size,
+            extra=self.extra,
+            pull=self.options.pull,
+        )
+        weights = torch.cat([r.weight for r in requests])
+        codes, _ = round_columns(weights[:, order], self.factor.upper, loop)
+        restored = torch.empty_like(codes, memory_format=torch.contiguous_format)
+        restored[:, order] = codes
+        parts = torch.split(restored, [len(r.weight) for r in requests])
+        found = [Codes(part, scale, r.spec) for part, scale, r in zip(parts, chooser.scales, requests, strict=True)]
+        if not self.options.sweeps:
+            return found
+        return [
+            descend(r.weight, codes, self.seen.hessian, damp=self.options.damp, sweeps=self.options.sweeps)
+            for r, codes in zip(requests, found, strict=True)
+        ]
+
+
+class _Chooser:
+    """Chooses scales before the loop, from the weights as they are, or as the loop enters a group."""
+
+    def __init__(self, work: _Work, requests: Sequence[Request]) -> None:
+        self.work, self.requests = work, requests
+        rows = [len(r.weight) for r in requests]
+        groups = requests[0].weight.shape[1] // requests[0].spec.group_size
+        self.scales = [torch.empty((count, groups), dtype=work.dtype, device=work.importance.device) for count in rows]
+        self.rows = rows
+
+    def static(self) -> Scales:
+        """All scales at once; returns the steps of any block of columns."""
+        order, columns = self.work.factor.order, self.work.importance.numel()
+        for scale, r in zip(self.scales, self.requests, strict=True):
+            scale.copy_(self._find(r.weight, r, self.work.importance))
+        wide = torch.cat([expand_scale(scale, columns) for scale in self.scales])[:, order]
+        return lambda start, stop, left: wide[:, start:stop]
+
+    def entering(self, start: int, stop: int, left: Tensor) -> Tensor:
+        """The scale of the group whose columns are `start` to `stop`, from its weights as corrected so far."""
+        places = self.work.factor.order[start:stop]
+        group = int(places[0]) // (stop - start)
+        steps = []
+        for scale, r, part in zip(self.scales, self.requests, torch.split(left, self.rows), strict=True):
+            scale[:, group] = self._find(part.contiguous(), r, self.work.importance[places])[:, 0]
+            steps.append(scale[:, group : group + 1].float().expand(-1, stop - start))
+        return torch.cat(steps)
+
+    def _find(self, weight: Tensor, request: Request, importance: Tensor) -> Tensor:
+        return find_scale(weight, request.spec, self.work.dtype, clip=self.work.options.clip, importance=importance)

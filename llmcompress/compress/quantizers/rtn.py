@@ -1,22 +1,21 @@
 """Round to nearest, after a search for the scale that clips best. Needs no data."""
 
+from collections.abc import Sequence
+
 import torch
-from torch import Tensor
 
 from llmcompress.compress.grid import find_scale, round_weight
-from llmcompress.compress.rounding import Quantized
-from llmcompress.types import LinearSpec, QuantizerOptions
+from llmcompress.compress.rounding import Quantized, Request, Seen
+from llmcompress.types import QuantizerOptions
 
 NEEDS_HESSIAN = False
 
 
 def quantize(
-    weight: Tensor, hessian: Tensor | None, spec: LinearSpec, *, options: QuantizerOptions, dtype: torch.dtype
-) -> Quantized:
-    """Quantize one linear by rounding; `hessian` is not used.
-
-    weight  (rows, columns)  float32
-    dtype   of the stored scales
-    """
-    scale = find_scale(weight, spec, dtype, clip=options.clip)
-    return Quantized(round_weight(weight, scale, spec))
+    requests: Sequence[Request], seen: Seen | None, *, options: QuantizerOptions, dtype: torch.dtype
+) -> list[Quantized]:
+    """Quantize linears by rounding; `seen` is not used. `dtype` is that of the stored scales."""
+    return [
+        Quantized(round_weight(r.weight, find_scale(r.weight, r.spec, dtype, clip=options.clip), r.spec))
+        for r in requests
+    ]

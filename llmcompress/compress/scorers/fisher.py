@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmcompress.compress.head import head_hessian
-from llmcompress.compress.observe import collect_hessians, module_of, weight_of
+from llmcompress.compress.head import head_input
+from llmcompress.compress.observe import collect_hessians, groups_of, module_of, weight_of
+from llmcompress.compress.rounding import Seen
 from llmcompress.compress.scoring import Measured, ScoreJob, rounding_errors
 from llmcompress.model.stream import BlockCall, BlockStream
 from llmcompress.types import BlockTrace, Candidate, LayerScore, LinearInfo, LinearSpec, Unit
@@ -153,10 +154,10 @@ class _Backward:
         if info is not None and info.name in self.job.candidates:
             module = self.job.skeleton.model.get_submodule(info.name)
             weight: Tensor = module.weight
-            hessian = None
+            seen = None
             if self.job.quantizer.NEEDS_HESSIAN:
-                hessian = head_hessian(module, self.stream, self.tokens, self.hidden)
-            errors[info.name] = _errors(self.job, info, weight.detach().clone(), hessian)
+                seen = head_input(module, self.stream, self.tokens, self.hidden)
+            errors = _errors(self.job, {info.name: weight.detach().clone()}, seen)
             modules[info.name] = module
         sums = Sums({} if info is None else {info.name: info}, errors, self.options.reduce)
         for _ in range(self.options.draws):
@@ -172,15 +173,15 @@ class _Backward:
     def block(self, info: BlockTrace) -> list[LayerScore]:
         """Scores of one block, and the gradients carried to the one before it."""
         block, entering = self.job.skeleton.load_block(info.index), self.entering.pop()
-        hessians: dict[int, Tensor] = {}
+        known: dict[int, Seen] = {}
         if self.job.quantizer.NEEDS_HESSIAN:
             runs = [partial(self._run, info, h, c) for h, c in zip(entering, self.calls, strict=True)]
-            hessians, _ = collect_hessians(block, info, runs)
+            known = collect_hessians(block, info, runs)
         linears = {x.name: x for x in info.linears if x.name in self.job.candidates}
-        errors = {
-            x.name: _errors(self.job, x, weight_of(block, info, x).contiguous(), hessians.get(x.shared_input))
-            for x in linears.values()
-        }
+        errors = Errors()
+        for number, members in groups_of(info).items():
+            weights = {x.name: weight_of(block, info, x).contiguous() for x in members if x.name in linears}
+            errors |= _errors(self.job, weights, known.get(number))
         sums = Sums(linears, errors, self.options.reduce)
         modules = {x.name: module_of(block, info, x) for x in linears.values()}
         for gradients in self.gradients:
@@ -194,10 +195,11 @@ class _Backward:
         return sums.layers(self.count)
 
 
-def _errors(
-    job: ScoreJob, linear: LinearInfo, weight: Tensor, hessian: Tensor | None
-) -> list[tuple[LinearSpec, Tensor]]:
-    return [(spec, error.to(torch.bfloat16)) for spec, error in rounding_errors(job, linear, weight, hessian)]
+def _errors(job: ScoreJob, weights: Mapping[str, Tensor], seen: Seen | None) -> Errors:
+    found = Errors()
+    for name, spec, error in rounding_errors(job, weights, seen):
+        found.setdefault(name, []).append((spec, error.to(torch.bfloat16)))
+    return found
 
 
 def score(job: ScoreJob) -> Measured:

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from torch import nn
 
 from llmcompress.compress.grid import proxy_loss
-from llmcompress.compress.observe import HessianSums, watching_inputs, weight_of
+from llmcompress.compress.observe import HessianSums, groups_of, watching_inputs, weight_of
 from llmcompress.compress.scoring import Measured, Observer, ScoreJob, rounding_errors
 from llmcompress.types import BlockTrace, Candidate, LayerScore, Unit
 
@@ -28,16 +28,15 @@ class _ProxyLoss(Observer):
         return watching_inputs(block, info, self.sums.add)
 
     def close(self, block: nn.Module, info: BlockTrace) -> None:
-        hessians = self.sums.means()
-        for linear in info.linears:
-            if linear.name not in self.job.candidates:
-                continue
-            weight, hessian = weight_of(block, info, linear).contiguous(), hessians[linear.shared_input]
-            candidates = tuple(
-                Candidate(spec=spec, damage=max(proxy_loss(weight, weight + error, hessian), 0.0))
-                for spec, error in rounding_errors(self.job, linear, weight, hessian)
-            )
-            self.layers.append(LayerScore(linear=linear.name, candidates=candidates))
+        known = self.sums.means()
+        found: dict[str, list[Candidate]] = {x.name: [] for x in info.linears if x.name in self.job.candidates}
+        for number, members in groups_of(info).items():
+            weights = {x.name: weight_of(block, info, x).contiguous() for x in members if x.name in found}
+            hessian = known[number].hessian
+            for name, spec, error in rounding_errors(self.job, weights, known[number]):
+                loss = proxy_loss(weights[name], weights[name] + error, hessian)
+                found[name].append(Candidate(spec=spec, damage=max(loss, 0.0)))
+        self.layers += [LayerScore(linear=name, candidates=tuple(rows)) for name, rows in found.items()]
 
     def finish(self) -> Measured:
         return Measured(tuple(self.layers))

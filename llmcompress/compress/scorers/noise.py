@@ -9,6 +9,7 @@ GPTQ are larger, but chosen not to matter). One evaluation per linear, not one p
 from llmcompress.compress.measuring import Noise
 from llmcompress.compress.observe import weight_of
 from llmcompress.compress.quantizers import rtn
+from llmcompress.compress.rounding import Request
 from llmcompress.compress.scoring import Measured, ScoreJob
 from llmcompress.compress.swap_scores import mean_and_error, measure_job, memory_bytes, swap_text
 from llmcompress.compress.swaps import measure_swaps
@@ -27,7 +28,7 @@ def relative_errors(job: ScoreJob) -> dict[tuple[str, LinearSpec], float]:
             weight = weight_of(block, info, linear).contiguous()
             whole = weight.square().sum().clamp_min(1e-30)
             for spec in job.candidates.get(linear.name, ()):
-                result = rtn.quantize(weight, None, spec, options=job.rounding, dtype=job.scale_dtype)
+                (result,) = rtn.quantize([Request(weight, spec)], None, options=job.rounding, dtype=job.scale_dtype)
                 found[linear.name, spec] = float((result.codes.dequantize() - weight).square().sum() / whole)
         job.skeleton.free(block)
     return found

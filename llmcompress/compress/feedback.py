@@ -1,0 +1,148 @@
+"""Rounding with feedback: the numerics of GPTQ and its relatives (arXiv 2210.17323, 2504.02692).
+
+Columns are rounded one after the other, and each error is pushed onto the columns still unrounded. Rows do not
+interact, so the rows of every linear that reads one input, and of every format asked for, go through one loop.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BLOCK_COLUMNS = 128
+INNER_COLUMNS = 32
+DAMP_RETRIES = 3
+
+Scales = Callable[[int, int, Tensor], Tensor]  # (start, stop, left): a block of columns as it stands
+
+
+@dataclass(frozen=True)
+class Factor:
+    """`upper` is `U` of the damped inverse Hessian, `H^-1 = U^T U`, with columns taken in `order`."""
+
+    order: Tensor
+    upper: Tensor
+
+
+def column_order(diagonal: Tensor, order: str, group_size: int) -> Tensor:
+    """The order columns are rounded in, by the diagonal of their Hessian, largest first.
+
+    `act`: one by one. `group`: groups as wholes, and columns inside each, so that a scale can still be chosen when
+    its group is reached (group-aware reordering). `plain`: as they lie.
+    """
+    if order == "plain":
+        return torch.arange(len(diagonal), device=diagonal.device)
+    if order == "act":
+        return torch.argsort(diagonal, descending=True, stable=True)
+    groups = diagonal.view(-1, group_size)
+    inside = torch.argsort(groups, dim=1, descending=True, stable=True)
+    whole = torch.argsort(groups.sum(1), descending=True, stable=True)
+    return (inside + torch.arange(len(groups), device=diagonal.device)[:, None] * group_size)[whole].flatten()
+
+
+def damped(hessian: Tensor, damp: float) -> Tensor:
+    """float64 `(columns, columns)`: inputs never seen get the mean of the diagonal, all get `damp` times the mean."""
+    full = hessian.to(torch.float64)
+    dead = full.diagonal() <= 0
+    full = full + torch.diag(dead.to(full.dtype) * full.diagonal().mean().clamp_min(1e-30))
+    return full + torch.eye(len(full), dtype=full.dtype, device=full.device) * (damp * full.diagonal().mean())
+
+
+def inverse_factor(hessian: Tensor, order: Tensor, damp: float) -> tuple[Factor | None, tuple[str, ...]]:
+    """Factorise the damped inverse; tenfold more damping up to three times where it is singular.
+
+    Returns None for a Hessian that cannot be factorised, and the notes to record.
+    """
+    for attempt in range(DAMP_RETRIES + 1):
+        lower, failed = torch.linalg.cholesky_ex(damped(hessian, damp)[order][:, order])
+        if not int(failed):
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        if not int(failed):
+            notes = () if attempt == 0 else (f"singular Hessian: damping raised to {damp:g}",)
+            return Factor(order, upper.to(torch.float32)), notes
+        damp *= 10
+    return None, (f"Hessian still singular at damping {damp / 10:g}: rounded instead",)
+
+
+def drift_factor(drift: Tensor, factor: Factor, alpha: float) -> Tensor:
+    """What GPTAQ adds: `P = alpha * strictly_upper(C U^T) U`, float32 `(columns, columns)`, in processing order.
+
+    drift  (columns, columns)  `C`, the mean of `(x' - x) x^T`
+    """
+    upper = factor.upper.double()
+    ordered = drift.double()[factor.order][:, factor.order]
+    return (alpha * torch.triu(ordered @ upper.T, diagonal=1) @ upper).float()
+
+
+@dataclass(frozen=True)
+class Loop:
+    """What the loop is told besides the weights.
+
+    half    (rows,)             half the number of codes of each row
+    scales  gives the steps `(rows, stop - start)` of a block of columns, from the block as it stands, same shape
+    block   columns between two questions for scales
+    extra   (columns, columns)  GPTAQ's `P`, or None
+    pull    FOEM's: how strongly compensated weights are drawn back to where they began, 0 is not at all
+    """
+
+    half: Tensor
+    scales: Scales
+    block: int = BLOCK_COLUMNS
+    extra: Tensor | None = None
+    pull: float = 0.0
+
+
+def round_columns(weight: Tensor, upper: Tensor, loop: Loop) -> tuple[Tensor, Tensor]:
+    """The feedback loop, blocked twice: columns of an inner block one by one, everything further at once.
+
+    weight   (rows, columns)     float32, in processing order
+    upper    (columns, columns)  upper Cholesky factor of the inverse Hessian, in processing order
+    returns  (rows, columns) uint8 codes and (rows, columns) steps, both in processing order
+    """
+    rounds = _Rounds(weight, upper, loop)
+    columns = weight.shape[1]
+    for start in range(0, columns, loop.block):
+        stop = min(start + loop.block, columns)
+        rounds.steps[start:stop] = loop.scales(start, stop, rounds.left[start:stop].T).T
+        for inner in range(start, stop, INNER_COLUMNS):
+            end = min(inner + INNER_COLUMNS, stop)
+            for column in range(inner, end):
+                rounds.column(column, end)
+            rounds.push(inner, end, stop)
+        rounds.push(start, stop, columns)
+    return rounds.codes.T, rounds.steps.T
+
+
+class _Rounds:
+    """State of the loop, transposed so that a column of the weight is contiguous."""
+
+    def __init__(self, weight: Tensor, upper: Tensor, loop: Loop) -> None:
+        self.left, self.upper, self.loop = weight.T.contiguous(), upper, loop
+        self.raw = self.left.clone() if loop.pull else self.left
+        self.codes = torch.empty(self.left.shape, dtype=torch.uint8, device=weight.device)
+        self.steps, self.errors = torch.empty_like(self.left), torch.empty_like(self.left)
+        self.before = torch.empty_like(self.left) if loop.extra is not None else self.left
+        self.diagonal = upper.diagonal().tolist()
+        self.top = 2 * loop.half - 1
+
+    def column(self, column: int, end: int) -> None:
+        """Round one column and correct those before `end`."""
+        row, step, half = self.left[column], self.steps[column], self.loop.half
+        code = torch.minimum(torch.round(row / step).add_(half).clamp_(min=0), self.top)
+        self.codes[column] = code
+        error = row - (code - half) * step
+        if self.loop.pull:
+            error -= self.loop.pull * (row - self.raw[column])
+        torch.div(error, self.diagonal[column], out=self.errors[column])
+        rest = slice(column + 1, end)
+        if self.loop.extra is not None:
+            self.before[column] = row
+            self.left[rest].addr_(self.loop.extra[column, rest], row)
+        self.left[rest].addr_(self.upper[column, rest], self.errors[column], alpha=-1)
+
+    def push(self, start: int, stop: int, end: int) -> None:
+        """Correct columns `stop` to `end` for the errors of columns `start` to `stop`."""
+        self.left[stop:end].addmm_(self.upper[start:stop, stop:end].T, self.errors[start:stop], alpha=-1)
+        if self.loop.extra is not None:
+            self.left[stop:end].addmm_(self.loop.extra[start:stop, stop:end].T, self.before[start:stop])

@@ -1,0 +1,138 @@
+"""Quantize the linears of one block, group by group, each on what it will really read.
+
+Shared by everything that carries a plan out, for good or on trial.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmcompress.compress.observe import DriftSums, GroupWatch, groups_of, install_weight, weight_of
+from llmcompress.compress.rounding import Quantized, Request, Seen
+from llmcompress.compress.targets import Targets
+from llmcompress.model.stream import BlockCall, hidden_of
+from llmcompress.types import BlockTrace, LinearInfo, LinearSpec, QuantizerOptions
+
+
+@dataclass(frozen=True)
+class Method:
+    """How to round: the quantizer, what it is told, and the dtype of stored scales."""
+
+    quantizer: ModuleType
+    options: QuantizerOptions
+    dtype: torch.dtype
+
+    @property
+    def compares(self) -> bool:
+        """Whether the full-precision model has to run beside the one that will be stored."""
+        options = self.options
+        return bool(self.quantizer.NEEDS_HESSIAN and options.target != "layer" and options.alpha != 0)
+
+
+@dataclass
+class Streams:
+    """Calibration text on its way through the blocks, a batch each.
+
+    stored  hidden states `(batch, tokens, hidden)` under everything stored so far
+    full    the same under the full-precision model; None where it is not needed
+    calls   how the model calls the block at hand
+    """
+
+    stored: Sequence[Tensor]
+    full: Sequence[Tensor] | None
+    calls: Sequence[BlockCall]
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """One linear, the weight that was asked for, what was made of it, and what was seen of its input."""
+
+    linear: LinearInfo
+    wanted: Tensor
+    result: Quantized
+    seen: Seen | None
+
+
+def call_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
+    """Hidden states leaving a block."""
+    return hidden_of(block(hidden, *call.args, **call.kwargs))
+
+
+def round_block(
+    method: Method, block: nn.Module, info: BlockTrace, specs: Mapping[str, LinearSpec], streams: Streams
+) -> Iterator[Rounded]:
+    """Quantize the linears of a loaded block that have a format, and install what a reader of the file will see."""
+    groups = [[x for x in members if x.name in specs] for members in groups_of(info).values()]
+    groups = [members for members in groups if members]
+    looks = method.quantizer.NEEDS_HESSIAN and streams.stored
+    twin = copy.deepcopy(block) if looks and streams.full is not None else None
+    known: dict[int, tuple[Seen, dict[str, Tensor]]] = {}
+    if looks and not method.options.true_sequential:
+        known = {members[0].shared_input: _look(block, twin, info, members, streams) for members in groups}
+    for members in groups:
+        seen, residuals = known.pop(members[0].shared_input, (None, {}))
+        if looks and seen is None:
+            seen, residuals = _look(block, twin, info, members, streams)
+        yield from _round_group(method, block, info, [(x, specs[x.name]) for x in members], seen, residuals)
+
+
+def _look(
+    block: nn.Module, twin: nn.Module | None, info: BlockTrace, members: Sequence[LinearInfo], streams: Streams
+) -> tuple[Seen, dict[str, Tensor]]:
+    """What the linears of a group read, in both models where both are run."""
+    watch, sums = GroupWatch(info, members), DriftSums()
+    for place, call in enumerate(streams.calls):
+
+        def run(module: nn.Module, hidden: Tensor, call: BlockCall = call) -> Any:
+            return call_block(module, hidden, call)
+
+        full = None
+        if twin is not None and streams.full is not None:
+            full = watch.read(twin, streams.full[place], run)
+        sums.add(watch.read(block, streams.stored[place], run), full)
+    return sums.means()
+
+
+def _round_group(
+    method: Method,
+    block: nn.Module,
+    info: BlockTrace,
+    members: Sequence[tuple[LinearInfo, LinearSpec]],
+    seen: Seen | None,
+    residuals: Mapping[str, Tensor],
+) -> Iterator[Rounded]:
+    wanted = [weight_of(block, info, linear).contiguous() for linear, _ in members]
+    if seen is not None:
+        names = [linear.name for linear, _ in members]
+        wanted, seen = aim(method.options, seen, wanted, [residuals.get(name) for name in names])
+    requests = [Request(weight, spec) for weight, (_, spec) in zip(wanted, members, strict=True)]
+    results = method.quantizer.quantize(requests, seen, options=method.options, dtype=method.dtype)
+    for (linear, _), weight, result in zip(members, wanted, results, strict=True):
+        install_weight(block, info, linear, result.codes.dequantize())
+        yield Rounded(linear, weight, result, seen)
+
+
+def round_head(method: Method, head: LinearInfo, weight: Tensor, spec: LinearSpec, seen: Seen | None) -> Rounded:
+    """Quantize the head's weight `(rows, columns)`; nothing is installed."""
+    wanted = weight
+    if seen is not None:
+        (wanted,), seen = aim(method.options, seen, [weight], [None])
+    (result,) = method.quantizer.quantize([Request(wanted, spec)], seen, options=method.options, dtype=method.dtype)
+    return Rounded(head, wanted, result, seen)
+
+
+def aim(
+    options: QuantizerOptions, seen: Seen, weights: Sequence[Tensor], residuals: Sequence[Tensor | None]
+) -> tuple[list[Tensor], Seen]:
+    """The weights to round in place of the original ones, and what is left for the quantizer to know."""
+    if seen.drift is None or options.target in ("layer", "gptaq"):
+        return list(weights), seen
+    targets = Targets(seen, options.damp, options.alpha)
+    terms = residuals if options.target == "residual" else [None] * len(weights)
+    found = [targets.of(weight, term) for weight, term in zip(weights, terms, strict=True)]
+    return found, replace(seen, drift=None)

@@ -1,0 +1,55 @@
+"""What a linear should come out as, once what came before it is already quantized.
+
+`min |x' W^T - x Q^T|^2`, with `x'` from the full-precision model and `x` from the one that will be stored, equals
+`|x (Q - W*)^T|^2` and a constant, with `W* = W + W C H^-1`, `C = E (x' - x) x^T`, `H = E x x^T`. So any rounding of
+`W*` in place of `W` corrects errors upstream (QEP, arXiv 2504.09629; Qronos, 2505.11695). Where the output is added
+to a stream `r` that carries errors of its own, `E (r' - r) x^T` joins `W C` (LoaQ, 2509.06297). Both are shrunk by
+`alpha`: they are learned from the calibration text, and fit it the better the fewer tokens it has.
+"""
+
+import torch
+from torch import Tensor
+
+from llmcompress.compress.feedback import DAMP_RETRIES, damped
+from llmcompress.compress.rounding import Seen
+
+PLENTY, ENOUGH = 30, 8  # tokens per column
+ALPHAS = (0.75, 0.5, 0.25)
+
+
+def alpha_for(tokens: int, columns: int) -> float:
+    """How much of the difference to correct, from the number of calibration tokens per column."""
+    ratio = tokens / columns
+    return ALPHAS[0] if ratio >= PLENTY else ALPHAS[1] if ratio >= ENOUGH else ALPHAS[2]
+
+
+class Targets:
+    """The corrected weights of the linears that share one input; the Hessian is factorised once."""
+
+    def __init__(self, seen: Seen, damp: float, alpha: float | None) -> None:
+        self.seen = seen
+        self.alpha = alpha_for(seen.tokens, len(seen.hessian)) if alpha is None else alpha
+        self._lower: Tensor | None = None
+        if seen.drift is None or not self.alpha or not bool(torch.isfinite(seen.hessian).all()):
+            return
+        for _ in range(DAMP_RETRIES + 1):
+            lower, failed = torch.linalg.cholesky_ex(damped(seen.hessian, damp))
+            if not int(failed):
+                self._lower = lower
+                return
+            damp *= 10
+
+    def of(self, weight: Tensor, residual: Tensor | None = None) -> Tensor:
+        """`W + alpha (W C + R) H^-1`, float32; the weight itself where there is nothing to correct.
+
+        weight    (rows, columns)  float32
+        residual  (rows, columns)  `R`, the mean of `(r' - r) x^T`
+        """
+        if self._lower is None or self.seen.drift is None:
+            return weight
+        cross = weight.double() @ self.seen.drift.double()
+        if residual is not None:
+            cross = cross + residual.double()
+        if not bool(torch.isfinite(cross).all()):
+            return weight
+        return (weight + self.alpha * torch.cholesky_solve(cross.T, self._lower).T).float()
