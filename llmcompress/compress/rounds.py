@@ -19,6 +19,9 @@ from llmcompress.model.stream import BlockCall, hidden_of
 from llmcompress.types import BlockTrace, LinearInfo, LinearSpec, QuantizerOptions
 
 
+Look = tuple[Seen, dict[str, Tensor]]  # of one group: its input, and the residual term of each linear that has one
+
+
 @dataclass(frozen=True)
 class Method:
     """How to round: the quantizer, what it is told, and the dtype of stored scales."""
@@ -71,19 +74,19 @@ def round_block(
     groups = [members for members in groups if members]
     looks = method.quantizer.NEEDS_HESSIAN and streams.stored
     twin = copy.deepcopy(block) if looks and streams.full is not None else None
-    known: dict[int, tuple[Seen, dict[str, Tensor]]] = {}
+    known: dict[int, Look] = {}
     if looks and not method.options.true_sequential:
         known = {members[0].shared_input: _look(block, twin, info, members, streams) for members in groups}
     for members in groups:
-        seen, residuals = known.pop(members[0].shared_input, (None, {}))
-        if looks and seen is None:
-            seen, residuals = _look(block, twin, info, members, streams)
-        yield from _round_group(method, block, info, [(x, specs[x.name]) for x in members], seen, residuals)
+        look = known.pop(members[0].shared_input, None)
+        if looks and look is None:
+            look = _look(block, twin, info, members, streams)
+        yield from _round_group(method, block, info, members=[(x, specs[x.name]) for x in members], look=look)
 
 
 def _look(
     block: nn.Module, twin: nn.Module | None, info: BlockTrace, members: Sequence[LinearInfo], streams: Streams
-) -> tuple[Seen, dict[str, Tensor]]:
+) -> Look:
     """What the linears of a group read, in both models where both are run."""
     watch, sums = GroupWatch(info, members), DriftSums()
     for place, call in enumerate(streams.calls):
@@ -102,14 +105,14 @@ def _round_group(
     method: Method,
     block: nn.Module,
     info: BlockTrace,
+    *,
     members: Sequence[tuple[LinearInfo, LinearSpec]],
-    seen: Seen | None,
-    residuals: Mapping[str, Tensor],
+    look: Look | None,
 ) -> Iterator[Rounded]:
-    wanted = [weight_of(block, info, linear).contiguous() for linear, _ in members]
-    if seen is not None:
-        names = [linear.name for linear, _ in members]
-        wanted, seen = aim(method.options, seen, wanted, [residuals.get(name) for name in names])
+    wanted, seen = [weight_of(block, info, linear).contiguous() for linear, _ in members], None
+    if look is not None:
+        seen, residuals = look
+        wanted, seen = aim(method.options, seen, wanted, [residuals.get(linear.name) for linear, _ in members])
     requests = [Request(weight, spec) for weight, (_, spec) in zip(wanted, members, strict=True)]
     results = method.quantizer.quantize(requests, seen, options=method.options, dtype=method.dtype)
     for (linear, _), weight, result in zip(members, wanted, results, strict=True):
