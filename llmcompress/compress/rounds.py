@@ -18,7 +18,6 @@ from llmcompress.compress.targets import Targets
 from llmcompress.model.stream import BlockCall, hidden_of
 from llmcompress.types import BlockTrace, LinearInfo, LinearSpec, QuantizerOptions
 
-
 Look = tuple[Seen, dict[str, Tensor]]  # of one group: its input, and the residual term of each linear that has one
 
 
