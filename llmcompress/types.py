@@ -234,6 +234,7 @@ class QuantizerOptions(Noun):
     (`layer`), the full-precision model's output there (`asymmetric`), the same with the error already present in
     what the output is added to (`residual`), or GPTAQ's approximation of the second (`gptaq`). `alpha` is how much
     of the difference is corrected; where not given, as much as the number of calibration tokens supports.
+    `iterations` and `rate` are those of methods that learn; the rate is the method's own where not given.
     `true_sequential`: inputs of a linear are seen with the linears before it in its block already quantized.
     """
 
@@ -246,6 +247,7 @@ class QuantizerOptions(Noun):
     sweeps: int = Field(default=0, ge=0)
     pull: float = Field(default=0.0, ge=0, lt=1)
     iterations: int = Field(default=200, ge=1)
+    rate: float | None = Field(default=None, gt=0)
 
 
 class Trial(Noun):

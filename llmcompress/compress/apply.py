@@ -48,7 +48,7 @@ class ApplyJob:
     def method(self) -> Method:
         """How the plan rounds."""
         dtype = TORCH_DTYPES[self.shards.scale_dtype]
-        return Method(find(QUANTIZERS, self.plan.quantizer), self.plan.options, dtype)
+        return Method(find(QUANTIZERS, self.plan.quantizer), self.plan.options, dtype, learns=True)
 
     @property
     def parts(self) -> tuple[BlockTrace | LinearInfo, ...]:

@@ -4,7 +4,7 @@ Shared by everything that carries a plan out, for good or on trial.
 """
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
@@ -12,28 +12,37 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmcompress.compress.learning import Learned, Lesson, learn_block
 from llmcompress.compress.observe import DriftSums, GroupWatch, groups_of, install_weight, weight_of
 from llmcompress.compress.rounding import Quantized, Request, Seen
 from llmcompress.compress.targets import Targets
 from llmcompress.model.stream import BlockCall, hidden_of
 from llmcompress.types import BlockTrace, LinearInfo, LinearSpec, QuantizerOptions
 
+Learner = Callable[..., Learned]
 Look = tuple[Seen, dict[str, Tensor]]  # of one group: its input, and the residual term of each linear that has one
 
 
 @dataclass(frozen=True)
 class Method:
-    """How to round: the quantizer, what it is told, and the dtype of stored scales."""
+    """How to round: the quantizer, what it is told, the dtype of stored scales, and whether blocks are learned."""
 
     quantizer: ModuleType
     options: QuantizerOptions
     dtype: torch.dtype
+    learns: bool = False
 
     @property
     def compares(self) -> bool:
         """Whether the full-precision model has to run beside the one that will be stored."""
-        options = self.options
-        return bool(self.quantizer.NEEDS_HESSIAN and options.target != "layer" and options.alpha != 0)
+        aims = self.options.target != "layer" and self.options.alpha != 0
+        return bool(self.quantizer.NEEDS_HESSIAN and (aims or self.learner))
+
+    @property
+    def learner(self) -> Learner | None:
+        """What the quantizer learns with once a whole block is rounded, where it does and is to."""
+        found: Learner | None = getattr(self.quantizer, "learn", None)
+        return found if self.learns else None
 
 
 @dataclass
@@ -74,13 +83,19 @@ def round_block(
     looks = method.quantizer.NEEDS_HESSIAN and streams.stored
     twin = copy.deepcopy(block) if looks and streams.full is not None else None
     known: dict[int, Look] = {}
+    rounded: list[Rounded] = []
     if looks and not method.options.true_sequential:
         known = {members[0].shared_input: _look(block, twin, info, members, streams) for members in groups}
     for members in groups:
         look = known.pop(members[0].shared_input, None)
         if looks and look is None:
             look = _look(block, twin, info, members, streams)
-        yield from _round_group(method, block, info, members=[(x, specs[x.name]) for x in members], look=look)
+        found = _round_group(method, block, info, members=[(x, specs[x.name]) for x in members], look=look)
+        if method.learner is None:
+            yield from found
+        rounded += found
+    if method.learner is not None and twin is not None:
+        yield from _learn(method, block, twin, info, rounded=rounded, streams=streams)
 
 
 def _look(
@@ -107,16 +122,37 @@ def _round_group(
     *,
     members: Sequence[tuple[LinearInfo, LinearSpec]],
     look: Look | None,
-) -> Iterator[Rounded]:
+) -> list[Rounded]:
     wanted, seen = [weight_of(block, info, linear).contiguous() for linear, _ in members], None
     if look is not None:
         seen, residuals = look
         wanted, seen = aim(method.options, seen, wanted, [residuals.get(linear.name) for linear, _ in members])
     requests = [Request(weight, spec) for weight, (_, spec) in zip(wanted, members, strict=True)]
     results = method.quantizer.quantize(requests, seen, options=method.options, dtype=method.dtype)
+    found = []
     for (linear, _), weight, result in zip(members, wanted, results, strict=True):
         install_weight(block, info, linear, result.codes.dequantize())
-        yield Rounded(linear, weight, result, seen)
+        found.append(Rounded(linear, weight, result, seen))
+    return found
+
+
+def _learn(
+    method: Method, block: nn.Module, twin: nn.Module, info: BlockTrace, *, rounded: list[Rounded], streams: Streams
+) -> Iterator[Rounded]:
+    """Learn the rounding of a block from what was found linear by linear."""
+    if method.learner is None or streams.full is None:
+        return
+    with torch.no_grad():
+        pairs = zip(streams.full, streams.calls, strict=True)
+        outputs = [call_block(twin, hidden, call) for hidden, call in pairs]
+    lesson = Lesson(block, info, streams.stored, outputs, streams.calls)
+    learned = {
+        x.linear.name: (x.linear, method.learner(x.wanted, x.result.codes, options=method.options)) for x in rounded
+    }
+    best, _ = learn_block(lesson, learned, options=method.options, dtype=method.dtype)
+    for x in rounded:
+        install_weight(block, info, x.linear, best[x.linear.name].dequantize())
+        yield replace(x, result=replace(x.result, codes=best[x.linear.name]))
 
 
 def round_head(method: Method, head: LinearInfo, weight: Tensor, spec: LinearSpec, seen: Seen | None) -> Rounded:

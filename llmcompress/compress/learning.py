@@ -1,0 +1,124 @@
+"""Learn the rounding of a whole block: the driver that block-level quantizers share.
+
+Such a quantizer is a file that, besides `quantize`, has `learn(weight, codes, *, options)`: it begins from codes
+already found and returns a Learned. The driver runs the block on what the stored model gives it, compares what
+leaves with what leaves the full-precision model's block, and steps. Codes are taken over only where they lower that
+difference on sequences that were not trained on, so the answer is never worse there than the one begun from.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from llmcompress.compress.grid import Codes
+from llmcompress.compress.observe import local_name
+from llmcompress.model.stream import BlockCall, hidden_of
+from llmcompress.types import BlockTrace, LinearInfo, QuantizerOptions
+
+LOOK_EVERY = 10  # steps between two looks at held-out sequences
+HELD_OUT = 8  # one sequence in so many is held out
+
+
+class Learned(Protocol):
+    """A weight whose rounding is being learned."""
+
+    def weight(self) -> Tensor:
+        """Dequantized, float32 `(rows, columns)`, with gradients to the parameters."""
+
+    def step(self, progress: float) -> None:
+        """One step along the gradients that have gathered, then forget them; `progress` runs from 0 to 1."""
+
+    def penalty(self, progress: float) -> Tensor | float:
+        """What is added to the loss."""
+
+    def codes(self, dtype: torch.dtype) -> Codes:
+        """What would be stored."""
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """One block, and what it is to do: `inputs` and `outputs` `(batch, tokens, hidden)`, a call for each."""
+
+    block: nn.Module
+    info: BlockTrace
+    inputs: Sequence[Tensor]
+    outputs: Sequence[Tensor]
+    calls: Sequence[BlockCall]
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """Losses on the held-out sequences, relative to the size of the block's output: before, and of what was kept."""
+
+    before: float
+    after: float
+
+
+def learn_block(
+    lesson: Lesson,
+    learned: Mapping[str, tuple[LinearInfo, Learned]],
+    *,
+    options: QuantizerOptions,
+    dtype: torch.dtype,
+    seed: int = 0,
+) -> tuple[dict[str, Codes], Lessons]:
+    """Learn the rounding of the linears of a block, by name. Returns the best codes seen and what they gained."""
+    course = _Course(lesson, learned, dtype)
+    best, before = course.stored(), course.loss(course.stored())
+    lowest = before
+    generator = torch.Generator().manual_seed(seed)
+    for step in range(options.iterations):
+        progress = step / options.iterations
+        course.step(generator, progress)
+        if step % LOOK_EVERY == LOOK_EVERY - 1 or step == options.iterations - 1:
+            found = course.stored()
+            loss = course.loss(found)
+            if loss < lowest:
+                best, lowest = found, loss
+    return best, Lessons(before, lowest)
+
+
+class _Course:
+    """The block with learned weights in place of its own."""
+
+    def __init__(self, lesson: Lesson, learned: Mapping[str, tuple[LinearInfo, Learned]], dtype: torch.dtype) -> None:
+        self.lesson, self.learned, self.dtype = lesson, learned, dtype
+        places = range(len(lesson.inputs))
+        self.held = [place for place in places if place % HELD_OUT == HELD_OUT - 1] or [places[-1]]
+        self.taught = [place for place in places if place not in self.held] or list(places)
+        self.size = sum(float(lesson.outputs[p].square().mean()) for p in self.held) / len(self.held)
+
+    def _forward(self, weights: Mapping[str, Tensor], place: int) -> Tensor:
+        call = self.lesson.calls[place]
+        parameters = {}
+        for name, (linear, _) in self.learned.items():
+            stored = weights[name].T if linear.transposed else weights[name]
+            parameters[f"{local_name(self.lesson.info, linear)}.weight"] = stored
+        output = functional_call(self.lesson.block, parameters, (self.lesson.inputs[place], *call.args), call.kwargs)
+        return hidden_of(output)
+
+    def step(self, generator: torch.Generator, progress: float) -> None:
+        """One step on one batch."""
+        place = self.taught[int(torch.randint(len(self.taught), (1,), generator=generator))]
+        with torch.enable_grad():
+            leaving = self._forward({name: x.weight() for name, (_, x) in self.learned.items()}, place)
+            loss = (leaving - self.lesson.outputs[place]).square().mean() / self.size
+            loss = loss + sum(x.penalty(progress) for _, x in self.learned.values())
+            loss.backward()  # type: ignore[no-untyped-call]
+        for _, x in self.learned.values():
+            x.step(progress)
+
+    def stored(self) -> dict[str, Codes]:
+        """Where the parameters stand, as codes."""
+        return {name: x.codes(self.dtype) for name, (_, x) in self.learned.items()}
+
+    @torch.no_grad()
+    def loss(self, codes: Mapping[str, Codes]) -> float:
+        """Relative squared difference on the held-out batches."""
+        weights = {name: found.dequantize() for name, found in codes.items()}
+        losses = [(self._forward(weights, p) - self.lesson.outputs[p]).square().mean() for p in self.held]
+        return float(sum(losses)) / len(losses) / max(self.size, 1e-30)

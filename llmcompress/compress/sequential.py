@@ -1,0 +1,140 @@
+"""Round weights column by column with feedback, by one factorised Hessian: the work behind `gptq`.
+
+Methods that begin from its answer use it as well.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from llmcompress.compress.descent import descend
+from llmcompress.compress.feedback import (
+    BLOCK_COLUMNS,
+    Factor,
+    Loop,
+    Scales,
+    column_order,
+    drift_factor,
+    inverse_factor,
+    round_columns,
+)
+from llmcompress.compress.grid import Codes, expand_scale, find_scale, round_weight
+from llmcompress.compress.rounding import Quantized, Request, Seen
+from llmcompress.types import QuantizerOptions
+
+GPTAQ_ALPHA = 0.25
+BATCH_WEIGHTS = 1 << 25  # rows are rounded together, about this many weights at a time
+
+
+def round_with_feedback(
+    requests: Sequence[Request], seen: Seen | None, *, options: QuantizerOptions, dtype: torch.dtype
+) -> list[Quantized]:
+    """Quantize linears that read one input; `dtype` is that of the stored scales.
+
+    The scale of the Hessian does not matter. A Hessian that is not finite, or stays singular after three tenfold
+    increases of the damping, falls back to rounding; both are recorded.
+    """
+    if seen is None or not bool(torch.isfinite(seen.hessian).all()):
+        return [_rounded(r, options, dtype, "calibration inputs are not finite: rounded instead") for r in requests]
+    found: dict[int, Quantized] = {}
+    for size in sorted({r.spec.group_size for r in requests}):
+        places = [place for place, r in enumerate(requests) if r.spec.group_size == size]
+        order = column_order(seen.hessian.diagonal(), options.order, size)
+        factor, notes = inverse_factor(seen.hessian, order, options.damp)
+        if factor is None:
+            found |= {place: _rounded(requests[place], options, dtype, notes[0]) for place in places}
+            continue
+        work = _Work(seen, factor, options, dtype)
+        for batch in _batches(requests, places):
+            codes = work.round([requests[place] for place in batch])
+            found |= {place: Quantized(found, notes) for place, found in zip(batch, codes, strict=True)}
+    return [found[place] for place in range(len(requests))]
+
+
+def _rounded(request: Request, options: QuantizerOptions, dtype: torch.dtype, note: str) -> Quantized:
+    scale = find_scale(request.weight, request.spec, dtype, clip=options.clip)
+    return Quantized(round_weight(request.weight, scale, request.spec), (note,))
+
+
+def _batches(requests: Sequence[Request], places: Sequence[int]) -> list[list[int]]:
+    batches: list[list[int]] = []
+    room = 0
+    for place in places:
+        size = requests[place].weight.numel()
+        if not batches or size > room:
+            batches.append([])
+            room = BATCH_WEIGHTS
+        batches[-1].append(place)
+        room -= size
+    return batches
+
+
+class _Work:
+    """One input and its factor; rounds any number of weights that read it."""
+
+    def __init__(self, seen: Seen, factor: Factor, options: QuantizerOptions, dtype: torch.dtype) -> None:
+        self.seen, self.factor, self.options, self.dtype = seen, factor, options, dtype
+        diagonal = seen.hessian.diagonal()
+        self.importance = (diagonal / diagonal.mean().clamp_min(1e-30)).clamp_min(1e-6)
+        self.extra = None
+        if seen.drift is not None and options.target == "gptaq":
+            self.extra = drift_factor(seen.drift, factor, options.alpha or GPTAQ_ALPHA)
+
+    def round(self, requests: Sequence[Request]) -> list[Codes]:
+        """Codes of weights whose formats share one group size, in one loop over the columns."""
+        order, size = self.factor.order, requests[0].spec.group_size
+        halves = [torch.full((len(r.weight),), float(1 << (r.spec.bits - 1))) for r in requests]
+        chooser = _Chooser(self, requests)
+        static = self.options.order != "group"
+        loop = Loop(
+            half=torch.cat(halves).to(order.device),
+            scales=chooser.static() if static else chooser.entering,
+            block=BLOCK_COLUMNS if static else size,
+            extra=self.extra,
+            pull=self.options.pull,
+        )
+        weights = torch.cat([r.weight for r in requests])
+        codes, _ = round_columns(weights[:, order], self.factor.upper, loop)
+        restored = torch.empty_like(codes, memory_format=torch.contiguous_format)
+        restored[:, order] = codes
+        parts = torch.split(restored, [len(r.weight) for r in requests])
+        found = [Codes(part, scale, r.spec) for part, scale, r in zip(parts, chooser.scales, requests, strict=True)]
+        if not self.options.sweeps:
+            return found
+        return [
+            descend(r.weight, codes, self.seen.hessian, damp=self.options.damp, sweeps=self.options.sweeps)
+            for r, codes in zip(requests, found, strict=True)
+        ]
+
+
+class _Chooser:
+    """Chooses scales before the loop, from the weights as they are, or as the loop enters a group."""
+
+    def __init__(self, work: _Work, requests: Sequence[Request]) -> None:
+        self.work, self.requests = work, requests
+        rows = [len(r.weight) for r in requests]
+        groups = requests[0].weight.shape[1] // requests[0].spec.group_size
+        self.scales = [torch.empty((count, groups), dtype=work.dtype, device=work.importance.device) for count in rows]
+        self.rows = rows
+
+    def static(self) -> Scales:
+        """All scales at once; returns the steps of any block of columns."""
+        order, columns = self.work.factor.order, self.work.importance.numel()
+        for scale, r in zip(self.scales, self.requests, strict=True):
+            scale.copy_(self._find(r.weight, r, self.work.importance))
+        wide = torch.cat([expand_scale(scale, columns) for scale in self.scales])[:, order]
+        return lambda start, stop, left: wide[:, start:stop]
+
+    def entering(self, start: int, stop: int, left: Tensor) -> Tensor:
+        """The scale of the group whose columns are `start` to `stop`, from its weights as corrected so far."""
+        places = self.work.factor.order[start:stop]
+        group = int(places[0]) // (stop - start)
+        steps = []
+        for scale, r, part in zip(self.scales, self.requests, torch.split(left, self.rows), strict=True):
+            scale[:, group] = self._find(part.contiguous(), r, self.work.importance[places])[:, 0]
+            steps.append(scale[:, group : group + 1].float().expand(-1, stop - start))
+        return torch.cat(steps)
+
+    def _find(self, weight: Tensor, request: Request, importance: Tensor) -> Tensor:
+        return find_scale(weight, request.spec, self.work.dtype, clip=self.work.options.clip, importance=importance)
