@@ -50,7 +50,7 @@ def arguments(about: str, budget: str | None = None) -> argparse.Namespace:
 def measure(options: argparse.Namespace, label: str, budget: str, **changes: str) -> Result:
     """Quantize with the default recipe and some changes, evaluate on held-out text, print a row."""
     sets = tuple(f"{key.replace('__', '.')}={value}" for key, value in changes.items())
-    recipe = load_recipe("default", (*sets, f"calibration.source={options.calibration}"))
+    recipe = load_recipe("balanced", (*sets, f"calibration.source={options.calibration}"))
     source = resolve(options.model)
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch) / "out"

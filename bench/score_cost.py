@@ -69,7 +69,7 @@ def main() -> None:
     clock = time.perf_counter if options.wall else time.process_time
     changes = (f"calibration.source={options.calibration}", f"calibration.samples={options.samples}",
                f"calibration.score_samples={options.samples}")  # fmt: skip
-    recipe = load_recipe("default", changes)
+    recipe = load_recipe("balanced", changes)
     opened = open_model(resolve(options.model), recipe, "cpu")
     job = score_job(opened, recipe, calibration(opened, recipe))
 

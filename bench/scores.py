@@ -60,7 +60,7 @@ class Cost:
 def setup(options: argparse.Namespace) -> tuple[Opened, Recipe, Batches]:
     """The model, the default recipe on the calibration text asked for, and that text."""
     torch.set_num_threads(1)
-    recipe = load_recipe("default", (f"calibration.source={options.calibration}",))
+    recipe = load_recipe("balanced", (f"calibration.source={options.calibration}",))
     opened = open_model(resolve(options.model), recipe, "cpu")
     return opened, recipe, calibration(opened, recipe)
 

@@ -64,7 +64,7 @@ def test_ready_made_recipes_are_valid_and_described(name: str) -> None:
 
 
 def test_changes_reach_the_recipe_and_its_digest() -> None:
-    changed = load_recipe("default", ("plan.group_size=64", "quantize.damp=0.05", "plan.bits=[4]", "seed=3"))
+    changed = load_recipe("balanced", ("plan.group_size=64", "quantize.damp=0.05", "plan.bits=[4]", "seed=3"))
     assert (changed.plan.group_size, changed.quantize.damp, changed.plan.bits, changed.seed) == (64, 0.05, (4,), 3)
     assert changed.digest() != Recipe().digest()
 

@@ -43,7 +43,7 @@ def recipe_options(function: Command) -> Command:
         click.option(
             "--recipe",
             metavar="NAME|FILE",
-            default="default",
+            default="balanced",
             envvar="LLMCOMPRESS_RECIPE",
             show_default=True,
             help="A ready-made recipe (`llmcompress list recipes`) or a YAML file.",

@@ -131,9 +131,11 @@ def _run(request: Any, speaker: Speaker) -> None:
 
 def _tell_plan(event: Any, speaker: Speaker) -> None:
     allocation, trace = event.plan.allocation, event.opened.trace
-    proof = (
-        "least expected damage" if allocation.status == "optimal" else f"expected damage within {allocation.gap:.1%}"
-    )
+    proof = "least expected damage"
+    if event.plan.scorer == "none":
+        proof = "the only formats allowed"
+    elif allocation.status != "optimal":
+        proof = f"expected damage within {allocation.gap:.1%}"
     trials = event.plan.trials
     if trials:
         proof += f"; best of {len(trials)} measured"

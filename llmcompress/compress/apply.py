@@ -17,7 +17,7 @@ from llmcompress.compress.grid import proxy_loss
 from llmcompress.compress.head import head_input
 from llmcompress.compress.journal import CommitRecord, Journal
 from llmcompress.compress.output import specs_of
-from llmcompress.compress.rounds import Method, Rounded, Streams, round_block, round_head
+from llmcompress.compress.rounds import BlockRounds, Method, Rounded, Streams, round_head
 from llmcompress.compress.shards import ShardMap, write_shard
 from llmcompress.files import commit_bytes
 from llmcompress.model.checkpoint import TORCH_DTYPES, read_tensor
@@ -70,16 +70,13 @@ class Chain:
     calls: list[list[BlockCall]]
 
     @torch.no_grad()
-    def advance(self, index: int) -> None:
-        """Every batch through block `index` as it will be stored."""
-        for place, call in enumerate(self.calls):
-            self.hidden[place] = self.stream.run_block(index, self.hidden[place], call[index])
-
-    @torch.no_grad()
-    def advance_full(self, index: int) -> None:
-        """The full-precision model's batches through block `index`, loaded as it was."""
+    def advance(self, index: int, rounds: BlockRounds) -> None:
+        """Every batch through block `index` as it will be stored, and as it was where that runs beside."""
         for place in range(len(self.full)):
-            self.full[place] = self.stream.run_block(index, self.full[place], self.calls[place][index])
+            self.full[place] = rounds.leave_full(place)
+        for place, call in enumerate(rounds.streams.calls):
+            self.hidden[place] = rounds.leave_stored(place, call)
+        self.hidden[-1] = self.stream.run_block(index, self.hidden[-1], self.calls[-1][index])
 
     def streams(self, index: int) -> Streams:
         """The batches as they enter block `index`."""
@@ -179,16 +176,13 @@ def quantize_block(job: ApplyJob, chain: Chain, info: BlockTrace, journal: Journ
     began = time.monotonic()
     block = job.skeleton.load_block(info.index)
     outcomes, fallbacks, packed = [], [], {}
-    streams, specs = chain.streams(info.index), specs_of(job.plan)
-    for rounded in round_block(job.method, block, info, specs, streams):
+    rounds = BlockRounds(job.method, block, info, specs_of(job.plan), chain.streams(info.index))
+    for rounded in rounds.rounded():
         linear, result = rounded.linear, rounded.result
         packed[linear.tensor] = packed_tensors(linear, result.codes)
         outcomes.append(_outcome(rounded))
         fallbacks += [Fallback(where=linear.name, reason=note) for note in result.fallbacks]
-    chain.advance(info.index)
-    if chain.full:
-        job.skeleton.load_block(info.index)
-        chain.advance_full(info.index)
+    chain.advance(info.index, rounds)
     job.skeleton.free(block)
     shard, digest = _write_shard(job, info.index + 1, packed, journal)
     seconds = time.monotonic() - began

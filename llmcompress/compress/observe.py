@@ -95,65 +95,76 @@ def collect_hessians(block: nn.Module, info: BlockTrace, runs: Sequence[Callable
     return sums.means()
 
 
-class _Enough(Exception):
+class Enough(Exception):  # not an error: it ends a forward early
     """Leaves a block's forward once what was looked for has been read."""
 
 
-Run = Callable[[nn.Module, Tensor], Any]  # a block on the hidden states that enter it
+Run = Callable[[], Tensor]  # a block on the hidden states that enter it
 
 
 @dataclass
 class Reading:
-    """What one forward showed: the input of a group `(tokens, columns)`, and the stream each writer adds to."""
+    """What one forward showed: the input of a group `(tokens, columns)`, and the stream each writer adds to.
+
+    `leaving` are the hidden states that left the block, where it was run to its end.
+    """
 
     inputs: Tensor
     streams: dict[str, Tensor]
+    leaving: Tensor | None = None
 
 
 class GroupWatch:
-    """Reads the input of one shared-input group and what its linears' outputs are added to, and no further."""
+    """Reads the input of one shared-input group and what its linears' outputs are added to, and no further.
+
+    `until`: the `input` has been read, the `child` of the block that holds the group has finished, or the `end`.
+    """
 
     def __init__(self, info: BlockTrace, members: Sequence[LinearInfo]) -> None:
-        self._info, self._members = info, members
+        self._info = info
+        self._first = local_name(info, members[0])
         names = {local_name(info, linear): linear.name for linear in members}
         self._writers = [(names[w.linear], w) for w in info.writers if w.linear in names]
 
     @torch.no_grad()
-    def read(self, block: nn.Module, hidden: Tensor, run: Run) -> Reading:
-        """Run a block until the group's input is there."""
+    def read(self, block: nn.Module, hidden: Tensor, run: Run, *, until: str = "input") -> Reading:
+        """Run a block on `hidden` as far as need be."""
         seen: dict[str, Tensor] = {"": hidden}
         found: list[Tensor] = []
+        leaving = None
+        with self._hooks(block, seen, found, until), suppress(Enough):
+            leaving = run()
+        streams = {name: seen[w.norm] + sum(seen[n] for n in w.after) for name, w in self._writers}
+        flat = {name: stream.flatten(0, -2).float() for name, stream in streams.items()}
+        return Reading(found[0].flatten(0, -2).float(), flat, leaving)
 
-        def keep(name: str) -> Callable[..., None]:
-            def reads(_: nn.Module, args: tuple[Any, ...]) -> None:
-                seen[name] = args[0]
-
-            return reads
+    @contextmanager
+    def _hooks(self, block: nn.Module, seen: dict[str, Tensor], found: list[Tensor], until: str) -> Iterator[None]:
+        def reads(name: str) -> Callable[..., None]:
+            return lambda _, args: seen.update({name: args[0]})
 
         def wrote(name: str) -> Callable[..., None]:
-            def writes(_: nn.Module, __: Any, output: Tensor) -> None:
-                seen[name] = output
+            return lambda _, __, output: seen.update({name: output})
 
-            return writes
-
-        def enough(_: nn.Module, args: tuple[Any, ...]) -> None:
-            found.append(args[0])
-            raise _Enough
+        def enough(*_: Any) -> None:
+            raise Enough
 
         linears = linear_modules(block)
         norms = {w.norm for _, w in self._writers if w.norm}
         before = {name for _, w in self._writers for name in w.after}
-        handles = [block.get_submodule(name).register_forward_pre_hook(keep(name)) for name in norms]
+        handles = [block.get_submodule(name).register_forward_pre_hook(reads(name)) for name in norms]
         handles += [linears[name].register_forward_hook(wrote(name)) for name in before]
-        handles.append(linears[local_name(self._info, self._members[0])].register_forward_pre_hook(enough))
+        first = linears[self._first]
+        handles.append(first.register_forward_pre_hook(lambda _, args: found.append(args[0])))
+        if until == "input":
+            handles.append(first.register_forward_pre_hook(enough))
+        elif until == "child":
+            handles.append(block.get_submodule(self._first.partition(".")[0]).register_forward_hook(enough))
         try:
-            with suppress(_Enough):
-                run(block, hidden)
+            yield
         finally:
             for handle in handles:
                 handle.remove()
-        streams = {name: seen[w.norm] + sum(seen[n] for n in w.after) for name, w in self._writers}
-        return Reading(found[0].flatten(0, -2).float(), {n: x.flatten(0, -2).float() for n, x in streams.items()})
 
 
 class DriftSums:

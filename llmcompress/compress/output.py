@@ -16,6 +16,11 @@ from llmcompress.files import commit_bytes, commit_json, file_digest, to_json
 from llmcompress.types import BlockOutcome, LinearSpec, ModelTrace, Noun, Plan
 
 RECORD_NAME = "llmcompress.json"
+PROGRAM_WORDS = {
+    "integer": "exact integer program",
+    "quadratic": "quadratic program with measured interactions",
+    "order": "order of blocks",
+}
 SIDE_FILES = (
     "tokenizer*.json",
     "tokenizer*.model",
@@ -198,6 +203,13 @@ def _remarks(story: Story) -> list[str]:
     return [*said, f"{len(kept)} linear(s) are left at the source precision."] if kept else said
 
 
+def _choice(plan: Plan) -> str:
+    """How formats were chosen, in words."""
+    if plan.scorer == "none":
+        return "every linear in the one format allowed"
+    return f"`{plan.scorer}` scores, {PROGRAM_WORDS[plan.program]}"
+
+
 def model_card(story: Story) -> str:
     """The README.md of the output, with front matter the model hub understands."""
     plan, origin, allocation = story.plan, story.origin, story.plan.allocation
@@ -208,7 +220,7 @@ def model_card(story: Story) -> str:
 
 # {_plain(origin.name)}, {allocation.bits_per_weight:.3f} bits per weight
 
-Quantized from `{_plain(origin.name)}`{revision} by llmcompress: `{plan.scorer}` scores, exact integer program,
+Quantized from `{_plain(origin.name)}`{revision} by llmcompress: {_choice(plan)},
 `{plan.quantizer}` rounding, calibrated on {_plain(plan.calibration)}.
 
 | figure | value |

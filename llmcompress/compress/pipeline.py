@@ -21,11 +21,12 @@ from llmcompress.model.text import Batches, TextRequest, load_tokenizer, sample_
 from llmcompress.model.trace import trace
 from llmcompress.plugins import find
 from llmcompress.recipes import Recipe
-from llmcompress.types import LinearSpec, ModelTrace, ScoreFile, Scores
+from llmcompress.types import Candidate, LayerScore, LinearSpec, ModelTrace, ScoreFile, Scores
 
 QUANTIZERS = "llmcompress.compress.quantizers"
 WORKING_SCORERS = ("working_point",)  # their figures depend on a base width
 PROBE_TOKENS = 32
+NO_SCORER = "none"  # in place of a scorer, where every linear has one candidate
 
 
 @dataclass(frozen=True)
@@ -180,8 +181,27 @@ def score_all(
     )
 
 
+def _nothing_to_choose(opened: Opened, recipe: Recipe, batches: Batches, model_digest: str) -> Scores:
+    """Scores where every linear has one candidate: no measure could change the outcome, so none is taken."""
+    layers = tuple(
+        LayerScore(linear=name, candidates=tuple(Candidate(spec=spec, damage=0.0) for spec in specs))
+        for name, specs in opened.candidates.items()
+    )
+    return Scores(
+        scorer=NO_SCORER,
+        unit="unitless",
+        model_digest=model_digest,
+        calibration_digest=score_batches(recipe, batches).digest,
+        settings_digest=settings_digest(recipe, NO_SCORER, None),
+        seed=recipe.seed,
+        layers=layers,
+    )
+
+
 def score(opened: Opened, recipe: Recipe, batches: Batches, model_digest: str) -> Scores:
-    """Run the recipe's scorer."""
+    """Run the recipe's scorer, where there is anything to choose."""
+    if all(len(specs) == 1 for specs in opened.candidates.values()):
+        return _nothing_to_choose(opened, recipe, batches, model_digest)
     return score_all(opened, recipe, batches, scorers=(recipe.scorer,), model_digest=model_digest)[0]
 
 

@@ -6,17 +6,18 @@ Shared by everything that carries a plan out, for good or on trial.
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llmcompress.compress.learning import Learned, Lesson, learn_block
-from llmcompress.compress.observe import DriftSums, GroupWatch, groups_of, install_weight, weight_of
+from llmcompress.compress.observe import DriftSums, GroupWatch, groups_of, install_weight, local_name, weight_of
+from llmcompress.compress.replay import Replay, call_block
 from llmcompress.compress.rounding import Quantized, Request, Seen
 from llmcompress.compress.targets import Targets
-from llmcompress.model.stream import BlockCall, hidden_of
+from llmcompress.model.stream import BlockCall
 from llmcompress.types import BlockTrace, LinearInfo, LinearSpec, QuantizerOptions
 
 Learner = Callable[..., Learned]
@@ -69,50 +70,84 @@ class Rounded:
     seen: Seen | None
 
 
-def call_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
-    """Hidden states leaving a block."""
-    return hidden_of(block(hidden, *call.args, **call.kwargs))
+class BlockRounds:
+    """One block, its formats, and the text on its way through it."""
 
+    def __init__(
+        self, method: Method, block: nn.Module, info: BlockTrace, specs: Mapping[str, LinearSpec], streams: Streams
+    ) -> None:
+        self.method, self.info, self.specs, self.streams = method, info, specs, streams
+        groups = [[x for x in members if x.name in specs] for members in groups_of(info).values()]
+        self.groups = [members for members in groups if members]
+        self.looks = bool(method.quantizer.NEEDS_HESSIAN and streams.stored)
+        self.stored = Replay(block, info)
+        compares = self.looks and streams.full is not None
+        self.full = Replay(copy.deepcopy(block), info) if compares else None
+        self.leaving: list[Tensor | None] = [None] * len(streams.full or ())
 
-def round_block(
-    method: Method, block: nn.Module, info: BlockTrace, specs: Mapping[str, LinearSpec], streams: Streams
-) -> Iterator[Rounded]:
-    """Quantize the linears of a loaded block that have a format, and install what a reader of the file will see."""
-    groups = [[x for x in members if x.name in specs] for members in groups_of(info).values()]
-    groups = [members for members in groups if members]
-    looks = method.quantizer.NEEDS_HESSIAN and streams.stored
-    twin = copy.deepcopy(block) if looks and streams.full is not None else None
-    known: dict[int, Look] = {}
-    rounded: list[Rounded] = []
-    if looks and not method.options.true_sequential:
-        known = {members[0].shared_input: _look(block, twin, info, members, streams) for members in groups}
-    for members in groups:
-        look = known.pop(members[0].shared_input, None)
-        if looks and look is None:
-            look = _look(block, twin, info, members, streams)
-        found = _round_group(method, block, info, members=[(x, specs[x.name]) for x in members], look=look)
-        if method.learner is None:
-            yield from found
-        rounded += found
-    if method.learner is not None and twin is not None:
-        yield from _learn(method, block, twin, info, rounded=rounded, streams=streams)
+    def rounded(self) -> Iterator[Rounded]:
+        """Quantize the linears that have a format, and install what a reader of the file will see."""
+        known: dict[int, Look] = {}
+        if self.looks and not self.method.options.true_sequential:
+            known = {place: self._look(place) for place in range(len(self.groups))}
+        rounded: list[Rounded] = []
+        for place, members in enumerate(self.groups):
+            look = known.pop(place, None)
+            if self.looks and look is None:
+                look = self._look(place)
+            pairs = [(x, self.specs[x.name]) for x in members]
+            found = _round_group(self.method, self.stored.block, self.info, members=pairs, look=look)
+            if self.method.learner is None:
+                yield from found
+            rounded += found
+        if self.method.learner is not None and self.full is not None:
+            yield from _learn(self.method, self, rounded)
 
+    def _look(self, group: int) -> Look:
+        """What the linears of a group read, in both models where both are run."""
+        watch, sums, streams = GroupWatch(self.info, self.groups[group]), DriftSums(), self.streams
+        done = {x.name for members in self.groups[:group] for x in members}
+        coming = {x.name for members in self.groups[group + 1 :] for x in members}
+        final = self._final(done) if self.method.options.true_sequential else ()
+        settled = [name for name, linears in self.stored.children.items() if not linears & coming]
+        until = "end" if not coming else "child" if self._child(group) in settled else "input"
+        for place, call in enumerate(streams.calls):
+            full = None
+            if self.full is not None and streams.full is not None:
+                with self.full.on(place, settled):
+                    run = partial(call_block, self.full.block, streams.full[place], call)
+                    full = watch.read(self.full.block, streams.full[place], run, until=until)
+                if full.leaving is not None:
+                    self.leaving[place] = full.leaving
+                    self.full.drop(place)
+            with self.stored.on(place, final):
+                run = partial(call_block, self.stored.block, streams.stored[place], call)
+                sums.add(watch.read(self.stored.block, streams.stored[place], run), full)
+        return sums.means()
 
-def _look(
-    block: nn.Module, twin: nn.Module | None, info: BlockTrace, members: Sequence[LinearInfo], streams: Streams
-) -> Look:
-    """What the linears of a group read, in both models where both are run."""
-    watch, sums = GroupWatch(info, members), DriftSums()
-    for place, call in enumerate(streams.calls):
+    def _child(self, group: int) -> str:
+        return local_name(self.info, self.groups[group][0]).partition(".")[0]
 
-        def run(module: nn.Module, hidden: Tensor, call: BlockCall = call) -> Any:
-            return call_block(module, hidden, call)
+    def _final(self, done: set[str]) -> list[str]:
+        """Children of the block whose every linear is as it will be stored."""
+        return [name for name, linears in self.stored.children.items() if not (linears & set(self.specs)) - done]
 
-        full = None
-        if twin is not None and streams.full is not None:
-            full = watch.read(twin, streams.full[place], run)
-        sums.add(watch.read(block, streams.stored[place], run), full)
-    return sums.means()
+    @torch.no_grad()
+    def leave_stored(self, place: int, call: BlockCall) -> Tensor:
+        """Hidden states of batch `place` leaving the block as it will be stored."""
+        with self.stored.on(place, self.stored.children, keep=False):
+            return call_block(self.stored.block, self.streams.stored[place], call)
+
+    @torch.no_grad()
+    def leave_full(self, place: int) -> Tensor:
+        """Hidden states of batch `place` leaving the full-precision block."""
+        found = self.leaving[place]
+        if found is None and self.streams.full is not None:
+            block = self.stored.block if self.full is None else self.full.block
+            found = self.leaving[place] = call_block(block, self.streams.full[place], self.streams.calls[place])
+        if found is None:
+            raise ValueError("the full-precision model was not run")
+        return found
 
 
 def _round_group(
@@ -136,20 +171,18 @@ def _round_group(
     return found
 
 
-def _learn(
-    method: Method, block: nn.Module, twin: nn.Module, info: BlockTrace, *, rounded: list[Rounded], streams: Streams
-) -> Iterator[Rounded]:
+def _learn(method: Method, rounds: BlockRounds, rounded: list[Rounded]) -> Iterator[Rounded]:
     """Learn the rounding of a block from what was found linear by linear."""
-    if method.learner is None or streams.full is None:
+    if method.learner is None:
         return
-    with torch.no_grad():
-        pairs = zip(streams.full, streams.calls, strict=True)
-        outputs = [call_block(twin, hidden, call) for hidden, call in pairs]
+    streams, block, info = rounds.streams, rounds.stored.block, rounds.info
+    outputs = [rounds.leave_full(place) for place in range(len(streams.calls))]
     lesson = Lesson(block, info, streams.stored, outputs, streams.calls)
     learned = {
         x.linear.name: (x.linear, method.learner(x.wanted, x.result.codes, options=method.options)) for x in rounded
     }
     best, _ = learn_block(lesson, learned, options=method.options, dtype=method.dtype)
+    rounds.stored.forget()
     for x in rounded:
         install_weight(block, info, x.linear, best[x.linear.name].dequantize())
         yield replace(x, result=replace(x.result, codes=best[x.linear.name]))

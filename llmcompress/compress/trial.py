@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llmcompress.compress.head import HeadView
 from llmcompress.compress.measuring import MeasureJob, Text, sequence_dnll, sequence_kld
-from llmcompress.compress.rounds import Streams, round_block
+from llmcompress.compress.rounds import BlockRounds, Streams
 from llmcompress.model.stream import BlockCall, BlockStream
 from llmcompress.types import BitAllocation, LinearSpec
 
@@ -44,11 +44,15 @@ def measure_allocations(job: MeasureJob, allocations: Sequence[BitAllocation], t
         for specs, hidden in zip(tables, chains, strict=True):
             block = job.skeleton.load_block(info.index)
             streams = Streams(hidden[:cut], full[:cut] if compares else None, here)
-            for _ in round_block(job.method, block, info, specs, streams):
+            rounds = BlockRounds(job.method, block, info, specs, streams)
+            for _ in rounds.rounded():
                 pass
-            _advance(stream, info.index, hidden, calls)
+            hidden[:cut] = [rounds.leave_stored(place, call) for place, call in enumerate(here)]
+            _advance(stream, info.index, hidden, calls, cut)
         job.skeleton.load_block(info.index)
-        _advance(stream, info.index, full, calls, 0 if compares else cut)
+        if compares:
+            full[:cut] = [rounds.leave_full(place) for place in range(cut)]
+        _advance(stream, info.index, full, calls, cut)
         job.skeleton.free(job.skeleton.blocks[info.index])
     job.skeleton.load_rest()
     pairs = [

@@ -14,6 +14,7 @@ from llmcompress.plugins import nearest
 from llmcompress.types import Noun, QuantizerOptions
 
 SUFFIX = ".yaml"
+DEFAULT = "balanced"
 NAME_TABLES = ("plan.pin", "plan.candidates")  # their keys are names of linears
 
 
@@ -51,7 +52,7 @@ class PlanPart(Noun):
 class Recipe(Noun):
     """Everything a run can be told, with defaults; unknown keys are refused."""
 
-    name: str = "default"
+    name: str = DEFAULT
     description: str = ""
     scorer: str = "fisher"
     quantizer: str = "gptq"

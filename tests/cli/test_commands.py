@@ -97,7 +97,7 @@ def test_bad_models_are_refused(fault: str, model: Path, run: Run, tmp_path: Pat
         (("--set", "plan.bitz=[2]"), "plan.bits"),
         (("--set", "plan.bits=[1]"), "widths"),
         (("--set", "nonsense"), "key=value"),
-        (("--recipe", "default", "--calibration", "none.txt"), "none.txt"),
+        (("--recipe", "balanced", "--calibration", "none.txt"), "none.txt"),
         (("--device", "cuda:7"), "--device"),
         (("--set", "quantizer=gptqq"), "gptq"),
         (("--set", "scorer=fishr"), "fisher"),

@@ -154,13 +154,13 @@ def test_a_tied_head_cannot_be_pinned_and_the_hint_says_why() -> None:
 
 def test_set_writes_pins_and_lists_of_full_names() -> None:
     recipe = load_recipe(
-        "default",
+        "balanced",
         ("plan.pin.lm_head=8", "plan.pin.model.layers.0.mlp.down_proj=4", "plan.candidates.*.q_proj=[2, 3]"),
     )
     assert recipe.plan.pin == {"lm_head": 8, "model.layers.0.mlp.down_proj": 4}
     assert recipe.plan.candidates == {"*.q_proj": (2, 3)}
-    assert load_recipe("default", ("plan.pin={o_proj: 8}",)).plan.pin == {"o_proj": 8}
-    assert load_recipe("default").digest() != recipe.digest()
+    assert load_recipe("balanced", ("plan.pin={o_proj: 8}",)).plan.pin == {"o_proj": 8}
+    assert load_recipe("balanced").digest() != recipe.digest()
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_set_writes_pins_and_lists_of_full_names() -> None:
 )
 def test_set_refuses_what_is_no_width(change: str) -> None:
     with pytest.raises(InputError, match="plan"):
-        load_recipe("default", (change,))
+        load_recipe("balanced", (change,))
 
 
 def test_narrowing_leaves_a_pinned_linear_its_width() -> None:

@@ -11,7 +11,7 @@ from llmcompress.compress.grid import find_scale, round_weight
 from llmcompress.compress.learning import Lesson, learn_block
 from llmcompress.compress.observe import weight_of
 from llmcompress.compress.quantizers import adaround, signround
-from llmcompress.compress.rounds import Method, Streams, round_block
+from llmcompress.compress.rounds import BlockRounds, Method, Streams
 from llmcompress.model.skeleton import Skeleton
 from llmcompress.model.stream import BlockStream
 from llmcompress.model.trace import trace
@@ -121,8 +121,10 @@ def test_a_block_is_learned_only_when_it_is_to_be(name: str, llama: Path) -> Non
     found: dict[str, list[Tensor]] = {}
     for label, learns in (("trial", False), ("good", True), ("again", True)):
         lesson, streams = lesson_of(llama)
-        method = Method(LEARNERS[name], QuantizerOptions(iterations=200, target="layer", clip=False), torch.bfloat16, learns)
-        rounded = list(round_block(method, lesson.block, lesson.info, specs, streams))
+        method = Method(
+            LEARNERS[name], QuantizerOptions(iterations=200, target="layer", clip=False), torch.bfloat16, learns
+        )
+        rounded = list(BlockRounds(method, lesson.block, lesson.info, specs, streams).rounded())
         assert [x.linear.name for x in rounded] == [x.name for x in lesson.info.linears]
         found[label] = [x.result.codes.dequantize() for x in rounded]
         for x in rounded:  # what is installed is what is stored

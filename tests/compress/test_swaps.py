@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scoring_help import job_for, scored
 
-from llmcompress.compress.head import head_hessian
+from llmcompress.compress.head import head_input
 from llmcompress.compress.measuring import (
     MeasureJob,
     Noise,
@@ -99,16 +99,16 @@ def test_noise_has_the_size_asked_for_and_is_the_same_again() -> None:
     assert not torch.equal(noisy, changed_weight(job, weight, None, Noise(0.1, 6)))
 
 
-def test_head_hessian_is_the_mean_square_of_what_the_head_reads(llama: Path) -> None:
+def test_the_hessian_of_the_head_is_the_mean_square_of_what_the_head_reads(llama: Path) -> None:
     job = measuring(llama)
     stream, tokens = BlockStream(job.skeleton), text().judging
     hidden, _ = stream.start(tokens)
     head = job.skeleton.model.get_output_embeddings()
-    found = head_hessian(head, stream, tokens, hidden)
+    found = head_input(head, stream, tokens, hidden)
     with torch.no_grad():
         read = job.skeleton.model.model.norm(torch.cat(hidden)).flatten(0, 1)
     assert found is not None
-    assert torch.allclose(found, read.T @ read / len(read), rtol=1e-4, atol=1e-6)
+    assert torch.allclose(found.hessian, read.T @ read / len(read), rtol=1e-4, atol=1e-6)
 
 
 def test_small_divergences_keep_their_digits() -> None:

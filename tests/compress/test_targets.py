@@ -164,7 +164,7 @@ def test_the_writers_of_a_block_are_found_by_watching(family: str, tmp_path: Pat
 
 
 def measured(model: Path, target: Literal["layer", "gptaq", "asymmetric", "residual"], alpha: float | None) -> Tensor:
-    opened = open_model(Source(model, "model"), load_recipe("default", ("plan.group_size=32",)), "cpu")
+    opened = open_model(Source(model, "model"), load_recipe("balanced", ("plan.group_size=32",)), "cpu")
     names = [linear.name for linear in opened.trace.linears]
     assigned = tuple(Assigned(linear=n, spec=LinearSpec(bits=3, group_size=32)) for n in names)
     nothing = {"budget": "", "budget_bits": 1, "storage_bits": 1, "bits_per_weight": 1.0, "file_bytes": 1}

@@ -33,7 +33,7 @@ def uniform(found: BitAllocation, names: list[str], bits: int) -> BitAllocation:
 def test_measured_kl_equals_the_kl_of_the_quantized_model(llama: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    opened = open_model(Source(llama, "llama"), load_recipe("default"), "cpu")
+    opened = open_model(Source(llama, "llama"), load_recipe("balanced"), "cpu")
     names = [linear.name for linear in opened.trace.linears]
     _, some = allocate("3bits")
     job = MeasureJob(opened.skeleton, opened.trace, rtn, QuantizerOptions(), torch.bfloat16)
@@ -55,7 +55,7 @@ def test_measured_kl_equals_the_kl_of_the_quantized_model(llama: Path) -> None:
 
 
 def test_each_allocation_has_a_chain_of_its_own(llama: Path) -> None:
-    opened = open_model(Source(llama, "llama"), load_recipe("default"), "cpu")
+    opened = open_model(Source(llama, "llama"), load_recipe("balanced"), "cpu")
     names = [linear.name for linear in opened.trace.linears]
     _, some = allocate("3bits")
     job = MeasureJob(opened.skeleton, opened.trace, gptq, QuantizerOptions(), torch.bfloat16)
@@ -68,7 +68,7 @@ def test_each_allocation_has_a_chain_of_its_own(llama: Path) -> None:
 
 def test_the_plan_takes_the_allocation_that_measured_best(llama: Path) -> None:
     sets = ("calibration.score_samples=4", "plan.group_size=64")
-    recipe = load_recipe("default", sets)
+    recipe = load_recipe("balanced", sets)
     opened = open_model(Source(llama, "llama"), recipe, "cpu")
     batches = Batches(tokens(12, 3), "random", "none")
     scores = score(opened, recipe, batches, "digest")
@@ -87,7 +87,7 @@ def test_the_plan_takes_the_allocation_that_measured_best(llama: Path) -> None:
         assert final[0].expected_damage == min(contest, key=lambda t: t.measured_kld).expected_damage
     assert plan.allocation.storage_bits <= plan.allocation.budget_bits
     untried = make_plan(
-        opened, load_recipe("default", (*sets, "plan.trials=false")), batches, scores, parse_budget("3.8bits")
+        opened, load_recipe("balanced", (*sets, "plan.trials=false")), batches, scores, parse_budget("3.8bits")
     )
     assert untried.trials == ()
     assert untried.exchanges == ()
@@ -95,7 +95,7 @@ def test_the_plan_takes_the_allocation_that_measured_best(llama: Path) -> None:
 
 @pytest.mark.parametrize("text", ["kld<=0.2", "ppl<=+20%"])
 def test_a_damage_limit_gives_the_smallest_plan_that_keeps_it(text: str, llama: Path) -> None:
-    recipe = load_recipe("default", ("calibration.score_samples=4", "plan.group_size=64"))
+    recipe = load_recipe("balanced", ("calibration.score_samples=4", "plan.group_size=64"))
     opened = open_model(Source(llama, "llama"), recipe, "cpu")
     batches = Batches(tokens(16, 3), "random", "none")
     scores = score(opened, recipe, batches, "digest")
