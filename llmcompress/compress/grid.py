@@ -6,12 +6,11 @@ plain symmetric quantization wastes.
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from llmcompress.kernels import reference
+from llmcompress.kernels.codes import Codes as Codes
 from llmcompress.types import LinearSpec
 
 CLIPS = tuple(1.0 - 0.02 * step for step in range(26))
@@ -23,23 +22,6 @@ GAUSSIAN_DISTORTION = {
     256: (0.142, 0.0372, 0.0103, 0.0028, 0.000733, 0.000189, 0.0000478),
 }
 SHIFT_ROWS = 1 << 22  # the clip search works on chunks of about this many weights
-
-
-@dataclass(frozen=True)
-class Codes:
-    """A quantized linear: the one carrier of tensors between a quantizer and the file.
-
-    codes  (rows, columns)               uint8, below 2**bits
-    scale  (rows, columns / group size)  in the dtype it is stored in
-    """
-
-    codes: Tensor
-    scale: Tensor
-    spec: LinearSpec
-
-    def dequantize(self) -> Tensor:
-        """The weights a reader of the file will see, float32 `(rows, columns)`."""
-        return reference.dequantize(self.codes, self.scale, self.spec.bits)
 
 
 def round_to_grid(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
