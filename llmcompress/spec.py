@@ -24,6 +24,7 @@ HIGH_BITS = 2  # what high-impact columns have more than the others
 DOUBLE_BLOCK = 256  # scales that share a scale of their own
 STATE_BYTES = {False: 96, True: 192}  # of the JSON record of a 4-bit linear, padded; by `double`
 FOUR_BIT = ("nf4", "fp4")
+GROUPED = ("int", "asymmetric")  # the kinds whose group size is the recipe's
 
 Kind = Literal["int", "asymmetric", "nf4", "fp4", "codebook"]
 
@@ -64,7 +65,7 @@ class LinearSpec(Noun):
     group_size: int = Field(ge=0)
     kind: Kind = "int"
     double: bool = False
-    high_share: float = Field(default=0.0, ge=0, le=1)
+    high_share: float = Field(default=0.0, ge=0, lt=1)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

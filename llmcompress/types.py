@@ -205,6 +205,8 @@ class QuantizerOptions(Noun):
     pull: float = Field(default=0.0, ge=0, lt=1)
     iterations: int = Field(default=200, ge=1)
     rate: float | None = Field(default=None, gt=0)
+    double: bool = True  # nf4 and fp4: scales in 8 bits
+    high_share: float = Field(default=0.0625, gt=0, lt=1)  # twotier: of the columns, with two bits more
 
 
 class Trial(Noun):

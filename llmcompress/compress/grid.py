@@ -10,7 +10,9 @@ import math
 import torch
 from torch import Tensor
 
+from llmcompress.kernels import fourbit
 from llmcompress.kernels.codes import Codes as Codes
+from llmcompress.spec import HIGH_BITS
 from llmcompress.types import LinearSpec
 
 CLIPS = tuple(1.0 - 0.02 * step for step in range(26))
@@ -21,6 +23,8 @@ GAUSSIAN_DISTORTION = {
     128: (0.136, 0.0348, 0.00937, 0.00247, 0.000637, 0.000164, 0.0000412),
     256: (0.142, 0.0372, 0.0103, 0.0028, 0.000733, 0.000189, 0.0000478),
 }
+TABLE_DISTORTION = {"nf4": 0.00843, "fp4": 0.01483}
+LLOYD_MAX_DISTORTION = (0.1175, 0.03455, 0.0095, 0.0025, 0.00064, 0.000163, 0.0000412)  # at 2, 3, ... 8 bits
 SHIFT_ROWS = 1 << 22  # the clip search works on chunks of about this many weights
 
 
@@ -100,6 +104,15 @@ def round_weight(weight: Tensor, scale: Tensor, spec: LinearSpec) -> Codes:
     return Codes(codes.to(torch.uint8), scale, spec)
 
 
+def table_codes(weight: Tensor, spec: LinearSpec) -> Codes:
+    """The nearest values of the `nf4` or `fp4` table for a weight `(rows, columns)`."""
+    codes, absmax = fourbit.quantize_blocks(weight, spec.kind, spec.group_size)
+    if not spec.double:
+        return Codes(codes, absmax, spec)
+    double = fourbit.double_quantize(absmax)
+    return Codes(codes, double.decode(), spec, double=double)
+
+
 def proxy_loss(weight: Tensor, dequantized: Tensor, hessian: Tensor) -> float:
     """`tr(dW H dW^T)`: squared output error summed over outputs, in the units of `hessian`."""
     error = (dequantized - weight).to(hessian.dtype)
@@ -108,8 +121,14 @@ def proxy_loss(weight: Tensor, dequantized: Tensor, hessian: Tensor) -> float:
 
 def gaussian_distortion(spec: LinearSpec) -> float:
     """Relative squared error of Gaussian weights in a format; other group sizes count as the nearest in the table."""
+    if spec.kind in TABLE_DISTORTION:
+        return TABLE_DISTORTION[spec.kind]
+    if spec.kind == "codebook":
+        return LLOYD_MAX_DISTORTION[spec.bits - 2]
     nearest = min(GAUSSIAN_DISTORTION, key=lambda size: abs(math.log(size / spec.group_size)))
-    return GAUSSIAN_DISTORTION[nearest][spec.bits - 2]
+    table = GAUSSIAN_DISTORTION[nearest]
+    high = spec.high_share and spec.high_share * table[spec.bits - 2 + HIGH_BITS]
+    return (1 - spec.high_share) * table[spec.bits - 2] + high
 
 
 def group_size_for(columns: int, wanted: int) -> int | None:

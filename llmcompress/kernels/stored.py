@@ -11,7 +11,8 @@ Names begin with the linear's stem, the name of its weight without `.weight`:
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy
 import torch
@@ -31,6 +32,8 @@ PACKED_HIGH, HIGH = ".weight_packed_high", ".weight_high"
 WEIGHT, ABSMAX, MAP = ".weight", ".weight.absmax", ".weight.quant_map"
 NESTED_ABSMAX, NESTED_MAP = ".weight.nested_absmax", ".weight.nested_quant_map"
 STATE = ".weight.quant_state.bitsandbytes__"
+PACKED_PARTS = (PACKED, SCALE, ZERO, CODEBOOK, PACKED_HIGH, HIGH, SHAPE)
+FOUR_BIT_PARTS = (WEIGHT, ABSMAX, MAP, NESTED_ABSMAX, NESTED_MAP, *(STATE + kind for kind in FOUR_BIT))
 
 
 def parts_of(spec: LinearSpec, columns: int) -> tuple[str, ...]:
@@ -130,7 +133,7 @@ def codes_of(stem: str, spec: LinearSpec, read: Read) -> Codes:
     """A linear from its tensors. Raises InputError where their shapes are not those of `spec`."""
     if spec.kind in FOUR_BIT:
         return _read_four_bit(stem, spec, read)
-    rows, columns = size_of(stem, spec, read)
+    rows, columns = size_of(stem, spec.kind, read)
     tensors = {part: read(stem + part) for part in parts_of(spec, columns)}
     for name, (_, shape) in layout_of(stem, spec, (rows, columns), "BF16").items():
         _check_shape(name, tensors[name.removeprefix(stem)], shape)
@@ -151,7 +154,7 @@ def codes_of(stem: str, spec: LinearSpec, read: Read) -> Codes:
 
 
 def _read_four_bit(stem: str, spec: LinearSpec, read: Read) -> Codes:
-    rows, columns = size_of(stem, spec, read)
+    rows, columns = size_of(stem, spec.kind, read)
     tensors = {part: read(stem + part) for part in parts_of(spec, columns)}
     for name, (_, shape) in _four_bit_layout(stem, spec, rows * columns).items():
         if not name.endswith(STATE + spec.kind):
@@ -159,7 +162,7 @@ def _read_four_bit(stem: str, spec: LinearSpec, read: Read) -> Codes:
     codes = fourbit.unpack_nibbles(tensors[WEIGHT], rows, columns)
     if not spec.double:
         return Codes(codes, tensors[ABSMAX], spec)
-    offset = torch.tensor(float(_record(stem, spec, read)["nested_offset"]), dtype=torch.float32)
+    offset = torch.tensor(_record(stem, spec.kind, read).offset, dtype=torch.float32)
     double = fourbit.DoubleScale(tensors[ABSMAX], tensors[NESTED_ABSMAX], offset)
     return Codes(codes, double.decode(), spec, double=double)
 
@@ -172,30 +175,45 @@ def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
         )
 
 
-def _record(stem: str, spec: LinearSpec, read: Read) -> Mapping[str, float]:
+@dataclass(frozen=True)
+class _Record:
+    """What the JSON record of a 4-bit weight says."""
+
+    rows: int
+    columns: int
+    block: int
+    offset: float
+
+
+def _record(stem: str, kind: str, read: Read) -> _Record:
     """The JSON record of a 4-bit weight. Raises InputError when it is damaged."""
-    name = stem + STATE + spec.kind
+    name = stem + STATE + kind
     try:
         document = json.loads(read(name).numpy().tobytes())
-        rows, columns = (int(size) for size in document["shape"])
-        found = {"rows": rows, "columns": columns, "blocksize": int(document["blocksize"])}
-        if min(found.values()) >= 1:
-            return found | {"nested_offset": float(document["nested_offset"] if spec.double else 0.0)}
-    except (ValueError, KeyError, TypeError):
-        pass
-    raise InputError(f"{name}: not the record of a 4-bit weight", "the file is damaged") from None
+        rows, columns = document["shape"]
+        offset = float(document.get("nested_offset", 0.0))
+        found = _Record(int(rows), int(columns), int(document["blocksize"]), offset)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"{name}: not the record of a 4-bit weight", "the file is damaged") from None
+    if min(found.rows, found.columns, found.block) < 1:
+        raise InputError(f"{name}: sizes that are not positive", "the file is damaged")
+    return found
 
 
-def size_of(stem: str, spec: LinearSpec, read: Read) -> tuple[int, int]:
-    """Rows and columns of a linear, from its smallest tensors."""
-    if spec.kind in FOUR_BIT:
-        record = _record(stem, spec, read)
-        return int(record["rows"]), int(record["columns"])
-    rows, columns = (int(size) for size in read(stem + SHAPE).tolist())
-    return rows, columns
+def size_of(stem: str, kind: str | None, read: Read) -> tuple[int, int]:
+    """Rows and columns of a linear, from its smallest tensors; `kind` is `nf4` or `fp4`, or None for any other."""
+    if kind in FOUR_BIT:
+        record = _record(stem, kind, read)
+        return record.rows, record.columns
+    shape = read(stem + SHAPE)
+    if shape.numel() != 2 or int(shape.min()) < 1:
+        raise InputError(f"{stem}{SHAPE}: not two sizes", "the file is damaged")
+    return int(shape[0]), int(shape[1])
 
 
 def four_bit_spec(stem: str, kind: str, double: bool, read: Read) -> LinearSpec:
     """The format of a 4-bit weight from its record. Raises InputError when it is damaged."""
-    spec = LinearSpec.model_validate({"bits": 4, "group_size": 64, "kind": kind, "double": double})
-    return spec.model_copy(update={"group_size": int(_record(stem, spec, read)["blocksize"])})
+    if kind not in FOUR_BIT:
+        raise InputError(f"{stem}{STATE}{kind[:20]}: not a known type", "it should be nf4 or fp4")
+    block = _record(stem, kind, read).block
+    return LinearSpec.model_validate({"bits": 4, "group_size": block, "kind": kind, "double": double})
