@@ -23,6 +23,12 @@ GAUSSIAN_DISTORTION = {
     128: (0.136, 0.0348, 0.00937, 0.00247, 0.000637, 0.000164, 0.0000412),
     256: (0.142, 0.0372, 0.0103, 0.0028, 0.000733, 0.000189, 0.0000478),
 }
+ASYMMETRIC_DISTORTION = {  # the same with zero-points and scales that span each group
+    32: (0.139, 0.0261, 0.00593, 0.00143, 0.00035, 0.0000884, 0.0000234),
+    64: (0.189, 0.0355, 0.00798, 0.00188, 0.000456, 0.000114, 0.0000293),
+    128: (0.24, 0.045, 0.00994, 0.00233, 0.000565, 0.00014, 0.0000353),
+    256: (0.292, 0.0543, 0.0119, 0.00278, 0.000673, 0.000166, 0.0000415),
+}
 TABLE_DISTORTION = {"nf4": 0.00843, "fp4": 0.01483}
 LLOYD_MAX_DISTORTION = (0.1175, 0.03455, 0.0095, 0.0025, 0.00064, 0.000163, 0.0000412)  # at 2, 3, ... 8 bits
 SHIFT_ROWS = 1 << 22  # the clip search works on chunks of about this many weights
@@ -125,8 +131,8 @@ def gaussian_distortion(spec: LinearSpec) -> float:
         return TABLE_DISTORTION[spec.kind]
     if spec.kind == "codebook":
         return LLOYD_MAX_DISTORTION[spec.bits - 2]
-    nearest = min(GAUSSIAN_DISTORTION, key=lambda size: abs(math.log(size / spec.group_size)))
-    table = GAUSSIAN_DISTORTION[nearest]
+    tables = ASYMMETRIC_DISTORTION if spec.kind == "asymmetric" else GAUSSIAN_DISTORTION
+    table = tables[min(tables, key=lambda size: abs(math.log(size / spec.group_size)))]
     high = spec.high_share and spec.high_share * table[spec.bits - 2 + HIGH_BITS]
     return (1 - spec.high_share) * table[spec.bits - 2] + high
 

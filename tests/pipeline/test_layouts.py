@@ -19,9 +19,12 @@ from llmcompress.compress.run import Finished, QuantizeRequest, quantize
 from llmcompress.compress.verify import probe_logits
 from llmcompress.errors import InputError
 from llmcompress.eval.run import EvalRequest, run_eval
+from llmcompress.model.checkpoint import CheckpointReader
 from llmcompress.model.hub import Source
+from llmcompress.model.preflight import check_source
 from llmcompress.model.text import TextRequest
 from llmcompress.recipes import load_recipe
+from llmcompress.runtime.packed import PackedReader
 
 TOKENS = tuple(range(40))
 
@@ -43,21 +46,32 @@ def logits_of(model: torch.nn.Module) -> Tensor:
     return found
 
 
+@pytest.fixture(scope="module")
+def sources(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A Llama, and a GPT-2, which keeps its weights transposed."""
+    import transformers
+
+    gpt2 = transformers.GPT2Config(
+        vocab_size=96, n_embd=64, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=1
+    )
+    return {"llama": llama, "gpt2": save_model(tmp_path_factory.mktemp("models") / "gpt2", gpt2)}
+
+
 def section_of(output: Path) -> dict[str, object]:
     found: dict[str, object] = json.loads((output / "config.json").read_text())["quantization_config"]
     return found
 
 
 @pytest.mark.parametrize(("name", "kind", "double"), [("llama", "nf4", True), ("gpt2", "fp4", False)])
-def test_strangers_open_four_bit_tables(name: str, kind: str, double: bool, llama: Path, tmp_path: Path) -> None:
+def test_strangers_open_four_bit_tables(
+    name: str, kind: str, double: bool, sources: dict[str, Path], tmp_path: Path
+) -> None:
     import transformers
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn import Linear4bit
 
-    gpt2 = transformers.GPT2Config(vocab_size=96, n_embd=64, n_layer=2, n_head=4, n_positions=64)
-    source = llama if name == "llama" else save_model(tmp_path / "gpt2", gpt2)
     out = tmp_path / "out"
-    quantized(source, out, "8bits", f"quantizer={kind}", f"quantize.double={str(double).lower()}")
+    quantized(sources[name], out, "8bits", f"quantizer={kind}", f"quantize.double={str(double).lower()}")
     section = section_of(out)
     assert (section["bnb_4bit_quant_type"], section["bnb_4bit_use_double_quant"]) == (kind, double)
     theirs, info = transformers.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
@@ -109,6 +123,77 @@ def test_rows_that_are_not_whole_blocks_are_left_alone(tmp_path: Path) -> None:
     assert set(kept) == {f"model.layers.{index}.mlp.down_proj" for index in range(2)}
     assert all("96 inputs are not divisible" in reason for reason in kept.values())
     assert set(kept) < set(section_of(tmp_path / "out")["llm_int8_skip_modules"])
+
+
+REFUSED = """
+import sys, transformers
+assert "llmcompress" not in sys.modules
+try:
+    transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])
+except (RuntimeError, ValueError) as error:
+    sys.exit(f"refused: {error}")
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("llama", ("quantizer=codebook", "plan.bits=[3, 4]")),
+        ("gpt2", ("quantizer=hqq",)),
+        ("llama", ("quantizer=twotier", "plan.bits=[2, 3, 4]", "quantize.high_share=0.125")),
+    ],
+)
+def test_native_checkpoints_are_ours_alone(
+    name: str, changes: tuple[str, ...], sources: dict[str, Path], tmp_path: Path, text_file: Path
+) -> None:
+    out = tmp_path / "out"
+    usual = (f"calibration.source={text_file}", "calibration.samples=8", "calibration.sequence_length=32")
+    finished = quantized(
+        sources[name], out, "7bits", *usual, "scorer=zd", "plan.group_size=64", *changes, recipe="default"
+    )
+    section = section_of(out)
+    assert (section["quant_method"], section["version"]) == ("llmcompress", 1)
+    for text in (json.dumps(section), (out / "README.md").read_text()):
+        assert "llmcompress.load" in text
+    stranger = subprocess.run(
+        [sys.executable, "-c", REFUSED, str(out)], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert stranger.returncode == 1
+    assert "refused" in stranger.stderr
+    assert "size mismatch" in stranger.stderr or "mismatched" in stranger.stderr
+    ours = llmcompress.load(out)
+    reader = PackedReader(CheckpointReader(check_source(out, packed=True).tensors), json.loads(config_text(out)))
+    specs = {a.linear: a.spec for a in finished.plan.allocation.assigned}
+    for stem in reader.stems():
+        linear = reader.linear(stem)
+        module = next(n for n in specs if n.endswith(stem))
+        assert linear.spec == specs[module]
+        weight = ours.get_submodule(module).weight
+        assert torch.equal(weight.T if name == "gpt2" else weight, linear.dequantize())
+    assert float((logits_of(ours) - probe_logits(out, TOKENS, "cpu")).abs().max()) < 1e-4
+    shown = CliRunner().invoke(cli, ["inspect", str(out), "--json"], catch_exceptions=False).stdout
+    assert json.loads(shown)["bits_per_weight"] == finished.plan.allocation.bits_per_weight
+
+
+def config_text(output: Path) -> str:
+    return (output / "config.json").read_text()
+
+
+def test_damaged_native_checkpoints_are_refused(sources: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    quantized(sources["llama"], out, "7bits", "quantizer=hqq", "plan.bits=[4]", "plan.group_size=64")
+    config = json.loads(config_text(out))
+    section = config["quantization_config"]
+    damages = [
+        ({"version": 2}, "layout version 2"),
+        ({"groups": {}}, "no group lists"),
+        ({"groups": {"group_00": {"targets": ["x"], "spec": {"bits": 17}}}}, "damaged"),
+        ({"quant_method": "else"}, "not a checkpoint this can read"),
+    ]
+    for change, said in damages:
+        (out / "config.json").write_text(json.dumps({**config, "quantization_config": section | change}))
+        with pytest.raises(InputError, match=said):
+            llmcompress.load(out)
 
 
 def test_loading_opens_pack_quantized_too(llama: Path, tmp_path: Path) -> None:
