@@ -196,14 +196,31 @@ def test_damaged_native_checkpoints_are_refused(sources: dict[str, Path], tmp_pa
             llmcompress.load(out)
 
 
-def test_loading_opens_pack_quantized_too(llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_loading_opens_pack_quantized_too(name: str, sources: dict[str, Path], tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    quantized(llama, tmp_path / "out", "4bits", "plan.group_size=64", recipe="fast")
+    quantized(sources[name], tmp_path / "out", "4bits", "plan.group_size=64", recipe="fast")
     ours = llmcompress.load(tmp_path / "out", dtype=torch.float32)
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    expected = probe_logits(tmp_path / "out", TOKENS, "cpu")
+    if name == "llama":
+        expected = logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32))
     assert not ours.training
-    assert float((logits_of(ours) - logits_of(theirs)).abs().max()) < 1e-4
+    assert float((logits_of(ours) - expected).abs().max()) < 1e-4
+
+
+def test_a_head_in_a_four_bit_table_is_opened_by_strangers(llama: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    out = tmp_path / "out"
+    quantized(llama, out, "9bits/file")
+    assert section_of(out)["llm_int8_skip_modules"] == []
+    theirs = AutoModelForCausalLM.from_pretrained(out)
+    for module in theirs.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    assert type(theirs.lm_head).__name__ == "Linear4bit"
+    assert float((logits_of(llmcompress.load(out)) - logits_of(theirs)).abs().max()) < 1e-4
 
 
 def test_loading_refuses_what_is_no_quantized_checkpoint(llama: Path, tmp_path: Path) -> None:
