@@ -10,7 +10,7 @@ from common import arguments, measure, write
 
 ALONE = {"scorer": "zd", "plan__trials": "false", "calibration__samples": "24"}
 ROWS = (
-    ("gptq", "[2]", "128"), ("codebook", "[2]", "128"), ("twotier", "[2]", "128"),
+    ("gptq", "[2]", "128"), ("gptq", "[2]", "64"), ("codebook", "[2]", "128"), ("twotier", "[2]", "128"),
     ("gptq", "[3]", "128"), ("gptq", "[3]", "32"), ("twotier", "[3]", "128"), ("codebook", "[3]", "128"),
     ("rtn", "[4]", "128"), ("rtn", "[4]", "64"), ("nf4", "[4]", "64"), ("fp4", "[4]", "64"), ("hqq", "[4]", "64"),
 )  # fmt: skip
