@@ -4,57 +4,14 @@ Each stage file (`trace.json`, `scores.json`, `plan.json`, ...) is one of these 
 corrupted or hand-edited file is refused with the place named.
 """
 
-import hashlib
-import json
-from typing import Literal, Self
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
-from llmcompress.errors import InputError
-
-SCALE_BITS = 16
-WORD_BITS = 32
-SHAPE_BITS = 2 * 64  # `weight_shape` is two int64
+from llmcompress.spec import LinearSpec as LinearSpec
+from llmcompress.spec import Noun as Noun
 
 Unit = Literal["nats/token", "proxy loss", "unitless"]
-
-
-class Noun(BaseModel):
-    """Base of every noun: immutable, no unknown fields, no silent conversions."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-    def digest(self) -> str:
-        """sha256 of the canonical JSON of this value."""
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()
-
-    @classmethod
-    def parse(cls, text: str | bytes, where: str) -> Self:
-        """Read from JSON. Raises InputError naming `where` and the first offending place."""
-        try:
-            return cls.model_validate_json(text)
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(map(str, first["loc"])) or "top level"
-            raise InputError(f"{where}: {place}: {first['msg']}", "the file is damaged or was edited by hand") from None
-
-
-class LinearSpec(Noun):
-    """Format of one linear: symmetric integer codes of `bits` bits, one 16-bit scale per `group_size` inputs."""
-
-    bits: int = Field(ge=2, le=8)
-    group_size: int = Field(ge=1)
-
-    def storage_bits(self, rows: int, columns: int) -> int:
-        """True bits on disk of a `(rows, columns)` weight: padded codes, scales and the shape record."""
-        words = -(-columns * self.bits // WORD_BITS)
-        scales = columns // self.group_size
-        return rows * (words * WORD_BITS + scales * SCALE_BITS) + SHAPE_BITS
-
-    def bits_per_weight(self, rows: int, columns: int) -> float:
-        """`storage_bits` over the number of weights."""
-        return self.storage_bits(rows, columns) / (rows * columns)
 
 
 class LinearInfo(Noun):
@@ -248,6 +205,8 @@ class QuantizerOptions(Noun):
     pull: float = Field(default=0.0, ge=0, lt=1)
     iterations: int = Field(default=200, ge=1)
     rate: float | None = Field(default=None, gt=0)
+    double: bool = True  # nf4 and fp4: scales in 8 bits
+    high_share: float = Field(default=0.0625, gt=0, lt=1)  # twotier: of the columns, with two bits more
 
 
 class Trial(Noun):

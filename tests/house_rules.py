@@ -8,18 +8,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 LONGEST_FILE, LONGEST_BODY, DEEPEST, MOST_PARAMETERS, POSITIONAL = 350, 40, 4, 6, 3
-GROUND = ("errors", "types", "options", "files", "plugins", "recipes", "pictures")
+GROUND = ("errors", "spec", "types", "options", "files", "plugins", "recipes", "pictures")
 # room -> rooms of ours it may import (itself always), and outside packages it may not
 ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "": (GROUND, ("torch", "transformers", "click", "rich")),  # llmcompress/__init__.py
     "errors": ((), ("torch", "transformers", "click", "rich")),
-    "types": (("errors",), ("torch", "transformers", "click", "rich")),
+    "spec": (("errors",), ("torch", "transformers", "click", "rich")),
+    "types": (("errors", "spec"), ("torch", "transformers", "click", "rich")),
     "options": (("types", "errors"), ("torch", "transformers", "click", "rich")),
     "pictures": (("types", "errors", "files"), ("torch", "transformers", "click", "rich")),
     "files": (("errors",), ("torch", "transformers", "click", "rich")),
     "plugins": (("errors",), ("torch", "transformers", "click", "rich")),
     "recipes": (GROUND, ("torch", "transformers", "click", "rich")),
-    "kernels": (("types", "errors"), ("transformers", "click", "rich")),
+    "kernels": (("types", "spec", "errors"), ("transformers", "click", "rich")),
     "runtime": (("kernels", *GROUND), ("click", "rich")),
     "model": (GROUND, ("click", "rich")),
     "compress": (("model", "runtime", "kernels", *GROUND), ("click", "rich")),

@@ -49,29 +49,13 @@ def inspect_command(path: Path, speaker: Speaker) -> None:
 
 
 def _contents(files: Any) -> dict[str, Any]:
-    """Sum weights and bytes by format, from the headers and config.json alone."""
-    widths: dict[str, int] = {}
-    for group in (files.config.get("quantization_config") or {}).get("config_groups", {}).values():
-        widths |= {target: int(group["weights"]["num_bits"]) for target in group["targets"]}
+    """Sum weights and bytes by format, from headers, config.json and the few bytes that tell a linear's size."""
     formats: dict[str, list[int]] = {}
-    packed_bits = packed_weights = 0
+    packed, packed_weights = _packed(files, formats)
     for name, entry in files.tensors.items():
-        size = entry.stop - entry.start
-        stem, _, part = name.rpartition(".")
-        if part == "weight_packed":
-            bits = next((b for t, b in widths.items() if t == stem or t.endswith("." + stem)), 0)
-            row = formats.setdefault(f"int{bits}", [0, 0])
-            weights = entry.shape[0] * _columns(files, stem)
-            packed_weights += weights
-            row[0] += weights
-        elif part in ("weight_scale", "weight_shape"):
-            row = formats.setdefault("scales and shapes", [0, 0])
-        else:
-            row = formats.setdefault(entry.dtype, [0, 0])
-            row[0] += entry.elements
-        if part.startswith("weight_"):
-            packed_bits += size * 8
-        row[1] += size
+        if name not in packed:
+            _add(formats, entry.dtype, entry.elements, entry.stop - entry.start)
+    packed_bits = sum(8 * (files.tensors[name].stop - files.tensors[name].start) for name in packed)
     total = sum(row[0] for row in formats.values())
     shard_bytes = sum((files.folder / name).stat().st_size for name in files.shards)
     return {
@@ -84,10 +68,33 @@ def _contents(files: Any) -> dict[str, Any]:
     }
 
 
-def _columns(files: Any, stem: str) -> int:
-    from llmcompress.model.checkpoint import read_tensor
+def _add(formats: dict[str, list[int]], label: str, weights: int, size: int) -> None:
+    row = formats.setdefault(label, [0, 0])
+    row[0] += weights
+    row[1] += size
 
-    return int(read_tensor(files.tensors[stem + ".weight_shape"])[1])
+
+def _packed(files: Any, formats: dict[str, list[int]]) -> tuple[set[str], int]:
+    """Add the packed linears to `formats`; returns the names of their tensors and the number of their weights."""
+    from llmcompress.model.checkpoint import CheckpointReader
+    from llmcompress.runtime.packed import PackedReader
+
+    if "quantization_config" not in files.config:
+        return set(), 0
+    reader = PackedReader(CheckpointReader(files.tensors), files.config)
+    packed: set[str] = set()
+    total = 0
+    for stem in reader.stems():
+        rows, columns = reader.size_of(stem)
+        label, names = reader.spec_of(stem).label, reader.parts(stem)
+        for name in names:
+            entry = files.tensors[name]
+            codes = name.endswith((".weight_packed", ".weight_packed_high", ".weight"))
+            _add(formats, label if codes else "scales and shapes", 0, entry.stop - entry.start)
+        formats[label][0] += rows * columns
+        total += rows * columns
+        packed.update(names)
+    return packed, total
 
 
 def _rows(document: dict[str, Any]) -> tuple[list[str], list[list[str]]]:

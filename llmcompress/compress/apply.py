@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from llmcompress.compress.exporters.compressed_tensors import packed_tensors
+from llmcompress.compress.formats import packed_tensors
 from llmcompress.compress.grid import proxy_loss
 from llmcompress.compress.head import head_input
 from llmcompress.compress.journal import CommitRecord, Journal
@@ -179,7 +179,7 @@ def quantize_block(job: ApplyJob, chain: Chain, info: BlockTrace, journal: Journ
     rounds = BlockRounds(job.method, block, info, specs_of(job.plan), chain.streams(info.index))
     for rounded in rounds.rounded():
         linear, result = rounded.linear, rounded.result
-        packed[linear.tensor] = packed_tensors(linear, result.codes)
+        packed[linear.tensor] = packed_tensors(job.plan, linear, result.codes)
         outcomes.append(_outcome(rounded))
         fallbacks += [Fallback(where=linear.name, reason=note) for note in result.fallbacks]
     chain.advance(info.index, rounds)
@@ -212,7 +212,7 @@ def quantize_head(job: ApplyJob, chain: Chain, head: LinearInfo, journal: Journa
     chain.hidden, chain.full = [*(torch.empty(0) for _ in job.batches), probe], []
     job.skeleton.free_rest()
     step = len(job.parts)
-    shard, digest = _write_shard(job, step, {head.tensor: packed_tensors(head, codes)}, journal)
+    shard, digest = _write_shard(job, step, {head.tensor: packed_tensors(job.plan, head, codes)}, journal)
     fallbacks = tuple(Fallback(where=head.name, reason=note) for note in rounded.result.fallbacks)
     seconds = time.monotonic() - began
     outcome = BlockOutcome(

@@ -3,25 +3,32 @@
 import difflib
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
+from functools import partial
 
-from llmcompress.compress.grid import group_size_for
+from llmcompress.compress import formats
+from llmcompress.compress.formats import Maker
 from llmcompress.errors import InputError
 from llmcompress.plugins import nearest
 from llmcompress.recipes import PlanPart, check_widths
-from llmcompress.types import LinearInfo, LinearSpec, ModelTrace
+from llmcompress.types import LinearInfo, LinearSpec, ModelTrace, QuantizerOptions
 
 Candidates = dict[str, tuple[LinearSpec, ...]]
 
 
-def _specs(linear: LinearInfo, widths: Iterable[int], group_size: int) -> tuple[LinearSpec, ...]:
+def _specs(linear: LinearInfo, widths: Iterable[int], make: Maker) -> tuple[LinearSpec, ...]:
     """A format for each width, narrowest first; none where no group size divides the linear's inputs."""
-    size = group_size_for(linear.columns, group_size)
-    return () if size is None else tuple(LinearSpec(bits=width, group_size=size) for width in sorted(set(widths)))
+    found = [make(width, linear.columns) for width in sorted(set(widths))]
+    return tuple(spec for spec in found if spec is not None)
+
+
+def integers(group_size: int) -> Maker:
+    """Symmetric integers: what a quantizer makes that does not say otherwise."""
+    return partial(formats.integers, group_size=group_size, options=QuantizerOptions())
 
 
 def candidates_for(trace: ModelTrace, bits: tuple[int, ...], group_size: int) -> Candidates:
     """The formats each linear of the blocks could get; a linear whose width no group size divides gets none."""
-    found = {linear.name: _specs(linear, bits, group_size) for linear in trace.linears}
+    found = {linear.name: _specs(linear, bits, integers(group_size)) for linear in trace.linears}
     return {name: specs for name, specs in found.items() if specs}
 
 
@@ -38,7 +45,20 @@ def _units(trace: ModelTrace) -> list[list[LinearInfo]]:
     return list(units.values())
 
 
-def _check_names(trace: ModelTrace, part: PlanPart) -> None:
+def _check_made(part: PlanPart, make: Maker) -> None:
+    """Raises InputError where the recipe asks only for widths the quantizer has no format for."""
+    made = formats.widths_of_maker(make, part.group_size)
+    lists = {"bits": part.bits} | {f"candidates.{name}": widths for name, widths in part.candidates.items()}
+    lists |= {f"pin.{name}": (width,) for name, width in part.pin.items()}
+    for key, widths in lists.items():
+        if not set(widths) & set(made):
+            can = ", ".join(map(str, made))
+            raise InputError(
+                f"plan.{key}: {list(widths)}: the quantizer has no format of such a width", f"it can make: {can} bits"
+            )
+
+
+def _check_names(trace: ModelTrace, part: PlanPart, make: Maker) -> None:
     """Every name in a recipe must stand for a linear of this model, a pinned one for one that can be quantized."""
     tables: tuple[tuple[str, Mapping[str, object]], ...] = (("pin", part.pin), ("candidates", part.candidates))
     for key, table in tables:
@@ -46,7 +66,8 @@ def _check_names(trace: ModelTrace, part: PlanPart) -> None:
             found = [linear for linear in trace.every if matches(name, linear)]
             if not found:
                 raise InputError(f"plan.{key}.{name}: no linear of this model has that name", _nearest(name, trace))
-            if all(group_size_for(linear.columns, part.group_size) is None for linear in found):
+            made = formats.widths_of_maker(make, part.group_size)
+            if not any(_specs(linear, made, make) for linear in found):
                 what = (
                     f"plan.{key}.{name}: {found[0].columns} inputs are not divisible by a group size of 128, 64 or 32"
                 )
@@ -84,17 +105,21 @@ def _listed(unit: list[LinearInfo], part: PlanPart) -> set[int] | None:
     return common
 
 
-def resolve(trace: ModelTrace, plan_part: PlanPart, whole_file: bool) -> Candidates:
+def resolve(trace: ModelTrace, plan_part: PlanPart, whole_file: bool, *, make: Maker | None = None) -> Candidates:
     """The formats each linear could get, by name; a linear that is absent stays at the source precision.
 
     A pin leaves one width and goes before a list, a list goes before `bits`; what is said of one member of a
     fused unit holds for the unit, and where several lists match, the widths they all allow remain. The head
-    is there when it is pinned, or when `whole_file` says that the budget counts its bytes.
+    is there when it is pinned, or when `whole_file` says that the budget counts its bytes. `make` is what the
+    quantizer makes of a linear at a width, symmetric integers where not given; widths it does not make are left out.
 
-    Raises InputError for a name that stands for no linear, a width outside 2 to 8, or rules that disagree.
+    Raises InputError for a name that stands for no linear, a width outside 2 to 8 or one that the quantizer does not
+    make, or rules that disagree.
     """
+    make = make or integers(plan_part.group_size)
     check_widths(plan_part, "recipe")
-    _check_names(trace, plan_part)
+    _check_made(plan_part, make)
+    _check_names(trace, plan_part, make)
     found: Candidates = {}
     for unit in _units(trace):
         pin, listed = _pinned(unit, plan_part), _listed(unit, plan_part)
@@ -103,7 +128,7 @@ def resolve(trace: ModelTrace, plan_part: PlanPart, whole_file: bool) -> Candida
             continue
         usual = plan_part.head_bits if is_head else plan_part.bits
         widths = (pin,) if pin is not None else usual if listed is None else listed
-        found |= {linear.name: specs for linear in unit if (specs := _specs(linear, widths, plan_part.group_size))}
+        found |= {linear.name: specs for linear in unit if (specs := _specs(linear, widths, make))}
     return found
 
 

@@ -6,12 +6,13 @@ plain symmetric quantization wastes.
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from llmcompress.kernels import reference
+from llmcompress.kernels import fourbit
+from llmcompress.kernels.codes import Codes as Codes
+from llmcompress.spec import HIGH_BITS
 from llmcompress.types import LinearSpec
 
 CLIPS = tuple(1.0 - 0.02 * step for step in range(26))
@@ -22,24 +23,15 @@ GAUSSIAN_DISTORTION = {
     128: (0.136, 0.0348, 0.00937, 0.00247, 0.000637, 0.000164, 0.0000412),
     256: (0.142, 0.0372, 0.0103, 0.0028, 0.000733, 0.000189, 0.0000478),
 }
+ASYMMETRIC_DISTORTION = {  # the same with zero-points and scales that span each group
+    32: (0.139, 0.0261, 0.00593, 0.00143, 0.00035, 0.0000884, 0.0000234),
+    64: (0.189, 0.0355, 0.00798, 0.00188, 0.000456, 0.000114, 0.0000293),
+    128: (0.24, 0.045, 0.00994, 0.00233, 0.000565, 0.00014, 0.0000353),
+    256: (0.292, 0.0543, 0.0119, 0.00278, 0.000673, 0.000166, 0.0000415),
+}
+TABLE_DISTORTION = {"nf4": 0.00843, "fp4": 0.01483}
+LLOYD_MAX_DISTORTION = (0.1175, 0.03455, 0.0095, 0.0025, 0.00064, 0.000163, 0.0000412)  # at 2, 3, ... 8 bits
 SHIFT_ROWS = 1 << 22  # the clip search works on chunks of about this many weights
-
-
-@dataclass(frozen=True)
-class Codes:
-    """A quantized linear: the one carrier of tensors between a quantizer and the file.
-
-    codes  (rows, columns)               uint8, below 2**bits
-    scale  (rows, columns / group size)  in the dtype it is stored in
-    """
-
-    codes: Tensor
-    scale: Tensor
-    spec: LinearSpec
-
-    def dequantize(self) -> Tensor:
-        """The weights a reader of the file will see, float32 `(rows, columns)`."""
-        return reference.dequantize(self.codes, self.scale, self.spec.bits)
 
 
 def round_to_grid(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
@@ -118,6 +110,15 @@ def round_weight(weight: Tensor, scale: Tensor, spec: LinearSpec) -> Codes:
     return Codes(codes.to(torch.uint8), scale, spec)
 
 
+def table_codes(weight: Tensor, spec: LinearSpec) -> Codes:
+    """The nearest values of the `nf4` or `fp4` table for a weight `(rows, columns)`."""
+    codes, absmax = fourbit.quantize_blocks(weight, spec.kind, spec.group_size)
+    if not spec.double:
+        return Codes(codes, absmax, spec)
+    double = fourbit.double_quantize(absmax)
+    return Codes(codes, double.decode(), spec, double=double)
+
+
 def proxy_loss(weight: Tensor, dequantized: Tensor, hessian: Tensor) -> float:
     """`tr(dW H dW^T)`: squared output error summed over outputs, in the units of `hessian`."""
     error = (dequantized - weight).to(hessian.dtype)
@@ -126,8 +127,14 @@ def proxy_loss(weight: Tensor, dequantized: Tensor, hessian: Tensor) -> float:
 
 def gaussian_distortion(spec: LinearSpec) -> float:
     """Relative squared error of Gaussian weights in a format; other group sizes count as the nearest in the table."""
-    nearest = min(GAUSSIAN_DISTORTION, key=lambda size: abs(math.log(size / spec.group_size)))
-    return GAUSSIAN_DISTORTION[nearest][spec.bits - 2]
+    if spec.kind in TABLE_DISTORTION:
+        return TABLE_DISTORTION[spec.kind]
+    if spec.kind == "codebook":
+        return LLOYD_MAX_DISTORTION[spec.bits - 2]
+    tables = ASYMMETRIC_DISTORTION if spec.kind == "asymmetric" else GAUSSIAN_DISTORTION
+    table = tables[min(tables, key=lambda size: abs(math.log(size / spec.group_size)))]
+    high = spec.high_share and spec.high_share * table[spec.bits - 2 + HIGH_BITS]
+    return (1 - spec.high_share) * table[spec.bits - 2] + high
 
 
 def group_size_for(columns: int, wanted: int) -> int | None:

@@ -6,11 +6,12 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import yaml
 
-from llmcompress.compress.exporters.compressed_tensors import config_document
+from llmcompress.compress.formats import exporter_of
 from llmcompress.compress.shards import INDEX_NAME, ShardMap, index_document
 from llmcompress.files import commit_bytes, commit_json, file_digest, to_json
 from llmcompress.types import BlockOutcome, LinearSpec, ModelTrace, Noun, Plan
@@ -97,6 +98,11 @@ class Story:
     environment: Mapping[str, str]
     calibration_text_digest: str
 
+    @property
+    def exporter(self) -> ModuleType:
+        """The layout the plan's formats are written in."""
+        return exporter_of(specs_of(self.plan).values())
+
 
 def side_files(source: Path) -> list[Path]:
     """Files copied byte for byte, relative to the source; code, pickles and the source's index are not."""
@@ -115,7 +121,8 @@ def write_small_files(folder: Path, source: Path, shards: ShardMap, story: Story
         (folder / relative).parent.mkdir(exist_ok=True)
         commit_bytes(folder / relative, (source / relative).read_bytes())
     original = json.loads((source / "config.json").read_bytes())
-    commit_json(folder / "config.json", config_document(original, story.plan, story.trace, heads))
+    document = story.exporter.config_document(original, story.plan, story.trace, heads)
+    commit_json(folder / "config.json", document)
     commit_bytes(folder / "README.md", model_card(story).encode())
     specs = specs_of(story.plan)
     layouts = [(shards.name(place), shards.layout(place, specs)) for place in range(len(shards.shards))]
@@ -161,38 +168,33 @@ def _plain(text: str) -> str:
     return re.sub(r"[^\w .,:/@+-]", "_", text)
 
 
-def _front_matter(origin: Origin) -> str:
+def _front_matter(story: Story) -> str:
     """What the model hub reads: licence and base model, where they are known."""
-    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    origin = story.origin
+    front: dict[str, Any] = {"library_name": story.exporter.LIBRARY, "pipeline_tag": "text-generation"}
     if origin.license:
         front["license"] = origin.license
     if origin.repository:
         front |= {"base_model": origin.repository, "base_model_relation": "quantized"}
-    front["tags"] = ["llmcompress", "compressed-tensors", "quantized"]
+    front["tags"] = ["llmcompress", story.exporter.TAG, "quantized"]
     return yaml.safe_dump(front, sort_keys=True)
 
 
-def _width_rows(story: Story) -> str:
-    """Weights by code width, as table rows."""
-    widths: dict[int, int] = {}
+def _format_rows(story: Story) -> str:
+    """Weights by format, as table rows, narrowest first."""
+    found: dict[tuple[int, str], int] = {}
     for linear in story.trace.every:
         spec = story.plan.spec_of(linear.name)
         if spec is not None:
-            widths[spec.bits] = widths.get(spec.bits, 0) + linear.weights
-    total = sum(widths.values())
-    return "\n".join(f"| {bits} | {count:,} | {count / total:.1%} |" for bits, count in sorted(widths.items()))
+            key = (spec.bits, str(spec.bits) if spec.label == f"int{spec.bits}" else spec.label)
+            found[key] = found.get(key, 0) + linear.weights
+    total = sum(found.values())
+    return "\n".join(f"| {name} | {count:,} | {count / total:.1%} |" for (_, name), count in sorted(found.items()))
 
 
 def _opens_with(story: Story) -> str:
-    if any(linear.transposed for linear in story.trace.linears):
-        return (
-            "This family keeps its weights in Conv1D modules, which plain transformers does not decompress: there it\n"
-            "stops with a size mismatch. `llmcompress eval` and `llmcompress verify` open it."
-        )
-    return (
-        "Opens with `AutoModelForCausalLM.from_pretrained` where `compressed-tensors>=0.17` is installed; the layout\n"
-        "is the one vLLM reads."
-    )
+    transposed = any(linear.transposed for linear in story.trace.linears)
+    return str(story.exporter.opens_with(transposed))
 
 
 def _remarks(story: Story) -> list[str]:
@@ -216,7 +218,7 @@ def model_card(story: Story) -> str:
     revision = f" at revision `{origin.revision}`" if origin.revision else ""
     kept = " ".join(_remarks(story))
     return f"""---
-{_front_matter(origin)}---
+{_front_matter(story)}---
 
 # {_plain(origin.name)}, {allocation.bits_per_weight:.3f} bits per weight
 
@@ -232,13 +234,13 @@ Quantized from `{_plain(origin.name)}`{revision} by llmcompress: {_choice(plan)}
 
 | code width | weights | share |
 |---|---|---|
-{_width_rows(story)}
+{_format_rows(story)}
 
 {kept}
 
     {story.command}
 
-Format: compressed-tensors `pack-quantized`. {_opens_with(story)}
+Format: {story.exporter.TITLE}. {_opens_with(story)}
 What the compression cost is measured with `llmcompress eval`; `llmcompress.json` holds the plan and a sha256 of
 every file.
 """

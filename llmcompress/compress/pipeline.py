@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from llmcompress.compress.allocate.budget import Budget
 from llmcompress.compress.candidates import resolve
+from llmcompress.compress.formats import maker
 from llmcompress.compress.scoring import SCORERS, ScoreJob, run_scorers
 from llmcompress.compress.shards import ShardMap, shard_map
 from llmcompress.model.checkpoint import TORCH_DTYPES
@@ -58,7 +59,8 @@ def open_model(source: Source, recipe: Recipe, device: str, *, whole_file: bool 
     files = skeleton.files
     halves = sum(1 for entry in files.tensors.values() if entry.dtype == "F16")
     scale_dtype = "F16" if halves * 2 > len(files.tensors) else "BF16"
-    candidates = resolve(traced, recipe.plan, whole_file)
+    make = maker(find(QUANTIZERS, recipe.quantizer), recipe.quantize, recipe.plan.group_size)
+    candidates = resolve(traced, recipe.plan, whole_file, make=make)
     return Opened(
         source=source,
         skeleton=skeleton,

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from llmcompress.compress.candidates import candidates_for as candidates_for
 from llmcompress.compress.grid import gaussian_distortion
-from llmcompress.compress.quantizers import rtn
 from llmcompress.compress.rounding import Request, Seen
 from llmcompress.model.skeleton import Skeleton
 from llmcompress.model.stream import BlockStream
@@ -135,12 +134,11 @@ def rounding_errors(
 ) -> Iterator[tuple[str, LinearSpec, Tensor]]:
     """`(linear, spec, dW)` for every candidate of linears that read one input: what the quantizer does to them.
 
-    Where that quantizer needs a Hessian and none is at hand, rounding with a clip search stands in.
+    One that needs a Hessian does without where none is at hand: most round to nearest then.
     """
-    quantizer = rtn if job.quantizer.NEEDS_HESSIAN and seen is None else job.quantizer
     asked = [(name, spec) for name in weights for spec in job.candidates[name]]
     requests = [Request(weights[name], spec) for name, spec in asked]
-    results = quantizer.quantize(requests, seen, options=job.rounding, dtype=job.scale_dtype)
+    results = job.quantizer.quantize(requests, seen, options=job.rounding, dtype=job.scale_dtype)
     for (name, spec), result in zip(asked, results, strict=True):
         yield name, spec, result.codes.dequantize() - weights[name]
 

@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llmcompress.compress.exporters import compressed_tensors
+from llmcompress.compress.formats import exporter_of
 from llmcompress.files import commit_bytes
+from llmcompress.kernels.stored import Layout as Layout
 from llmcompress.model.header import DTYPE_BYTES, TensorEntry
 from llmcompress.model.skeleton import Skeleton
 from llmcompress.types import LinearInfo, LinearSpec, ModelTrace
 
-Layout = dict[str, tuple[str, tuple[int, ...]]]
 INDEX_NAME = "model.safetensors.index.json"
 
 
@@ -42,12 +42,16 @@ class ShardMap:
         return f"model-{shard + 1:05d}-of-{len(self.shards):05d}.safetensors"
 
     def layout(self, shard: int, specs: Mapping[str, LinearSpec]) -> Layout:
-        """Dtype and shape of every tensor of one shard; `specs` by linear name, absent ones are copied."""
+        """Dtype and shape of every tensor of one shard.
+
+        `specs`, by linear name, are those of the whole checkpoint, which decide its layout; absent ones are copied.
+        """
         found: Layout = {}
+        exporter = exporter_of(specs.values())
         for tensor in self.shards[shard]:
             linear = self.linears.get(tensor)
             if linear is not None and linear.name in specs:
-                found |= compressed_tensors.packed_layout(linear, specs[linear.name], self.scale_dtype)
+                found |= exporter.packed_layout(linear, specs[linear.name], self.scale_dtype)
             else:
                 entry = self.entries[tensor]
                 found[tensor] = (entry.dtype, entry.shape)

@@ -1,7 +1,8 @@
 """Reopen an output from disk and prove that it is what the plan says."""
 
 import math
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,11 +13,13 @@ from llmcompress.compress.output import RECORD_NAME, Probe, RunRecord
 from llmcompress.errors import CompressError, InputError
 from llmcompress.files import file_digest
 from llmcompress.model.checkpoint import CheckpointReader
+from llmcompress.model.header import TensorEntry
 from llmcompress.model.integrity import scan
 from llmcompress.model.preflight import check_source
 from llmcompress.model.skeleton import Skeleton
 from llmcompress.model.stream import BlockStream
 from llmcompress.runtime.packed import PackedReader
+from llmcompress.types import LinearSpec
 
 LOGIT_TOLERANCE = 1e-3
 PROBE_PLACES = 64
@@ -56,7 +59,7 @@ def verify(folder: Path, device: str = "cpu") -> Iterator[Check]:
     files = check_source(folder, packed=True)
     yield Check("shards and index", True, f"{len(files.shards)} shards, {len(files.tensors)} tensors agree")
     yield _check_hashes(folder, record)
-    yield _check_bits(PackedReader(CheckpointReader(files.tensors), files.config), record)
+    yield _check_bits(PackedReader(CheckpointReader(files.tensors), files.config), files.tensors, record)
     yield _check_size(files.shards, folder, record)
     yield _check_finite(folder)
     yield _check_logits(folder, record, device)
@@ -72,18 +75,17 @@ def _check_hashes(folder: Path, record: RunRecord) -> Check:
     return Check("hashes", True, f"{len(record.files)} files")
 
 
-def _check_bits(reader: PackedReader, record: RunRecord) -> Check:
+def _check_bits(reader: PackedReader, tensors: Mapping[str, TensorEntry], record: RunRecord) -> Check:
     """Recount storage bits from the tensors themselves."""
     allocation = record.plan.allocation
     bits = weights = 0
-    formats: dict[str, tuple[int, int]] = {}
+    formats: Counter[LinearSpec] = Counter()
     for stem in reader.stems():
         linear = reader.linear(stem)
-        bits += linear.spec.storage_bits(*linear.codes.shape)
+        bits += sum(8 * (tensors[name].stop - tensors[name].start) for name in reader.parts(stem))
         weights += linear.codes.numel()
-        formats[stem] = (linear.spec.bits, linear.spec.group_size)
-    planned = sorted((a.spec.bits, a.spec.group_size) for a in allocation.assigned)
-    if sorted(formats.values()) != planned:
+        formats[linear.spec] += 1
+    if formats != Counter(a.spec for a in allocation.assigned):
         return Check("true bits", False, "the formats on disk are not those of the plan")
     exact = bits == allocation.storage_bits and bits <= allocation.budget_bits
     return Check(

@@ -15,13 +15,12 @@ from llmcompress.eval.fidelity import evaluate
 from llmcompress.eval.report import DataFacts, EvalReport, Footprint, ModelFacts, per_sequence, summarize
 from llmcompress.files import commit_bytes, read_json, to_json
 from llmcompress.model.checkpoint import folder_bytes
-from llmcompress.model.header import TensorEntry
 from llmcompress.model.hub import Source
 from llmcompress.model.integrity import digest_source, scan
 from llmcompress.model.skeleton import Skeleton
 from llmcompress.model.stream import BlockStream
 from llmcompress.model.text import Batches, TextRequest, same_text, token_batches, tokenizer_digest
-from llmcompress.runtime.packed import PACKED, SCALE, SHAPE, PackedReader
+from llmcompress.runtime.packed import PackedReader
 
 RECORD_NAME = "llmcompress.json"
 REPORT_NAME = "report.json"
@@ -115,10 +114,13 @@ def shard_bytes(skeleton: Skeleton) -> int:
     return sum((skeleton.files.folder / name).stat().st_size for name in skeleton.files.shards)
 
 
-def packed_bits(tensors: Mapping[str, TensorEntry]) -> int:
-    """Storage bits of packed linears, counted from the tensors themselves."""
-    parts = (PACKED, SCALE, SHAPE)
-    return sum(8 * (entry.stop - entry.start) for name, entry in tensors.items() if name.endswith(parts))
+def packed_bits(skeleton: Skeleton) -> int:
+    """Storage bits of packed linears, counted from the tensors themselves; 0 where nothing is packed."""
+    reader, tensors = skeleton.reader, skeleton.files.tensors
+    if not isinstance(reader, PackedReader):
+        return 0
+    names = [name for stem in reader.stems() for name in reader.parts(stem)]
+    return sum(8 * (tensors[name].stop - tensors[name].start) for name in names)
 
 
 def _footprint(candidate: Skeleton, reference: Skeleton) -> Footprint:
@@ -129,7 +131,7 @@ def _footprint(candidate: Skeleton, reference: Skeleton) -> Footprint:
             weights += candidate.model.get_parameter(candidate.names.module_of[name]).numel()
     parameters = sum(p.numel() for p in candidate.model.parameters())
     size = shard_bytes(candidate)
-    bits = packed_bits(candidate.files.tensors)
+    bits = packed_bits(candidate)
     return Footprint(
         shard_bytes=size,
         directory_bytes=folder_bytes(candidate.files.folder),

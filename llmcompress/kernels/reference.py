@@ -8,7 +8,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from llmcompress.types import WORD_BITS
+from llmcompress.spec import HIGH_BITS, WORD_BITS, ZERO_BITS
 
 CHUNK_CODES = 1 << 22  # rows are handled in chunks of about this many codes, to bound memory
 
@@ -58,3 +58,35 @@ def dequantize(codes: Tensor, scale: Tensor, bits: int) -> Tensor:
     signed = codes.to(torch.float32) - float(1 << (bits - 1))
     grouped = signed.view(rows, scale.shape[1], columns // scale.shape[1])
     return (grouped * scale.to(torch.float32)[:, :, None]).view(rows, columns)
+
+
+def dequantize_zeros(codes: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    """Weights of codes with zero-points: `(code - zero / 2**(8 - bits)) * scale`, float32 `(rows, columns)`.
+
+    codes        (rows, columns)               uint8
+    scale, zero  (rows, columns / group size)  real units per code; the zero-point, uint8, in steps of `2**(bits - 8)`
+    """
+    rows, columns = codes.shape
+    grouped = codes.to(torch.float32).view(rows, scale.shape[1], columns // scale.shape[1])
+    middle = zero.to(torch.float32)[:, :, None] / float(1 << (ZERO_BITS - bits))
+    return ((grouped - middle) * scale.to(torch.float32)[:, :, None]).view(rows, columns)
+
+
+def dequantize_tiers(codes: Tensor, scale: Tensor, high: Tensor, bits: int) -> Tensor:
+    """Weights of symmetric codes of which the columns in `high` have a grid four times as fine over the same range.
+
+    codes  (rows, columns)               uint8, below `2**bits`, in high columns below `2**(bits + 2)`
+    scale  (rows, columns / group size)  real units per code of the coarse grid
+    high   (columns,)                    bool
+    """
+    middle = (high * ((1 << (bits + HIGH_BITS - 1)) - (1 << (bits - 1))) + (1 << (bits - 1))).to(torch.float32)
+    step = torch.where(high, 1.0 / (1 << HIGH_BITS), 1.0)
+    signed = (codes.to(torch.float32) - middle) * step
+    rows, columns = codes.shape
+    grouped = signed.view(rows, scale.shape[1], columns // scale.shape[1])
+    return (grouped * scale.to(torch.float32)[:, :, None]).view(rows, columns)
+
+
+def dequantize_codebook(codes: Tensor, codebook: Tensor) -> Tensor:
+    """Weights of codes `(rows, columns)` into each row's own table `(rows, 2**bits)`, float32."""
+    return codebook.to(torch.float32).gather(1, codes.long())

@@ -64,4 +64,5 @@ def _cell(linear: LinearInfo, spec: LinearSpec | None) -> Cell:
     shape = f"{name} ({linear.rows} x {linear.columns})"
     if spec is None:
         return Cell(KEPT_WORD, KEPT, f"{shape}: source precision")
-    return Cell(str(spec.bits), width_colour(spec.bits), f"{shape}: {spec.bits} bits, groups of {spec.group_size}")
+    made = f"groups of {spec.group_size}" if spec.label == f"int{spec.bits}" else spec.label
+    return Cell(str(spec.bits), width_colour(spec.bits), f"{shape}: {spec.bits} bits, {made}")

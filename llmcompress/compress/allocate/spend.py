@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from llmcompress.compress.allocate.budget import Budget
 from llmcompress.compress.allocate.integer import Choices, InfeasibleError, Solution, solve
 from llmcompress.errors import InputError
+from llmcompress.spec import GROUPED
 from llmcompress.types import (
     Assigned,
     BitAllocation,
@@ -128,7 +129,7 @@ def _fit(units: list[SpendUnit], account: _Account, program: Program) -> tuple[S
 
 def _kept(trace: ModelTrace, allowed: Allowed, *, group_size: int, whole_file: bool) -> tuple[Kept, ...]:
     """Linears that no group size fits; the head is one of them only where it would have been quantized otherwise."""
-    reason = "its {} inputs are not divisible by a group size of 128, 64 or 32"
+    reason = "its {} inputs are not divisible by a group size of its format"
     kept = [x for x in trace.linears if x.name not in allowed]
     head = trace.head
     if head is not None and whole_file and head.columns % group_size and head.columns % 32:
@@ -150,7 +151,7 @@ def _fallbacks(specs: Mapping[str, LinearSpec], trace: ModelTrace, wanted: int) 
     found = []
     for linear in trace.every:
         spec = specs.get(linear.name)
-        if spec is not None and spec.group_size != wanted:
+        if spec is not None and spec.kind in GROUPED and spec.group_size != wanted:
             reason = f"group size {spec.group_size}: {linear.columns} inputs are not divisible by {wanted}"
             found.append(Fallback(where=linear.name, reason=reason))
     return tuple(found)

@@ -6,17 +6,24 @@ zero-padded group keys, so that every reader resolves them alike. Needs compress
 be read (dense packing of 3, 5 and 6 bits).
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from llmcompress.compress.grid import Codes
-from llmcompress.kernels import reference
+from llmcompress.kernels import stored
 from llmcompress.types import LinearInfo, LinearSpec, ModelTrace, Plan
 
-PARTS = ("weight_packed", "weight_scale", "weight_shape")
+TITLE = "compressed-tensors `pack-quantized`"
+TAG = "compressed-tensors"
+LIBRARY = "transformers"
+
+
+def holds(specs: Collection[LinearSpec]) -> bool:
+    """Symmetric integers of any widths."""
+    return all(spec.kind == "int" and not spec.high_share for spec in specs)
 
 
 def stem(linear: LinearInfo) -> str:
@@ -24,7 +31,7 @@ def stem(linear: LinearInfo) -> str:
     return linear.tensor.removesuffix(".weight")
 
 
-def _guard(linear: LinearInfo, dtype: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+def _guard(linear: LinearInfo, dtype: str) -> stored.Layout:
     """An empty tensor under the old name of a Conv1D's weight.
 
     Plain transformers does not decompress Conv1D: it would find no weight, warn, and fill it with
@@ -35,23 +42,14 @@ def _guard(linear: LinearInfo, dtype: str) -> dict[str, tuple[str, tuple[int, ..
 
 def packed_tensors(linear: LinearInfo, codes: Codes) -> dict[str, Tensor]:
     """The tensors that replace the weight of one linear."""
-    return {
-        **{name: torch.empty(shape, dtype=codes.scale.dtype) for name, (_, shape) in _guard(linear, "").items()},
-        f"{stem(linear)}.weight_packed": reference.pack(codes.codes, codes.spec.bits),
-        f"{stem(linear)}.weight_scale": codes.scale.cpu().contiguous(),
-        f"{stem(linear)}.weight_shape": torch.tensor([linear.rows, linear.columns], dtype=torch.int64),
-    }
+    guard = {name: torch.empty(shape, dtype=codes.scale.dtype) for name, (_, shape) in _guard(linear, "").items()}
+    return guard | stored.tensors_of(stem(linear), codes)
 
 
-def packed_layout(linear: LinearInfo, spec: LinearSpec, scale_dtype: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+def packed_layout(linear: LinearInfo, spec: LinearSpec, scale_dtype: str) -> stored.Layout:
     """Dtype and shape of those tensors, without making them; `scale_dtype` is `BF16` or `F16`."""
-    words = reference.words_per_row(linear.columns, spec.bits)
-    return {
-        **_guard(linear, scale_dtype),
-        f"{stem(linear)}.weight_packed": ("I32", (linear.rows, words)),
-        f"{stem(linear)}.weight_scale": (scale_dtype, (linear.rows, linear.columns // spec.group_size)),
-        f"{stem(linear)}.weight_shape": ("I64", (2,)),
-    }
+    size = (linear.rows, linear.columns)
+    return _guard(linear, scale_dtype) | stored.layout_of(stem(linear), spec, size, scale_dtype)
 
 
 def _targets(plan: Plan, trace: ModelTrace) -> list[tuple[LinearSpec, list[str]]]:
@@ -100,3 +98,16 @@ def config_document(
 ) -> dict[str, Any]:
     """The config.json of the output: the source's, with the quantization section added."""
     return {**source, "quantization_config": quantization_config(plan, trace, heads)}
+
+
+def opens_with(transposed: bool) -> str:
+    """What opens it; `transposed` says that the model keeps weights in Conv1D modules."""
+    if transposed:
+        return (
+            "This family keeps its weights in Conv1D modules, which plain transformers does not decompress: there it\n"
+            "stops with a size mismatch. `llmcompress.load`, `llmcompress eval` and `llmcompress verify` open it."
+        )
+    return (
+        "Opens with `AutoModelForCausalLM.from_pretrained` where `compressed-tensors>=0.17` is installed; the layout\n"
+        "is the one vLLM reads."
+    )

@@ -1,0 +1,76 @@
+"""Our own layout, for formats that no other holds, or that no other holds together; `llmcompress.load` opens it.
+
+The tensors of each linear are those of its format (`kernels/stored.py`), and `config.json` says the format of every
+one. Beside them lies an empty `weight`: plain transformers does not know the layout, and where it finds no weight it
+takes random numbers; one of the wrong shape makes it stop with an error instead.
+"""
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmcompress.compress.grid import Codes
+from llmcompress.kernels import stored
+from llmcompress.types import LinearInfo, LinearSpec, ModelTrace, Plan
+
+TITLE = "llmcompress native, version 1"
+TAG = "llmcompress-native"
+LIBRARY = "llmcompress"
+VERSION = 1
+HOW = "plain transformers cannot open this checkpoint: use llmcompress.load(path) of the Python package llmcompress"
+
+
+def holds(specs: Collection[LinearSpec]) -> bool:
+    """Every format, in any mixture."""
+    return True
+
+
+def stem(linear: LinearInfo) -> str:
+    """What the tensor names of one linear begin with in the file."""
+    return linear.tensor.removesuffix(".weight")
+
+
+def packed_tensors(linear: LinearInfo, codes: Codes) -> dict[str, Tensor]:
+    """The tensors that replace the weight of one linear."""
+    return {linear.tensor: torch.empty(0, dtype=torch.float16)} | stored.tensors_of(stem(linear), codes)
+
+
+def packed_layout(linear: LinearInfo, spec: LinearSpec, scale_dtype: str) -> stored.Layout:
+    """Dtype and shape of those tensors, without making them."""
+    size = (linear.rows, linear.columns)
+    guard: stored.Layout = {linear.tensor: ("F16", (0,))}
+    return guard | stored.layout_of(stem(linear), spec, size, scale_dtype)
+
+
+def config_document(
+    source: Mapping[str, object], plan: Plan, trace: ModelTrace, heads: Iterable[str]
+) -> dict[str, Any]:
+    """The config.json of the output: the source's, with the quantization section added."""
+    targets: dict[LinearSpec, list[str]] = {}
+    for linear in trace.every:
+        spec = plan.spec_of(linear.name)
+        if spec is not None:
+            targets.setdefault(spec, []).append(linear.name)
+    groups = {
+        f"group_{place:02d}": {"targets": names, "spec": spec.model_dump(mode="json")}
+        for place, (spec, names) in enumerate(targets.items())
+    }
+    alone = {name for name in heads if plan.spec_of(name) is None}
+    section = {
+        "quant_method": "llmcompress",
+        "version": VERSION,
+        "how_to_open": HOW,
+        "groups": groups,
+        "ignore": sorted(alone | {kept.linear for kept in plan.allocation.kept}),
+    }
+    return {**source, "quantization_config": section}
+
+
+def opens_with(transposed: bool) -> str:
+    """What opens it, in whatever modules the model keeps its weights."""
+    return (
+        "**Needs the Python package `llmcompress`**: open it with `llmcompress.load(path)`. Plain transformers does\n"
+        "not know this layout and stops with a size mismatch; `llmcompress eval` and `llmcompress verify` open it too."
+    )

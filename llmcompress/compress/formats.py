@@ -1,0 +1,55 @@
+"""Which formats a quantizer makes, and which layout on disk holds them.
+
+A quantizer that makes something else than symmetric integers says so with a function `formats(bits, columns, *,
+group_size, options) -> LinearSpec | None`: what it makes of a linear with so many inputs at a width, None where
+nothing. A layout is a file in `exporters`.
+"""
+
+from collections.abc import Callable, Iterable
+from types import ModuleType
+
+from torch import Tensor
+
+from llmcompress.compress.exporters import bnb, compressed_tensors, native
+from llmcompress.compress.grid import Codes, group_size_for
+from llmcompress.types import LinearInfo, LinearSpec, Plan, QuantizerOptions
+
+PREFERRED = (compressed_tensors, bnb)  # what other programs open; `native` holds everything
+WIDTHS = range(2, 9)
+
+Maker = Callable[[int, int], LinearSpec | None]  # of a width and a number of columns
+
+
+def integers(bits: int, columns: int, *, group_size: int, options: QuantizerOptions) -> LinearSpec | None:
+    """Symmetric integers in groups of `group_size`, or the next smaller that divides `columns`; None if none does."""
+    size = group_size_for(columns, group_size)
+    return None if size is None else LinearSpec(bits=bits, group_size=size)
+
+
+def maker(quantizer: ModuleType, options: QuantizerOptions, group_size: int) -> Maker:
+    """What a quantizer makes of a linear, as a function of the width and of the linear's columns."""
+    formats = getattr(quantizer, "formats", integers)
+
+    def make(bits: int, columns: int) -> LinearSpec | None:
+        found: LinearSpec | None = formats(bits, columns, group_size=group_size, options=options)
+        return found
+
+    return make
+
+
+def widths_of_maker(make: Maker, group_size: int) -> tuple[int, ...]:
+    """The widths there is a format for at all: those of a linear that every group size divides."""
+    return tuple(bits for bits in WIDTHS if make(bits, 64 * group_size) is not None)
+
+
+def exporter_of(specs: Iterable[LinearSpec]) -> ModuleType:
+    """The layout of a checkpoint with linears of these formats: the most widely opened one that holds them all."""
+    every = frozenset(specs)
+    return next((exporter for exporter in PREFERRED if exporter.holds(every)), native)
+
+
+def packed_tensors(plan: Plan, linear: LinearInfo, codes: Codes) -> dict[str, Tensor]:
+    """The tensors that replace the weight of one linear in the output of a plan."""
+    exporter = exporter_of(assigned.spec for assigned in plan.allocation.assigned)
+    found: dict[str, Tensor] = exporter.packed_tensors(linear, codes)
+    return found

@@ -1,0 +1,44 @@
+"""A quantized linear in memory: the one carrier of tensors between a quantizer, a file and whoever reads it."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from llmcompress.kernels import fourbit, reference
+from llmcompress.spec import FOUR_BIT, LinearSpec
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Codes of one linear, and what turns them into weights.
+
+    codes     (rows, columns)               uint8, below 2**bits; in high columns below 2**(bits + 2)
+    scale     (rows, columns / group size)  `int` and `asymmetric`: in the dtype it is stored in
+              (blocks,)                     `nf4` and `fp4`: float32, in storage order
+              (rows, 0)                     `codebook`: nothing
+    zero      (rows, columns / group size)  `asymmetric`: uint8, in steps of 2**(bits - 8) codes
+    codebook  (rows, 2**bits)               `codebook`: float16
+    high      (columns,)                    bool, the columns with two bits more, where there are any
+    double    8-bit codes of the scale, where it is stored so; `scale` is what they stand for
+    """
+
+    codes: Tensor
+    scale: Tensor
+    spec: LinearSpec
+    zero: Tensor | None = None
+    codebook: Tensor | None = None
+    high: Tensor | None = None
+    double: fourbit.DoubleScale | None = None
+
+    def dequantize(self) -> Tensor:
+        """The weights a reader of the file will see, float32 `(rows, columns)`."""
+        spec = self.spec
+        if spec.kind in FOUR_BIT:
+            return fourbit.dequantize_blocks(self.codes, self.scale, spec.kind, spec.group_size)
+        if self.codebook is not None:
+            return reference.dequantize_codebook(self.codes, self.codebook)
+        if self.zero is not None:
+            return reference.dequantize_zeros(self.codes, self.scale, self.zero, spec.bits)
+        if self.high is not None:
+            return reference.dequantize_tiers(self.codes, self.scale, self.high, spec.bits)
+        return reference.dequantize(self.codes, self.scale, spec.bits)

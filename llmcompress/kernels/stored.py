@@ -1,0 +1,219 @@
+"""The tensors that stand for one quantized linear in a file, by its format: written, foreseen, and read.
+
+Names begin with the linear's stem, the name of its weight without `.weight`:
+
+    int         .weight_packed int32 (rows, words)   .weight_scale 16-bit (rows, groups)   .weight_shape int64 (2,)
+                with high columns also .weight_packed_high, and .weight_high, a bit for each column, in uint8
+    asymmetric  the same with .weight_zero uint8 (rows, groups)
+    codebook    .weight_packed, .weight_codebook float16 (rows, 2**bits), .weight_shape
+    nf4, fp4    what bitsandbytes stores: .weight, .weight.absmax, .weight.quant_map, a JSON record, and with a double
+                scale .weight.nested_absmax and .weight.nested_quant_map
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy
+import torch
+from torch import Tensor
+
+from llmcompress.errors import InputError
+from llmcompress.kernels import fourbit, reference
+from llmcompress.kernels.codes import Codes
+from llmcompress.spec import DOUBLE_BLOCK, FOUR_BIT, HIGH_BITS, STATE_BYTES, LinearSpec
+
+Read = Callable[[str], Tensor]
+Layout = dict[str, tuple[str, tuple[int, ...]]]
+
+PACKED, SCALE, SHAPE = ".weight_packed", ".weight_scale", ".weight_shape"
+ZERO, CODEBOOK = ".weight_zero", ".weight_codebook"
+PACKED_HIGH, HIGH = ".weight_packed_high", ".weight_high"
+WEIGHT, ABSMAX, MAP = ".weight", ".weight.absmax", ".weight.quant_map"
+NESTED_ABSMAX, NESTED_MAP = ".weight.nested_absmax", ".weight.nested_quant_map"
+STATE = ".weight.quant_state.bitsandbytes__"
+PACKED_PARTS = (PACKED, SCALE, ZERO, CODEBOOK, PACKED_HIGH, HIGH, SHAPE)
+FOUR_BIT_PARTS = (WEIGHT, ABSMAX, MAP, NESTED_ABSMAX, NESTED_MAP, *(STATE + kind for kind in FOUR_BIT))
+
+
+def parts_of(spec: LinearSpec, columns: int) -> tuple[str, ...]:
+    """What the names of the tensors of a linear end with; they begin with its stem."""
+    if spec.kind in FOUR_BIT:
+        nested = (NESTED_ABSMAX, NESTED_MAP) if spec.double else ()
+        return (WEIGHT, ABSMAX, MAP, *nested, STATE + spec.kind)
+    if spec.kind == "codebook":
+        return (PACKED, CODEBOOK, SHAPE)
+    zero = (ZERO,) if spec.kind == "asymmetric" else ()
+    high = (PACKED_HIGH, HIGH) if spec.high_columns(columns) else ()
+    return (PACKED, SCALE, *zero, *high, SHAPE)
+
+
+def layout_of(stem: str, spec: LinearSpec, size: tuple[int, int], scale_dtype: str) -> Layout:
+    """Dtype and shape of the tensors of a linear of `size` (rows, columns), without making them."""
+    rows, columns = size
+    if spec.kind in FOUR_BIT:
+        return _four_bit_layout(stem, spec, rows * columns)
+    high = spec.high_columns(columns)
+    groups = columns // spec.group_size if spec.group_size else 0
+    known: Layout = {
+        PACKED: ("I32", (rows, reference.words_per_row(columns - high, spec.bits))),
+        PACKED_HIGH: ("I32", (rows, reference.words_per_row(high, spec.bits + HIGH_BITS))),
+        HIGH: ("U8", (-(-columns // 8),)),
+        SCALE: (scale_dtype, (rows, groups)),
+        ZERO: ("U8", (rows, groups)),
+        CODEBOOK: ("F16", (rows, 1 << spec.bits)),
+        SHAPE: ("I64", (2,)),
+    }
+    return {stem + part: known[part] for part in parts_of(spec, columns)}
+
+
+def _four_bit_layout(stem: str, spec: LinearSpec, weights: int) -> Layout:
+    blocks = -(-weights // spec.group_size)
+    known: Layout = {
+        WEIGHT: ("U8", (-(-weights // 2), 1)),
+        ABSMAX: ("U8" if spec.double else "F32", (blocks,)),
+        MAP: ("F32", (16,)),
+        NESTED_ABSMAX: ("F32", (-(-blocks // DOUBLE_BLOCK),)),
+        NESTED_MAP: ("F32", (256,)),
+        STATE + spec.kind: ("U8", (STATE_BYTES[spec.double],)),
+    }
+    return {stem + part: known[part] for part in parts_of(spec, 0)}
+
+
+def tensors_of(stem: str, codes: Codes) -> dict[str, Tensor]:
+    """The tensors of a linear, those of `layout_of` with their contents, on the CPU."""
+    spec = codes.spec
+    rows, columns = codes.codes.shape
+    shape = torch.tensor([rows, columns], dtype=torch.int64)
+    found: dict[str, Tensor | None]
+    if spec.kind in FOUR_BIT:
+        found = _four_bit_tensors(codes)
+    else:
+        low = codes.codes if codes.high is None else codes.codes[:, ~codes.high]
+        found = {PACKED: reference.pack(low, spec.bits), SCALE: codes.scale, ZERO: codes.zero}
+        found |= {CODEBOOK: codes.codebook, SHAPE: shape}
+    if codes.high is not None:
+        found[PACKED_HIGH] = reference.pack(codes.codes[:, codes.high], spec.bits + HIGH_BITS)
+        bits = numpy.packbits(codes.high.cpu().numpy(), bitorder="little")
+        found[HIGH] = torch.from_numpy(bits)
+    wanted = parts_of(spec, columns)
+    return {stem + part: tensor.cpu().contiguous() for part in wanted if (tensor := found[part]) is not None}
+
+
+def _four_bit_tensors(codes: Codes) -> dict[str, Tensor | None]:
+    spec, double = codes.spec, codes.double
+    return {
+        WEIGHT: fourbit.pack_nibbles(codes.codes, spec.kind),
+        ABSMAX: codes.scale if double is None else double.codes,
+        MAP: fourbit.table_of(spec.kind),
+        NESTED_ABSMAX: None if double is None else double.absmax,
+        NESTED_MAP: None if double is None else fourbit.dynamic_table(),
+        STATE + spec.kind: _state(codes),
+    }
+
+
+def _state(codes: Codes) -> Tensor:
+    """The record of a 4-bit weight: JSON, padded with spaces so that its size is known beforehand."""
+    spec = codes.spec
+    record: dict[str, object] = {
+        "quant_type": spec.kind,
+        "blocksize": spec.group_size,
+        "dtype": "float32",
+        "shape": list(codes.codes.shape),
+    }
+    if codes.double is not None:
+        # nine digits give a float32 back exactly
+        offset = float(f"{float(codes.double.offset):.8e}")
+        record |= {"nested_blocksize": DOUBLE_BLOCK, "nested_dtype": "float32", "nested_offset": offset}
+    text = json.dumps(record).encode().ljust(STATE_BYTES[spec.double])
+    return torch.from_numpy(numpy.frombuffer(text, dtype=numpy.uint8).copy())
+
+
+def codes_of(stem: str, spec: LinearSpec, read: Read) -> Codes:
+    """A linear from its tensors. Raises InputError where their shapes are not those of `spec`."""
+    if spec.kind in FOUR_BIT:
+        return _read_four_bit(stem, spec, read)
+    rows, columns = size_of(stem, spec.kind, read)
+    tensors = {part: read(stem + part) for part in parts_of(spec, columns)}
+    for name, (_, shape) in layout_of(stem, spec, (rows, columns), "BF16").items():
+        _check_shape(name, tensors[name.removeprefix(stem)], shape)
+    packed = tensors[PACKED].to(torch.int32)
+    high = None
+    if HIGH in tensors:
+        bits = numpy.unpackbits(tensors[HIGH].numpy(), bitorder="little", count=columns)
+        high = torch.from_numpy(bits.astype(bool))
+        if int(high.sum()) != spec.high_columns(columns):
+            raise InputError(f"{stem}{HIGH}: not {spec.high_columns(columns)} columns", "the file is damaged")
+        codes = torch.empty((rows, columns), dtype=torch.uint8)
+        codes[:, ~high] = reference.unpack(packed, spec.bits, columns - int(high.sum()))
+        codes[:, high] = reference.unpack(tensors[PACKED_HIGH], spec.bits + HIGH_BITS, int(high.sum()))
+    else:
+        codes = reference.unpack(packed, spec.bits, columns)
+    scale = tensors.get(SCALE, torch.empty((rows, 0)))
+    return Codes(codes, scale, spec, zero=tensors.get(ZERO), codebook=tensors.get(CODEBOOK), high=high)
+
+
+def _read_four_bit(stem: str, spec: LinearSpec, read: Read) -> Codes:
+    rows, columns = size_of(stem, spec.kind, read)
+    tensors = {part: read(stem + part) for part in parts_of(spec, columns)}
+    for name, (_, shape) in _four_bit_layout(stem, spec, rows * columns).items():
+        if not name.endswith(STATE + spec.kind):
+            _check_shape(name, tensors[name.removeprefix(stem)], shape)
+    codes = fourbit.unpack_nibbles(tensors[WEIGHT], rows, columns)
+    if not spec.double:
+        return Codes(codes, tensors[ABSMAX], spec)
+    offset = torch.tensor(_record(stem, spec.kind, read).offset, dtype=torch.float32)
+    double = fourbit.DoubleScale(tensors[ABSMAX], tensors[NESTED_ABSMAX], offset)
+    return Codes(codes, double.decode(), spec, double=double)
+
+
+def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise InputError(
+            f"{name}: shape {tuple(tensor.shape)}, its format needs {shape}",
+            "config.json and the shards are not of one run",
+        )
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What the JSON record of a 4-bit weight says."""
+
+    rows: int
+    columns: int
+    block: int
+    offset: float
+
+
+def _record(stem: str, kind: str, read: Read) -> _Record:
+    """The JSON record of a 4-bit weight. Raises InputError when it is damaged."""
+    name = stem + STATE + kind
+    try:
+        document = json.loads(read(name).numpy().tobytes())
+        rows, columns = document["shape"]
+        offset = float(document.get("nested_offset", 0.0))
+        found = _Record(int(rows), int(columns), int(document["blocksize"]), offset)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"{name}: not the record of a 4-bit weight", "the file is damaged") from None
+    if min(found.rows, found.columns, found.block) < 1:
+        raise InputError(f"{name}: sizes that are not positive", "the file is damaged")
+    return found
+
+
+def size_of(stem: str, kind: str | None, read: Read) -> tuple[int, int]:
+    """Rows and columns of a linear, from its smallest tensors; `kind` is `nf4` or `fp4`, or None for any other."""
+    if kind in FOUR_BIT:
+        record = _record(stem, kind, read)
+        return record.rows, record.columns
+    shape = read(stem + SHAPE)
+    if shape.numel() != 2 or int(shape.min()) < 1:
+        raise InputError(f"{stem}{SHAPE}: not two sizes", "the file is damaged")
+    return int(shape[0]), int(shape[1])
+
+
+def four_bit_spec(stem: str, kind: str, double: bool, read: Read) -> LinearSpec:
+    """The format of a 4-bit weight from its record. Raises InputError when it is damaged."""
+    if kind not in FOUR_BIT:
+        raise InputError(f"{stem}{STATE}{kind[:20]}: not a known type", "it should be nf4 or fp4")
+    block = _record(stem, kind, read).block
+    return LinearSpec.model_validate({"bits": 4, "group_size": block, "kind": kind, "double": double})
