@@ -21,15 +21,16 @@ PROBE_TOKENS = 8
 
 
 @dataclass
-class _Watch:
+class Watched:
     """What one forward of a block showed; tensors are held so that their identities stay unique."""
 
     inputs: list[tuple[str, Tensor]] = field(default_factory=list)
     norms: list[tuple[str, Tensor]] = field(default_factory=list)
 
 
-def _watch(block: nn.Module, run: Any) -> _Watch:
-    seen = _Watch()
+def watch(block: nn.Module, run: Any) -> Watched:
+    """Run `run` and keep what each linear of the block was given and what each norm returned, in call order."""
+    seen = Watched()
     handles = []
     for name, module in linear_modules(block).items():
 
@@ -64,7 +65,7 @@ class _Pattern:
     norms: tuple[tuple[int, str], ...]
 
 
-def _pattern(seen: _Watch) -> _Pattern:
+def _pattern(seen: Watched) -> _Pattern:
     groups: dict[int, int] = {}
     linears = []
     for name, tensor in seen.inputs:
@@ -121,7 +122,7 @@ def trace(skeleton: Skeleton) -> ModelTrace:
                 stream.run_block(index, hidden[0], calls[0][index])
 
             with torch.no_grad():
-                patterns[kind] = _pattern(_watch(block, run))
+                patterns[kind] = _pattern(watch(block, run))
         skeleton.free(skeleton.blocks[index])
         infos = tuple(_linear_infos(skeleton, index, patterns[kind]))
         norms = tuple(NormFeed(shared_input=g, norm=n) for g, n in patterns[kind].norms)
