@@ -160,7 +160,7 @@ class SmoothOptions(Noun):
 
 
 class AwqOptions(Noun):
-    """`ratios` tried per site; `duo` divides by the weights' own magnitudes too; `links`: v -> o and up -> down as well.
+    """`ratios` tried per site; `duo` divides by the weights' own magnitudes too; `links`: v -> o and up -> down too.
 
     `bits` and `group_size` are the format assumed where the caller brings no rounding of its own. `clip` also searches
     limits for the weights, on `clip_tokens` tokens.
@@ -182,7 +182,7 @@ class EqualizeOptions(Noun):
 
 
 class RmsnormOptions(Noun):
-    """`replace` LayerNorms by RMSNorms, or `keep` them, without a gain of their own, where the file must stay native."""
+    """`replace` LayerNorms by RMSNorms, or `keep` them, without a gain, where the model's own class must hold them."""
 
     norms: Literal["replace", "keep"] = "replace"
 

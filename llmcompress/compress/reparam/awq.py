@@ -1,7 +1,7 @@
-"""AWQ (arXiv 2306.00978): scale up the columns that read large activations, by as much as leaves least error after rounding.
+"""AWQ (arXiv 2306.00978): scale up columns that read large activations, by what leaves least error after rounding.
 
-For each group of linears that read one tensor the factors are `mean|x|^ratio`; the ratio is searched on the output of the
-module that holds the group (attention, MLP), with its weights rounded.
+For each group of linears that read one tensor the factors are `mean|x|^ratio`; the ratio is searched on the output of
+the module that holds the group (attention, MLP), with its weights rounded.
 """
 
 from collections.abc import Callable, Sequence
@@ -45,7 +45,8 @@ def factor_of(magnitude: Tensor, ratio: float, weights: Tensor | None = None) ->
     if weights is not None:
         factor = factor / (weights.pow(1 - ratio) + 1e-4)
     factor = factor.clamp_min(1e-4)
-    return factor / (factor.max() * factor.min()).sqrt()
+    middle: Tensor = (factor.max() * factor.min()).sqrt()
+    return factor / middle
 
 
 def search_ratio(candidates: Sequence[Tensor], loss: Callable[[Tensor], float]) -> tuple[Tensor, float]:
@@ -63,19 +64,24 @@ def find_limits(weight: Tensor, inputs: Tensor, rounding: Callable[[Tensor], Ten
     rounding  weight -> rounded weight
     returns   (rows, columns / group_size)
     """
-    groups = weight.unflatten(1, (-1, group_size))
+    groups = _grouped(weight, group_size)
     peak = groups.abs().amax(-1)
-    parts = inputs.unflatten(1, (-1, group_size)).transpose(0, 1)  # (groups, tokens, group size)
+    parts = _grouped(inputs, group_size).transpose(0, 1)  # (groups, tokens, group size)
     grams = parts.transpose(1, 2) @ parts
     limits, lowest = peak.clone(), torch.full_like(peak, torch.inf)
     for step in range(CLIP_STEPS):
         limit = peak * (1 - CLIP_STEP * step)
         clamped = groups.clamp(-limit[..., None], limit[..., None]).flatten(1)
-        error = rounding(clamped).unflatten(1, (-1, group_size)) - groups
+        error = _grouped(rounding(clamped), group_size) - groups
         loss = torch.einsum("rgi,gij,rgj->rg", error, grams, error)
         better = loss < lowest
         limits, lowest = torch.where(better, limit, limits), torch.where(better, loss, lowest)
     return limits
+
+
+def _grouped(given: Tensor, size: int) -> Tensor:
+    """`(rows, groups, size)` of `(rows, columns)`."""
+    return given.reshape(len(given), -1, size)
 
 
 def rewrite(subject: Subject, options: ReparamOptions) -> Rewritten:
@@ -166,7 +172,7 @@ def _relative_size(weights: Sequence[Tensor], group_size: int) -> Tensor:
     """Mean over rows of |w| over the largest of its group, `(columns,)`."""
     stacked = torch.cat(list(weights)).abs()
     size = group_size_for(stacked.shape[1], group_size) or stacked.shape[1]
-    groups = stacked.unflatten(1, (-1, size))
+    groups = _grouped(stacked, size)
     return (groups / groups.amax(-1, keepdim=True).clamp_min(1e-12)).flatten(1).mean(0)
 
 
@@ -198,9 +204,7 @@ def _default_rounding(options: AwqOptions) -> Rounding:
     return rounding
 
 
-def _limits(
-    subject: Subject, options: ReparamOptions, rounding: Rounding, linked: Sequence[Link]
-) -> dict[str, Tensor]:
+def _limits(subject: Subject, options: ReparamOptions, rounding: Rounding, linked: Sequence[Link]) -> dict[str, Tensor]:
     """Limits of every linear's groups; rows of queries and keys keep theirs at the largest weight."""
     block = subject.module
     with working(subject) as work:
@@ -214,7 +218,7 @@ def _limits(
         weight = matrix(block.get_submodule(name))
         size = group_size_for(weight.shape[1], options.awq.group_size) or weight.shape[1]
         found = find_limits(weight, seen[name].to(weight.dtype), partial(rounding, name), size)
-        whole = weight.unflatten(1, (-1, size)).abs().amax(-1)
+        whole = _grouped(weight, size).abs().amax(-1)
         fixed = mixing.get(name, torch.zeros(len(weight), dtype=torch.bool)).to(weight.device)
         limits[name] = torch.where(fixed[:, None], whole, found)
     return limits

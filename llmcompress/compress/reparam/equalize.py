@@ -54,4 +54,3 @@ def row_factor(source: nn.Module, target: nn.Module, link: Link, inputs: Tensor 
     other = link.reduce(matrix(target).abs().amax(0), rows)
     usable = (own > 0) & (other > 0)
     return torch.where(usable, (own / other.clamp_min(1e-300)).sqrt(), torch.ones_like(own))
-

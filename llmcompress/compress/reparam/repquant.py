@@ -1,9 +1,9 @@
-"""RepQuant (arXiv 2402.05628): calibrate activations channel by channel, rewrite so that one scale gives the same codes.
+"""RepQuant (arXiv 2402.05628): calibrate activations channel by channel, rewrite so that one scale does the same.
 
 With a scale `s` and a whole zero-point `z` per channel, `r1 = s / mean(s)` and `r2 = z - round(mean(z))`, the norm's
-gain becomes `gamma / r1` and its bias `(beta + s r2) / r1`; readers get `W diag(r1)` and `b - W (s r2)`. The function is
-unchanged, and the tensor-wise quantizer emits on the new activations the codes that the channel-wise one emits on the
-old. A norm without a bias has nowhere to put `r2`: its channels share one zero-point and only `r1` is folded.
+gain becomes `gamma / r1` and its bias `(beta + s r2) / r1`; readers get `W diag(r1)` and `b - W (s r2)`. The function
+is unchanged, and the tensor-wise quantizer emits on the new activations the codes that the channel-wise one emits on
+the old. A norm without a bias has nowhere to put `r2`: its channels share one zero-point and only `r1` is folded.
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,8 @@
 """Rotations (QuaRot, arXiv 2404.00456; SpinQuant, arXiv 2405.16406): turn the residual stream and each head's values.
 
-Every vector written to the stream is multiplied by an orthogonal `R1`, every reader undoes it: a norm without a gain lets
-a rotation through, so gains are folded first. Inside a head, values are turned by `R2` and the output projection turned
-back. Outliers of single channels are spread over all. Nothing is left to do at run time.
+Every vector written to the stream is multiplied by an orthogonal `R1`, every reader undoes it: a norm without a gain
+lets a rotation through, so gains are folded first. Inside a head, values are turned by `R2` and the output projection
+turned back. Outliers of single channels are spread over all. Nothing is left to do at run time.
 """
 
 from collections.abc import Sequence
@@ -90,9 +90,7 @@ class _Turning:
         self.model, self.heads, self.width = model, heads, residual.width
         self._names = {id(module): name for name, module in model.named_modules()}
         self._transposed = {
-            self._names[id(module)]
-            for module in linear_modules(model).values()
-            if not isinstance(module, nn.Linear)
+            self._names[id(module)] for module in linear_modules(model).values() if not isinstance(module, nn.Linear)
         }
         inside = [part.block.get_submodule(name) for part in residual.blocks for name in part.writers]
         plain = [module for module in residual.embeddings if isinstance(module, nn.Embedding)]
@@ -134,11 +132,11 @@ class _Turning:
             head = torch.searchsorted(rows, one.link.row_of)[::size] // size  # of each run of columns
 
             def mixed(m: Tensor, rows: Tensor = rows, turn: Tensor = turn) -> Tensor:
-                found = turn.mT @ m[rows].unflatten(0, turn.shape[:2])
+                found = turn.mT @ m[rows].reshape(*turn.shape[:2], -1)
                 return m.index_copy(0, rows, found.flatten(0, 1))
 
             def unmixed(m: Tensor, turn: Tensor = turn, head: Tensor = head, size: int = size) -> Tensor:
-                return torch.einsum("oks,kst->okt", m.unflatten(1, (-1, size)), turn[head]).flatten(1)
+                return torch.einsum("oks,kst->okt", m.reshape(len(m), -1, size), turn[head]).flatten(1)
 
             update(f"{source}.weight", lambda w, name=source, mixed=mixed: self._rows(name, w, mixed))
             update(f"{source}.bias", lambda b, mixed=mixed: mixed(b[:, None])[:, 0])
@@ -164,11 +162,12 @@ def _fake_quantized(inputs: Tensor, bits: int) -> Tensor:
     scale = ((high - low) / (2**bits - 1)).clamp_min(1e-12)
     zero = torch.round(-low / scale)
     rounded = (torch.clamp(torch.round(inputs / scale) + zero, 0, 2**bits - 1) - zero) * scale
-    return inputs + (rounded - inputs).detach()
+    error: Tensor = (rounded - inputs).detach()
+    return inputs + error
 
 
 def quantized_loss(model: nn.Module, parameters: dict[str, Tensor], calls: Sequence[Call], bits: int) -> Tensor:
-    """Mean next-token loss, in nats, with other parameters and the input of every linear but the head at `bits` bits."""
+    """Mean next-token loss, in nats, under other parameters, with inputs of the blocks' linears at `bits` bits."""
     head = model.get_output_embeddings()  # type: ignore[operator]
     handles = [
         module.register_forward_pre_hook(lambda _, args: (_fake_quantized(args[0], bits), *args[1:]))
@@ -180,7 +179,9 @@ def quantized_loss(model: nn.Module, parameters: dict[str, Tensor], calls: Seque
         for call in calls:
             tokens = call.kwargs.get("input_ids", call.args[0] if call.args else None)
             if tokens is None:
-                raise InputError("learned rotations need calls with input_ids", "pass tokens, or leave rotate.learn out")
+                raise InputError(
+                    "learned rotations need calls with input_ids", "pass tokens, or leave rotate.learn out"
+                )
             logits = functional_call(model, parameters, call.args, dict(call.kwargs)).logits
             losses.append(nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()))
     finally:
@@ -189,9 +190,7 @@ def quantized_loss(model: nn.Module, parameters: dict[str, Tensor], calls: Seque
     return torch.stack(losses).mean()
 
 
-def _learn(
-    turning: _Turning, turns: Sequence[Tensor], calls: Sequence[Call], options: RotateOptions
-) -> list[Tensor]:
+def _learn(turning: _Turning, turns: Sequence[Tensor], calls: Sequence[Call], options: RotateOptions) -> list[Tensor]:
     """Full-batch Cayley steps of decreasing length; the rotations of least loss are kept, the first ones among them."""
     points = list(turns)
     best, lowest = points, float("inf")

@@ -27,4 +27,3 @@ def rewrite(subject: Subject, options: ReparamOptions) -> Rewritten:
             factor = migration_scale(peaks, peak_columns([matrix(linear) for linear in readers]), options.smooth.alpha)
             work.attempt(site.norm, [*norm.modules(), *readers], partial(divide_gain, norm, readers, factor))
     return work.result()
-

@@ -12,7 +12,7 @@ from torch import Tensor
 SHRINKS = 20
 SHRINK_STEP = 0.025
 NARROWEST = 1e-5  # of the mean scale: below it a channel counts as constant
-START = 4.0  # of the learned thresholds: sigmoid(4) = 0.98 of the range seen
+WIDEST = 4.0  # learned thresholds start at sigmoid(4) = 0.98 of the range seen, or below
 CHUNK = 1 << 22  # values quantized at once in the grid search
 
 Clip = Literal["none", "grid", "learn"]
@@ -83,6 +83,11 @@ def grid_clipping(inputs: Tensor, bits: int, *, symmetric: bool = False) -> Acti
 
     inputs  (tokens, channels). Weighting a channel's error by its column of the weight would not change its best pair.
     """
+    return range_quantizer(*grid_thresholds(inputs, bits, symmetric=symmetric), bits, symmetric=symmetric)
+
+
+def grid_thresholds(inputs: Tensor, bits: int, *, symmetric: bool = False) -> tuple[Tensor, Tensor]:
+    """The lower and upper ends, `(channels,)` each, that `grid_clipping` chooses."""
     low, high = inputs.amin(0), inputs.amax(0)
     shrinks = [1 - SHRINK_STEP * step for step in range(SHRINKS)]
     best_low, best_high = low.clone(), high.clone()
@@ -98,7 +103,7 @@ def grid_clipping(inputs: Tensor, bits: int, *, symmetric: bool = False) -> Acti
                 lowest[part] = torch.where(better, loss, lowest[part])
                 best_low[part] = torch.where(better, low[part] * down, best_low[part])
                 best_high[part] = torch.where(better, high[part] * up, best_high[part])
-    return range_quantizer(best_low, best_high, bits, symmetric=symmetric)
+    return best_low, best_high
 
 
 def output_error(inputs: Tensor, quantizer: ActivationQuantizer, gram: Tensor) -> float:
@@ -115,14 +120,20 @@ def learn_clipping(
     inputs  (tokens, channels)
     gram    (channels, channels)  `W^T W`
 
-    The output error of `x -> Q(x)` is `tr(E gram E^T)`, so the linears themselves are not run. Rounding counts as the
-    identity in the backward pass. The best quantizer seen is kept; the plain range is among the candidates.
+    A threshold is `sigmoid(a)` of the range seen, and starts where the grid search, which looks at channels one by one,
+    left it. The output error of `x -> Q(x)` is `tr(E gram E^T)`, so the linears themselves are not run. Rounding counts
+    as the identity in the backward pass. The best quantizer seen is kept, the plain range and the grid's among them.
     """
     low, high = inputs.amin(0), inputs.amax(0)
     best = range_quantizer(low, high, bits, symmetric=symmetric)
     lowest = output_error(inputs, best, gram)
+    start = torch.stack(grid_thresholds(inputs, bits, symmetric=symmetric)) / torch.stack([low, high])
+    first = grid_clipping(inputs, bits, symmetric=symmetric)
+    if output_error(inputs, first, gram) < lowest:
+        best, lowest = first, output_error(inputs, first, gram)
+    widest = torch.sigmoid(torch.tensor(WIDEST, dtype=inputs.dtype)).item()
     with torch.enable_grad():
-        ends = torch.full((2, len(low)), START, dtype=inputs.dtype, device=inputs.device, requires_grad=True)
+        ends = torch.logit(torch.nan_to_num(start, nan=1.0).clamp(0.01, widest)).requires_grad_()
         optimizer = torch.optim.Adam([ends], lr=rate)
         for _ in range(steps + 1):
             shrink = torch.sigmoid(ends)

@@ -127,8 +127,8 @@ def read_gain(norm: nn.Module) -> Gain:
     base, unit = called(zeros, zeros), called(zeros + 1, zeros)
     normed = unit - base
     offset = next((value for value in (0.0, 1.0) if torch.allclose(base, normed * value, atol=1e-9)), None)
-    expected = None if offset is None else normed * (offset + other) + (shift if biases else 0)
-    if offset is None or not torch.allclose(called(other, shift), expected, atol=1e-9):
+    given_gain = normed * ((offset or 0.0) + other) + (shift if biases else 0)
+    if offset is None or not torch.allclose(called(other, shift), given_gain, atol=1e-9):
         raise InputError(f"the output of {type(norm).__name__} is not normed * gain + bias", "")
     centred = torch.allclose(called(zeros + 1, zeros, inputs + 3.0), unit, atol=1e-9)
     return Gain(weight, bias, offset, centred, _epsilon(norm, weights[0], len(weight), 1 + offset))
@@ -148,7 +148,7 @@ def _epsilon(norm: nn.Module, name: str, width: int, gamma: float) -> float:
 
 
 def fold_gain(gain: Gain, readers: Iterable[nn.Module]) -> None:
-    """Move a norm's gain into the linears that read it: `W <- W diag(gamma)`, `b <- b + W beta`; the gain becomes 1, 0."""
+    """Move a norm's gain into its readers, `W <- W diag(gamma)` and `b <- b + W beta`; the gain becomes 1 and 0."""
     gamma, beta = gain.gamma.clone(), gain.beta.clone()
     for linear in readers:
         if bool(beta.any()):

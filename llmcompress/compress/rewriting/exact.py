@@ -22,7 +22,8 @@ class exact(TorchFunctionMode):  # a context manager, named like one
         """Call `func` with float64 in the place of float32."""
         wide = tuple(torch.float64 if value is torch.float32 else value for value in args)
         named = {key: torch.float64 if value is torch.float32 else value for key, value in (kwargs or {}).items()}
-        return (Tensor.double if func is Tensor.float else func)(*wide, **named)
+        chosen: Callable[..., Any] = Tensor.double if func is Tensor.float else func
+        return chosen(*wide, **named)
 
 
 def as_double(value: Any) -> Any:

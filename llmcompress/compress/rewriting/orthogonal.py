@@ -57,22 +57,27 @@ def hadamard(size: int) -> Tensor | None:
 def random_orthogonal(size: int, generator: torch.Generator) -> Tensor:
     """A uniformly drawn orthogonal matrix, float64."""
     factor, upper = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
-    return (factor * upper.diagonal().sign()).contiguous()
+    found: Tensor = factor * upper.diagonal().sign()
+    return found.contiguous()
 
 
 def random_hadamard(size: int, generator: torch.Generator) -> Tensor:
-    """`diag(+-1) H / sqrt(size)`, float64; where no Hadamard matrix of the size is known, its odd part is drawn at random.
+    """`diag(+-1) H / sqrt(size)`, float64; where no Hadamard matrix of the size is known, a part is drawn.
 
     Then it is the Kronecker product of a random orthogonal matrix and a Hadamard matrix of the power-of-two part.
     """
     signs = torch.randint(0, 2, (size, 1), generator=generator).double() * 2 - 1
     known = hadamard(size)
     if known is not None:
-        return signs * known / size**0.5
+        return _signed(signs, known / size**0.5)
     power = size & -size
     other = hadamard(power)
     mixing = random_orthogonal(size // power, generator)
-    return signs * (mixing if other is None else torch.kron(mixing, other / power**0.5))
+    return _signed(signs, mixing if other is None else torch.kron(mixing, other / power**0.5))
+
+
+def _signed(signs: Tensor, rotation: Tensor) -> Tensor:
+    return signs * rotation
 
 
 def cayley_step(point: Tensor, gradient: Tensor, length: float) -> Tensor:
@@ -81,10 +86,11 @@ def cayley_step(point: Tensor, gradient: Tensor, length: float) -> Tensor:
     point, gradient  (size, size)
     length           largest step: the step is this much of the unit skew direction
 
-    `Y = G R^T - R G^T` is skew, so `(I + a/2 Y)^-1 (I - a/2 Y) R` is orthogonal, and it falls in the loss at first order.
+    `Y = G R^T - R G^T` is skew, so `(I + a/2 Y)^-1 (I - a/2 Y) R` is orthogonal; at first order the loss falls.
     """
     skew = gradient @ point.T
     skew = skew - skew.T
     skew = skew * (length / skew.norm().clamp_min(1e-30) / 2)
     identity = torch.eye(len(point), dtype=point.dtype, device=point.device)
-    return torch.linalg.solve(identity + skew, (identity - skew) @ point)
+    found: Tensor = torch.linalg.solve(identity + skew, (identity - skew) @ point)
+    return found

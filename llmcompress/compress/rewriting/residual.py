@@ -152,8 +152,8 @@ def _writers(where: str, wanted: Tensor, linears: dict[str, Tensor], norms: dict
     """Names of the linears of which `wanted` is a sum with constant factors. Raises InputError if it is no such sum."""
     width = wanted.shape[-1]
     rows = wanted.flatten(0, -2)
-    candidates = {key: _as_rows(value, wanted) for key, value in (linears | norms).items() if value.shape[-1] == width}
-    candidates = {key: value for key, value in candidates.items() if value is not None}
+    shaped = [(key, _as_rows(value, wanted)) for key, value in (linears | norms).items() if value.shape[-1] == width]
+    candidates = {key: value for key, value in shaped if value is not None}
     if not candidates:
         raise InputError(f"{where} is not written by linears", ELSEWHERE)
     goal = rows[:PROBE_TOKENS].flatten()

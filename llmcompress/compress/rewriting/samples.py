@@ -42,7 +42,8 @@ def _after_first(tensor: Tensor, call: Call) -> Tensor:
     given = next((value for value in (*call.args, *call.kwargs.values()) if isinstance(value, Tensor)), None)
     if given is None or given.ndim < 2 or given.shape[0] * given.shape[1] != len(tensor):
         return tensor
-    return tensor.unflatten(0, given.shape[:2])[:, 1:].flatten(0, 1)
+    rows: Tensor = tensor.reshape(*given.shape[:2], -1)[:, 1:]
+    return rows.flatten(0, 1)
 
 
 def peak_columns(weights: Sequence[Tensor]) -> Tensor:

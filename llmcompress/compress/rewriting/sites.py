@@ -46,7 +46,8 @@ class Link:
     @property
     def rows(self) -> Tensor:
         """The rows that are followed, ascending, `(linked,)` int64."""
-        return torch.unique(self.row_of[self.row_of >= 0])
+        found: Tensor = torch.unique(self.row_of[self.row_of >= 0])
+        return found
 
     def gather(self, values: Tensor, fill: float) -> Tensor:
         """One value per column from one value per row; `fill` for columns that follow none."""
@@ -145,7 +146,7 @@ def _links_of(block: nn.Module, call: Call, source: str, rows: int, *, targets: 
         factor = torch.ones_like(factors)
         factor[chosen] = factors[chosen]
         factor, chosen = (part.to(targets[waiting[0]].device) for part in (factor, chosen))
-        after = inputs_when(block, call, source, lambda output, factor=factor: output * factor)
+        after = inputs_when(block, call, source, partial(torch.mul, factor))
         for name in waiting:
             row_of = _followed(targets[name], after[name], factor, chosen)
             if row_of is not None:
@@ -162,7 +163,9 @@ def _splits(rows: int, columns: int) -> list[tuple[int, int]]:
     if rows <= columns:
         return [(rows, 1)]
     wanted = dict.fromkeys((columns, (rows - columns) // 2))
-    return [(linked, parts) for linked in wanted for parts in range(1, linked + 1) if not (linked % parts or rows % parts)]
+    return [
+        (linked, parts) for linked in wanted for parts in range(1, linked + 1) if not (linked % parts or rows % parts)
+    ]
 
 
 def _followed(before: Tensor, after: Tensor, factor: Tensor, chosen: Tensor) -> Tensor | None:
@@ -184,7 +187,7 @@ def _followed(before: Tensor, after: Tensor, factor: Tensor, chosen: Tensor) -> 
 
 
 def rescale(block: nn.Module, link: Link, factor: Tensor) -> None:
-    """Divide the source's rows by `factor` `(rows,)`, 1 where a row is not linked, and multiply the columns after them."""
+    """Divide the source's rows by `factor` `(rows,)`, 1 where a row is not linked, and multiply the columns."""
     scale_rows(block.get_submodule(link.source), 1 / factor)
     scale_columns(block.get_submodule(link.target), link.gather(factor, 1.0))
 
@@ -208,7 +211,7 @@ def mixing_rows(block: nn.Module, call: Call, source: str, linked: Sequence[Link
     places = torch.nonzero(free).flatten()[::2]
     factor = torch.ones(rows, dtype=torch.float64, device=plain[source].device)
     factor[places] = 1.5
-    after = inputs_when(block, call, source, lambda output: output * factor)[later[0]]
+    after = inputs_when(block, call, source, partial(torch.mul, factor))[later[0]]
     changed = (after - plain[later[0]]).abs().amax(0) > CLOSE * plain[later[0]].abs().max()
     return free if float(changed.double().mean()) > 0.75 else torch.zeros_like(free)
 
@@ -230,16 +233,21 @@ def head_size(block: nn.Module, call: Call, link: Link) -> int:
         random = torch.randn(size, size, generator=generator, dtype=torch.float64).to(before.device)
         turn = torch.linalg.qr(random)[0]
 
-        def change(output: Tensor, size: int = size, turn: Tensor = turn) -> Tensor:
+        def change(output: Tensor, turn: Tensor = turn) -> Tensor:
             changed = output.clone()
-            changed[..., rows] = (output[..., rows].unflatten(-1, (-1, size)) @ turn).flatten(-2)
+            changed[..., rows] = _turned(output[..., rows], turn)
             return changed
 
         after = inputs_when(block, call, link.source, change)[link.target]
-        expected = (before.unflatten(-1, (-1, size)) @ turn).flatten(-2)
+        expected = _turned(before, turn)
         if float((after - expected).abs().max()) <= CLOSE * float(before.abs().max()):
             return size
     return 1
+
+
+def _turned(values: Tensor, turn: Tensor) -> Tensor:
+    """Every run of channels times `turn`."""
+    return (values.reshape(*values.shape[:-1], -1, len(turn)) @ turn).flatten(-2)
 
 
 def _whole_heads(position: Tensor, size: int) -> bool:
