@@ -56,8 +56,13 @@ FAMILIES = tuple(configs())
 
 def tiny(family: str, seed: int = 0) -> Any:
     """A random model of a family in float64, norms and biases random too."""
+    return randomized(configs()[family], seed)
+
+
+def randomized(config: Any, seed: int = 0) -> Any:
+    """A random model of a config in float64, norms and biases random too."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(configs()[family]).double().eval()
+    model = AutoModelForCausalLM.from_config(config).double().eval()
     model.requires_grad_(False)
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:
@@ -85,6 +90,16 @@ def logits_of(model: Any, ids: Tensor | None = None) -> Tensor:
 def blocks_of(model: Any) -> nn.ModuleList:
     """The decoder blocks."""
     return find_blocks(model, model.config.num_hidden_layers)[1]
+
+
+def model_subject(model: Any, seed: int = 1) -> Subject:
+    """A whole model with one call on random tokens."""
+    return Subject(model, (Call((), {"input_ids": tokens(seed), "use_cache": False}),))
+
+
+def distance(found: Tensor, reference: Tensor) -> float:
+    """Largest difference over the largest value."""
+    return float((found - reference).abs().max() / reference.abs().max())
 
 
 def block_subject(model: Any, index: int = 0, **more: Any) -> Subject:
