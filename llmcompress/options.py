@@ -188,13 +188,13 @@ class RmsnormOptions(Noun):
 
 
 class RotateOptions(Noun):
-    """`base` of the random rotation; `heads` rotates values inside heads too.
+    """`base`: a random rotation, or none, to learn from where the model is; `heads` rotates values inside heads too.
 
     `learn` turns the rotations to lower the loss of the model with activations of `bits` bits, in `steps` steps on the
     Stiefel manifold, each at most `rate` long.
     """
 
-    base: Literal["hadamard", "orthogonal"] = "hadamard"
+    base: Literal["hadamard", "orthogonal", "identity"] = "hadamard"
     heads: bool = True
     learn: bool = False
     bits: int = Field(default=4, ge=2, le=8)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from llmcompress.compress.rewriting.orthogonal import cayley_step, random_hadamard, random_orthogonal
+from llmcompress.compress.rewriting.orthogonal import cayley_step, identity, random_hadamard, random_orthogonal
 from llmcompress.compress.rewriting.residual import (
     Residual,
     centre,
@@ -28,7 +28,6 @@ from llmcompress.compress.rewriting.residual import (
 )
 from llmcompress.compress.rewriting.sites import Link, head_size, links
 from llmcompress.compress.rewriting.work import Call, Rewritten, Subject, working
-from llmcompress.errors import InputError
 from llmcompress.model.stream import linear_modules
 from llmcompress.options import ReparamOptions, RotateOptions
 
@@ -39,7 +38,8 @@ UNSAVED = "LayerNorms became torch.nn.RMSNorm, which the model's own class does 
 def rewrite(subject: Subject, options: ReparamOptions) -> Rewritten:
     """Rotate a whole model in place. Raises InputError, saying why, for models with norms after the sublayers and such.
 
-    A LayerNorm model is brought to RMSNorm form first. With `learn`, the calls must carry `input_ids`.
+    A LayerNorm model is brought to RMSNorm form first. `learn` lowers the KL divergence from the model to itself with
+    rounded activations, where SpinQuant lowers its loss on the text's own tokens: fewer tokens do.
     """
     model, asked = subject.module, options.rotate
     with working(subject) as work:
@@ -105,7 +105,7 @@ class _Turning:
     def draw(self, options: RotateOptions) -> list[Tensor]:
         """Random rotations: of the stream `(1, width, width)`, then of the heads of each link `(heads, size, size)`."""
         generator = torch.Generator().manual_seed(options.seed)
-        draw = random_hadamard if options.base == "hadamard" else random_orthogonal
+        draw = {"hadamard": random_hadamard, "orthogonal": random_orthogonal, "identity": identity}[options.base]
         shapes = [(1, self.width), *((len(h.link.rows) // h.size, h.size) for h in self.heads)]
         device = next(self.model.parameters()).device
         return [torch.stack([draw(size, generator) for _ in range(count)]).to(device) for count, size in shapes]
@@ -157,37 +157,39 @@ class _Turning:
 
 
 def _fake_quantized(inputs: Tensor, bits: int) -> Tensor:
-    """Asymmetric per-token rounding; the backward pass takes it for the identity."""
+    """Asymmetric per-token rounding. The backward pass takes rounding for the identity, but sees the range it makes."""
     low, high = inputs.amin(-1, keepdim=True).clamp_max(0), inputs.amax(-1, keepdim=True).clamp_min(0)
     scale = ((high - low) / (2**bits - 1)).clamp_min(1e-12)
-    zero = torch.round(-low / scale)
-    rounded = (torch.clamp(torch.round(inputs / scale) + zero, 0, 2**bits - 1) - zero) * scale
-    error: Tensor = (rounded - inputs).detach()
-    return inputs + error
+    zero = torch.round(-low / scale).detach()
+    ratio = inputs / scale
+    rounded = ratio + (torch.round(ratio) - ratio).detach()
+    codes = torch.clamp(rounded + zero, 0, 2**bits - 1)
+    found: Tensor = (codes - zero) * scale
+    return found
 
 
-def quantized_loss(model: nn.Module, parameters: dict[str, Tensor], calls: Sequence[Call], bits: int) -> Tensor:
-    """Mean next-token loss, in nats, under other parameters, with inputs of the blocks' linears at `bits` bits."""
+def quantized_kl(model: nn.Module, parameters: dict[str, Tensor], calls: Sequence[Call], bits: int) -> Tensor:
+    """KL divergence, nats per token, that rounding the inputs of the blocks' linears to `bits` bits causes.
+
+    parameters  in the place of the model's own, where named; they must not change the model's function
+    """
     head = model.get_output_embeddings()  # type: ignore[operator]
-    handles = [
-        module.register_forward_pre_hook(lambda _, args: (_fake_quantized(args[0], bits), *args[1:]))
-        for module in linear_modules(model).values()
-        if module is not head
-    ]
-    losses = []
-    try:
-        for call in calls:
-            tokens = call.kwargs.get("input_ids", call.args[0] if call.args else None)
-            if tokens is None:
-                raise InputError(
-                    "learned rotations need calls with input_ids", "pass tokens, or leave rotate.learn out"
-                )
+    linears = [module for module in linear_modules(model).values() if module is not head]
+    divergences = []
+    for call in calls:
+        with torch.no_grad():
+            goal = torch.log_softmax(call.run(model), -1)
+        handles = [
+            linear.register_forward_pre_hook(lambda _, args: (_fake_quantized(args[0], bits), *args[1:]))
+            for linear in linears
+        ]
+        try:
             logits = functional_call(model, parameters, call.args, dict(call.kwargs)).logits
-            losses.append(nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return torch.stack(losses).mean()
+        finally:
+            for handle in handles:
+                handle.remove()
+        divergences.append((goal.exp() * (goal - torch.log_softmax(logits, -1))).sum(-1).mean())
+    return torch.stack(divergences).mean()
 
 
 def _learn(turning: _Turning, turns: Sequence[Tensor], calls: Sequence[Call], options: RotateOptions) -> list[Tensor]:
@@ -197,10 +199,11 @@ def _learn(turning: _Turning, turns: Sequence[Tensor], calls: Sequence[Call], op
     for step in range(options.steps + 1):
         with torch.enable_grad():
             leaves = [point.detach().requires_grad_() for point in points]
-            loss = quantized_loss(turning.model, turning.parameters(leaves), calls, options.bits)
+            loss = quantized_kl(turning.model, turning.parameters(leaves), calls, options.bits)
             gradients = torch.autograd.grad(loss, leaves)
-        if float(loss.detach()) < lowest:
-            best, lowest = points, float(loss.detach())
+        value = float(loss.detach())
+        if value < lowest:
+            best, lowest = points, value
         length = options.rate * (1 - step / options.steps)
         points = [
             torch.stack([cayley_step(one, slope, length) for one, slope in zip(point, gradient, strict=True)])

@@ -54,6 +54,11 @@ def hadamard(size: int) -> Tensor | None:
     return torch.kron(outer, double) if base == 2 else outer
 
 
+def identity(size: int, _: torch.Generator) -> Tensor:
+    """No rotation, float64."""
+    return torch.eye(size, dtype=torch.float64)
+
+
 def random_orthogonal(size: int, generator: torch.Generator) -> Tensor:
     """A uniformly drawn orthogonal matrix, float64."""
     factor, upper = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
