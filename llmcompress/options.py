@@ -1,6 +1,6 @@
-"""What scorers may be told: one part per method, named after its file.
+"""What scorers and reparameterizations may be told: one part per method, named after its file.
 
-A recipe sets them as `score.lim.mode: flat` or on the command line as `--set score.lim.mode=flat`. Every
+A recipe sets those of scorers as `score.lim.mode: flat` or on the command line as `--set score.lim.mode=flat`. Every
 option is read by the method of that name; an unknown one is refused.
 """
 
@@ -138,3 +138,82 @@ class ScorerOptions(Noun):
     arank: ArankOptions = ArankOptions()
     fisher: FisherOptions = FisherOptions()
     swaps: SwapOptions = SwapOptions()
+
+
+class RepquantOptions(Noun):
+    """`bits` of the activations; `clip` their ranges not at all, by the best pair of a grid, or by `steps` of learning.
+
+    `bias` lets a norm without one be given one, so that zero-points may differ between channels; the file then needs
+    a norm its architecture does not have. Without it such norms are rewritten by scale only.
+    """
+
+    bits: int = Field(default=8, ge=2, le=8)
+    clip: Literal["none", "grid", "learn"] = "none"
+    steps: int = Field(default=200, ge=1)
+    bias: bool = False
+
+
+class SmoothOptions(Noun):
+    """`alpha`: how much of the inputs' range moves into the weights."""
+
+    alpha: float = Field(default=0.5, ge=0, le=1)
+
+
+class AwqOptions(Noun):
+    """`ratios` tried per site; `duo` divides by the weights' own magnitudes too; `links`: v -> o and up -> down too.
+
+    `bits` and `group_size` are the format assumed where the caller brings no rounding of its own. `clip` also searches
+    limits for the weights, on `clip_tokens` tokens.
+    """
+
+    ratios: int = Field(default=20, ge=2)
+    duo: bool = False
+    links: bool = True
+    bits: int = Field(default=4, ge=2, le=8)
+    group_size: int = Field(default=128, ge=1)
+    clip: bool = False
+    clip_tokens: int = Field(default=512, ge=1)
+
+
+class EqualizeOptions(Noun):
+    """What is balanced against the target's columns: the source's rows, or the activations between them."""
+
+    by: Literal["weights", "activations"] = "weights"
+
+
+class RmsnormOptions(Noun):
+    """`replace` LayerNorms by RMSNorms, or `keep` them, without a gain, where the model's own class must hold them."""
+
+    norms: Literal["replace", "keep"] = "replace"
+
+
+class RotateOptions(Noun):
+    """`base`: a random rotation, or none, to learn from where the model is; `heads` rotates values inside heads too.
+
+    `learn` turns the rotations to lower the loss of the model with activations of `bits` bits, in `steps` steps on the
+    Stiefel manifold, each at most `rate` long.
+    """
+
+    base: Literal["hadamard", "orthogonal", "identity"] = "hadamard"
+    heads: bool = True
+    learn: bool = False
+    bits: int = Field(default=4, ge=2, le=8)
+    steps: int = Field(default=100, ge=1)
+    rate: float = Field(default=1.0, gt=0)
+    seed: int = 0
+
+
+class ReparamOptions(Noun):
+    """The options of every reparameterization. Ranges are taken from `tokens` tokens.
+
+    `skip_first` leaves out the first token of every sequence, where many models keep enormous values.
+    """
+
+    tokens: int = Field(default=8192, ge=2)
+    skip_first: bool = True
+    repquant: RepquantOptions = RepquantOptions()
+    smooth: SmoothOptions = SmoothOptions()
+    awq: AwqOptions = AwqOptions()
+    equalize: EqualizeOptions = EqualizeOptions()
+    rmsnorm: RmsnormOptions = RmsnormOptions()
+    rotate: RotateOptions = RotateOptions()

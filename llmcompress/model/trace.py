@@ -22,7 +22,7 @@ CLOSE = 1e-4  # relative difference of two tensors taken for the same, in float3
 
 
 @dataclass
-class _Watch:
+class Watched:
     """What one forward of a block showed; tensors are held so that their identities stay unique."""
 
     entering: Tensor
@@ -33,8 +33,9 @@ class _Watch:
     leaving: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
-def _watch(block: nn.Module, entering: Tensor, run: Callable[[], Tensor]) -> _Watch:
-    seen = _Watch(entering)
+def watch(block: nn.Module, run: Callable[[], Tensor], entering: Tensor | None = None) -> Watched:
+    """Run a block, on `entering`, and keep what its linears and norms were given and gave back, in call order."""
+    seen = Watched(torch.empty(0) if entering is None else entering)
     handles = []
     for name, module in linear_modules(block).items():
 
@@ -75,7 +76,7 @@ class _Pattern:
     writers: tuple[StreamWriter, ...]
 
 
-def _pattern(seen: _Watch) -> _Pattern:
+def _pattern(seen: Watched) -> _Pattern:
     groups: dict[int, int] = {}
     linears = []
     for name, tensor in seen.inputs:
@@ -87,7 +88,7 @@ def _pattern(seen: _Watch) -> _Pattern:
     return _Pattern(tuple(linears), tuple(norms), _writers(seen))
 
 
-def _writers(seen: _Watch) -> tuple[StreamWriter, ...]:
+def _writers(seen: Watched) -> tuple[StreamWriter, ...]:
     """Linears whose output is the difference of two points of the stream, alone or added to one another.
 
     Points are what enters the block, what its norms read, and what leaves it. A linear whose output goes through
@@ -161,7 +162,7 @@ def trace(skeleton: Skeleton) -> ModelTrace:
                 return stream.run_block(index, hidden[0], calls[0][index])
 
             with torch.no_grad():
-                patterns[kind] = _pattern(_watch(block, hidden[0], run))
+                patterns[kind] = _pattern(watch(block, run, hidden[0]))
         skeleton.free(skeleton.blocks[index])
         infos = tuple(_linear_infos(skeleton, index, patterns[kind]))
         norms = tuple(NormFeed(shared_input=g, norm=n) for g, n in patterns[kind].norms)
