@@ -4,7 +4,7 @@
 
 For each scorer: rank correlation with the measured KL of every single unit at every width (the scorer `kl`); the KL
 on held-out text of the plans at 3.5 and 3.0 bits that the exact program makes of its scores, all with the same
-quantizer; CPU seconds, the same in forward passes over the scoring text, and peak memory of a process of its own.
+quantizer, GPTQ as published; CPU seconds, the same in forward passes over the scoring text, and peak memory of a process of its own.
 Below the scorers: uniform widths, the paper's two-width orders, the quadratic program, and what `quantize` ships.
 """
 
@@ -42,6 +42,7 @@ from llmcompress.recipes import Recipe, load_recipe
 from llmcompress.types import BitAllocation, ModelTrace, Scores
 
 BUDGETS = ("3.5bits", "3.0bits")
+PLAIN = ("quantize.target=layer", "quantize.order=act", "quantize.sweeps=0")  # GPTQ as published
 REFERENCE = "kl"
 ORDERS = ((3, 4), (2, 4), (2, 3))
 FEWER = ((2, 3), (3, 4), (3, 4, 5))
@@ -60,7 +61,7 @@ class Cost:
 def setup(options: argparse.Namespace) -> tuple[Opened, Recipe, Batches]:
     """The model, the default recipe on the calibration text asked for, and that text."""
     torch.set_num_threads(1)
-    recipe = load_recipe("balanced", (f"calibration.source={options.calibration}",))
+    recipe = load_recipe("balanced", (f"calibration.source={options.calibration}", *PLAIN))
     opened = open_model(resolve(options.model), recipe, "cpu")
     return opened, recipe, calibration(opened, recipe)
 
