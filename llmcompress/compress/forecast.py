@@ -4,9 +4,13 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
+
 from llmcompress.compress.allocate.budget import Budget
-from llmcompress.compress.pipeline import Opened
+from llmcompress.compress.pipeline import QUANTIZERS, Opened
+from llmcompress.compress.rounds import Method
 from llmcompress.errors import InputError, MachineError
+from llmcompress.plugins import find
 from llmcompress.recipes import Recipe
 from llmcompress.types import LinearSpec
 
@@ -72,7 +76,7 @@ def forecast(opened: Opened, recipe: Recipe, budget: Budget) -> Forecast:
         bits_per_weight=spent / max(weights, 1),
         file_bits_per_weight=output * 8 / opened.trace.parameters,
         peak_memory_bytes=_peak_memory(opened, recipe, hidden),
-        disk_bytes=output + 2 * hidden,
+        disk_bytes=output + 2 * hidden * _models(recipe),
         hidden_bytes=hidden,
     )
 
@@ -96,6 +100,12 @@ def _hidden_bytes(opened: Opened, recipe: Recipe) -> int:
     return recipe.calibration.samples * length * width * FLOAT_BYTES
 
 
+def _models(recipe: Recipe) -> int:
+    """How many models run side by side while blocks are quantized: one, or the full-precision one as well."""
+    method = Method(find(QUANTIZERS, recipe.quantizer), recipe.quantize, torch.float32, learns=True)
+    return 2 if method.compares else 1
+
+
 def _peak_memory(opened: Opened, recipe: Recipe, hidden: int) -> int:
     """Largest block in float32 with a second copy while it is rounded, its Hessians, hidden states, the head."""
     block = max((sum(p.numel() for p in b.parameters()) for b in opened.skeleton.blocks), default=0)
@@ -108,7 +118,8 @@ def _peak_memory(opened: Opened, recipe: Recipe, hidden: int) -> int:
     stored = hidden * recipe.calibration.score_samples // recipe.calibration.samples * len(opened.trace.blocks)
     vocabulary = int(opened.skeleton.config.get_text_config().vocab_size)
     logits = recipe.calibration.batch_size * recipe.calibration.sequence_length * vocabulary * FLOAT_BYTES * 3
-    applying = block * 2 * FLOAT_BYTES + hessians * FLOAT_BYTES * 3 + hidden * 3
+    models = _models(recipe)  # hidden states, what left the attention, and the copy that is being written
+    applying = block * (1 + models) * FLOAT_BYTES + hessians * FLOAT_BYTES * 3 * models + hidden * 3 * models
     head = opened.shards.head
     if head is not None:  # copies of its weight while it is rounded, its Hessian, logits of a batch
         applying = max(applying, (head.weights * 3 + head.columns**2 * 3) * FLOAT_BYTES + hidden * 2 + logits)

@@ -222,7 +222,7 @@ def request_of(opened: Opened, recipe: Recipe, batches: Batches, model_digest: s
         "recipe": recipe.digest(),
         "calibration tokens": batches.digest,
         "budget": budget.text,
-        "algorithm": "1",
+        "algorithm": "2",
     }
 
 
