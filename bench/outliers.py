@@ -203,6 +203,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bits", type=int, default=BITS, help="of the activations")
     parser.add_argument("--norms-only", action="store_true", help="round only the activations that norms return")
+    parser.add_argument("--only", nargs="+", choices=[each[0] for each in METHODS], help="methods to measure")
     parser.add_argument("--with-first", action="store_true", help="let first tokens widen the static ranges")
     parser.add_argument("--json", type=Path, help="also write the table here")
     return parser.parse_args()
@@ -226,9 +227,10 @@ def main() -> None:
     )
     bench.reference = bench.logits(model)
     print(f"{channels} channels of norms now have outliers of {options.low:g} to {options.high:g} times their size")
-    rows += [measure(bench, *each) for each in METHODS]
+    rows += [measure(bench, *each) for each in METHODS if not options.only or each[0] in options.only]
     by_label = {row.label: row.kld for row in rows}
-    ratios = {f"repquant / {other}": by_label["repquant"] / by_label[other] for other in ("naive", "smooth")}
+    pairs = [("repquant", other) for other in ("naive", "smooth") if {"repquant", other} <= by_label.keys()]
+    ratios = {f"{one} / {other}": by_label[one] / by_label[other] for one, other in pairs}
     print("  ".join(f"{name}: {value:.4f}" for name, value in ratios.items()))
     if options.json is not None:
         document = {

@@ -4,7 +4,8 @@
 
 For each scorer: rank correlation with the measured KL of every single unit at every width (the scorer `kl`); the KL
 on held-out text of the plans at 3.5 and 3.0 bits that the exact program makes of its scores, all with the same
-quantizer, GPTQ as published; CPU seconds, the same in forward passes over the scoring text, and peak memory of a process of its own.
+quantizer, GPTQ as published; CPU seconds, the same in forward passes over the scoring text, and peak memory of a
+process of its own.
 Below the scorers: uniform widths, the paper's two-width orders, the quadratic program, and what `quantize` ships.
 """
 

@@ -113,6 +113,6 @@ def block_subject(model: Any, index: int = 0, **more: Any) -> Subject:
     handle = block.register_forward_pre_hook(before, with_kwargs=True)
     with torch.no_grad():
         for seed in (1, 2):
-            model(input_ids=tokens(seed), use_cache=False)
+            model(input_ids=tokens(seed).clamp_max(model.config.vocab_size - 1), use_cache=False)
     handle.remove()
     return Subject(block, tuple(calls), **more)

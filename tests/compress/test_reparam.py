@@ -1,6 +1,7 @@
 """The contract every reparameterization keeps: the function stays, or the family is refused with a reason."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,8 +20,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 from llmcompress.compress.rewriting.edits import BiasedNorm
-from llmcompress.compress.rewriting.work import TOLERANCE, Rewritten, Subject, working
+from llmcompress.compress.rewriting.work import TOLERANCE, Call, Rewritten, Subject, working
 from llmcompress.errors import InputError
+from llmcompress.model.skeleton import Skeleton
+from llmcompress.model.stream import BlockStream
 from llmcompress.options import ReparamOptions
 from llmcompress.plugins import available, find, summary
 
@@ -158,6 +161,26 @@ def test_experts_are_left_alone_with_a_reason() -> None:
     with pytest.raises(InputError, match="something else writes the residual"):
         apply("rotate", model, ReparamOptions())
     assert distance(logits_of(model.double()), before) < 1e-5
+
+
+def test_a_streamed_block_is_rewritten_while_the_rest_is_not_loaded(llama: Path) -> None:
+    skeleton = Skeleton.open(llama)
+    stream = BlockStream(skeleton)
+    batches = [torch.randint(3, 90, (2, 16), generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)]
+    whole = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).eval()
+    hidden, calls = stream.start(batches)
+    skeleton.free_rest()
+    for index in range(len(skeleton.blocks)):
+        block = skeleton.load_block(index)
+        inputs = [Call((each, *call[index].args), call[index].kwargs) for each, call in zip(hidden, calls, strict=True)]
+        for name in ("smooth", "equalize", "awq", "repquant"):
+            assert find(PACKAGE, name).rewrite(Subject(block, inputs), ReparamOptions()).sites
+        hidden = [call.run(block) for call in inputs]
+        skeleton.free(block)
+    skeleton.load_rest()
+    for ids, states in zip(batches, hidden, strict=True):
+        with torch.no_grad():
+            assert distance(stream.leave(ids, states), whole(input_ids=ids).logits) < 1e-5
 
 
 def test_native_says_what_plain_transformers_opens(tmp_path_factory: pytest.TempPathFactory) -> None:

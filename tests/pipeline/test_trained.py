@@ -6,9 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import program
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 SMALL = ("--set", "calibration.samples=48", "--set", "calibration.sequence_length=256")
+FEW = ("--set", "calibration.samples=8", "--set", "calibration.sequence_length=256", "--set", "plan.bits=[3]")
 
 
 def kl(run: Run, output: str, model: str | Path, *text: str | Path) -> float:
@@ -38,8 +40,42 @@ def test_gptq_earns_its_keep_on_real_models(name: str, shared: Path, run: Run) -
     assert kl(run, "gptq", model, *text) <= 0.85 * kl(run, "rtn", model, *text)
 
 
+@pytest.mark.parametrize("quantizer", ["gptq", "signround", "adaround"])
+def test_two_runs_give_equal_bytes(quantizer: str, run: Run, tmp_path: Path) -> None:
+    flags = ("--set", f"quantizer={quantizer}", "--set", "quantize.iterations=20", *FEW)
+    for name in ("one", "two"):
+        found = run("quantize", "demo", "--budget", "8bits", "-o", name, *flags)
+        assert found.returncode == 0, found.stderr
+    one, two = tmp_path / "one", tmp_path / "two"
+    names = sorted(path.name for path in one.iterdir())
+    assert names == sorted(path.name for path in two.iterdir())
+    assert all((one / name).read_bytes() == (two / name).read_bytes() for name in names if name != "README.md")
+
+
 def test_calibrating_on_text_of_the_model_itself_works(run: Run) -> None:
     flags = ("--set", "calibration.samples=6", "--set", "calibration.sequence_length=48", "--set", "plan.bits=[4]")
     found = run("quantize", "demo", "--budget", "5bits", "-o", "out", "--calibration", "self", *flags)
     assert found.returncode == 0, found.stderr
     assert run("verify", "out").returncode == 0
+
+
+@pytest.fixture(scope="module")
+def nearest(tmp_path_factory: pytest.TempPathFactory) -> float:
+    """KL divergence of the demo model rounded to nearest at 3 bits."""
+
+    def run(*words: str | Path) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(program(*words), cwd=folder, capture_output=True, text=True, timeout=240, check=False)
+
+    folder = tmp_path_factory.mktemp("nearest")
+    found = run("quantize", "demo", "--budget", "8bits", "-o", "out", "--recipe", "fast", "--set", "plan.bits=[3]")
+    assert found.returncode == 0, found.stderr
+    return kl(run, "out", "demo")
+
+
+@pytest.mark.parametrize("name", ["gptq", "signround", "adaround", "adaquant"])
+def test_eight_sequences_do_no_harm(name: str, nearest: float, run: Run) -> None:
+    """However little text there is, no method that reads it does worse on other text than rounding does."""
+    flags = ("--set", f"quantizer={name}", "--set", "quantize.iterations=60")
+    found = run("quantize", "demo", "--budget", "8bits", "-o", "out", *FEW, *flags)
+    assert found.returncode == 0, found.stderr
+    assert kl(run, "out", "demo") < nearest
