@@ -66,7 +66,10 @@ def learn_block(
     dtype: torch.dtype,
     seed: int = 0,
 ) -> tuple[dict[str, Codes], Lessons]:
-    """Learn the rounding of the linears of a block, by name. Returns the best codes seen and what they gained."""
+    """Learn the rounding of the linears of a block, by name. Returns the best codes seen and what they gained.
+
+    The lesson has at least two batches: every eighth, or the last, is held out.
+    """
     course = _Course(lesson, learned, dtype)
     best, before = course.stored(), course.loss(course.stored())
     lowest = before
@@ -89,7 +92,7 @@ class _Course:
         self.lesson, self.learned, self.dtype = lesson, learned, dtype
         places = range(len(lesson.inputs))
         self.held = [place for place in places if place % HELD_OUT == HELD_OUT - 1] or [places[-1]]
-        self.taught = [place for place in places if place not in self.held] or list(places)
+        self.taught = [place for place in places if place not in self.held]
         self.size = sum(float(lesson.outputs[p].square().mean()) for p in self.held) / len(self.held)
 
     def _forward(self, weights: Mapping[str, Tensor], place: int) -> Tensor:

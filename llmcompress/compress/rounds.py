@@ -20,6 +20,7 @@ from llmcompress.compress.targets import Targets
 from llmcompress.model.stream import BlockCall
 from llmcompress.types import BlockTrace, LinearInfo, LinearSpec, QuantizerOptions
 
+FEWEST_BATCHES = 2
 Learner = Callable[..., Learned]
 Look = tuple[Seen, dict[str, Tensor]]  # of one group: its input, and the residual term of each linear that has one
 
@@ -176,6 +177,10 @@ def _learn(method: Method, rounds: BlockRounds, rounded: list[Rounded]) -> Itera
     if method.learner is None:
         return
     streams, block, info = rounds.streams, rounds.stored.block, rounds.info
+    if len(streams.calls) < FEWEST_BATCHES:
+        note = f"{FEWEST_BATCHES} batches of calibration text are needed to learn and to hold some out: not learned"
+        yield from (replace(x, result=replace(x.result, fallbacks=(*x.result.fallbacks, note))) for x in rounded)
+        return
     outputs = [rounds.leave_full(place) for place in range(len(streams.calls))]
     lesson = Lesson(block, info, streams.stored, outputs, streams.calls)
     learned = {

@@ -131,3 +131,17 @@ def test_a_block_is_learned_only_when_it_is_to_be(name: str, llama: Path) -> Non
             assert torch.equal(weight_of(lesson.block, lesson.info, x.linear), x.result.codes.dequantize())
     assert all(torch.equal(a, b) for a, b in zip(found["good"], found["again"], strict=True))
     assert any(not torch.equal(a, b) for a, b in zip(found["trial"], found["good"], strict=True))
+
+
+def test_nothing_is_learned_without_a_batch_to_hold_out(llama: Path) -> None:
+    """One batch: the answer is that of rounding, and the report says why."""
+    lesson, streams = lesson_of(llama, batches=1)
+    specs = {linear.name: SPEC for linear in lesson.info.linears}
+    method = Method(signround, QuantizerOptions(iterations=5), torch.bfloat16, learns=True)
+    rounded = list(BlockRounds(method, lesson.block, lesson.info, specs, streams).rounded())
+    again, streams = lesson_of(llama, batches=1)
+    plain = Method(signround, QuantizerOptions(iterations=5), torch.bfloat16, learns=False)
+    expected = list(BlockRounds(plain, again.block, again.info, specs, streams).rounded())
+    for x, y in zip(rounded, expected, strict=True):
+        assert "not learned" in x.result.fallbacks[-1]
+        assert torch.equal(x.result.codes.dequantize(), y.result.codes.dequantize())

@@ -193,6 +193,17 @@ def start(folder: Path, *words: str | Path) -> "subprocess.Popen[bytes]":
     return subprocess.Popen(program(*words), cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
+@pytest.mark.parametrize("quantizer", ["gptq", "signround", "adaround"])
+def test_two_runs_give_equal_bytes(quantizer: str, llama: Path, text_file: Path, tmp_path: Path, run: Run) -> None:
+    flags = ("--set", f"quantizer={quantizer}", "--set", "quantize.iterations=20", *SMALL)
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        words = ("quantize", llama, "--budget", "3.3bits", "-o", "out", "--calibration", text_file, *flags)
+        found = run(*words, cwd=tmp_path / name)
+        assert found.returncode == 0, found.stderr
+    assert contents(tmp_path / "one" / "out") == contents(tmp_path / "two" / "out")
+
+
 def test_kill_at_random_moments_then_rerun_is_bit_identical(
     output: Path, llama: Path, text_file: Path, tmp_path: Path
 ) -> None:

@@ -10,7 +10,7 @@ from conftest import program
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 SMALL = ("--set", "calibration.samples=48", "--set", "calibration.sequence_length=256")
-FEW = ("--set", "calibration.samples=8", "--set", "calibration.sequence_length=256", "--set", "plan.bits=[3]")
+FEW = ("--set", "calibration.samples=8", "--set", "calibration.sequence_length=128", "--set", "plan.bits=[3]")
 
 
 def kl(run: Run, output: str, model: str | Path, *text: str | Path) -> float:
@@ -40,18 +40,6 @@ def test_gptq_earns_its_keep_on_real_models(name: str, shared: Path, run: Run) -
     assert kl(run, "gptq", model, *text) <= 0.85 * kl(run, "rtn", model, *text)
 
 
-@pytest.mark.parametrize("quantizer", ["gptq", "signround", "adaround"])
-def test_two_runs_give_equal_bytes(quantizer: str, run: Run, tmp_path: Path) -> None:
-    flags = ("--set", f"quantizer={quantizer}", "--set", "quantize.iterations=20", *FEW)
-    for name in ("one", "two"):
-        found = run("quantize", "demo", "--budget", "8bits", "-o", name, *flags)
-        assert found.returncode == 0, found.stderr
-    one, two = tmp_path / "one", tmp_path / "two"
-    names = sorted(path.name for path in one.iterdir())
-    assert names == sorted(path.name for path in two.iterdir())
-    assert all((one / name).read_bytes() == (two / name).read_bytes() for name in names if name != "README.md")
-
-
 def test_calibrating_on_text_of_the_model_itself_works(run: Run) -> None:
     flags = ("--set", "calibration.samples=6", "--set", "calibration.sequence_length=48", "--set", "plan.bits=[4]")
     found = run("quantize", "demo", "--budget", "5bits", "-o", "out", "--calibration", "self", *flags)
@@ -75,7 +63,7 @@ def nearest(tmp_path_factory: pytest.TempPathFactory) -> float:
 @pytest.mark.parametrize("name", ["gptq", "signround", "adaround", "adaquant"])
 def test_eight_sequences_do_no_harm(name: str, nearest: float, run: Run) -> None:
     """However little text there is, no method that reads it does worse on other text than rounding does."""
-    flags = ("--set", f"quantizer={name}", "--set", "quantize.iterations=60")
+    flags = ("--set", f"quantizer={name}", "--set", "quantize.iterations=20", "--set", "calibration.batch_size=2")
     found = run("quantize", "demo", "--budget", "8bits", "-o", "out", *FEW, *flags)
     assert found.returncode == 0, found.stderr
     assert kl(run, "out", "demo") < nearest
