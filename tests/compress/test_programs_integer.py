@@ -33,7 +33,8 @@ def instances(draw: st.DrawFn, lowest: float = 0.0) -> list[Choices]:
     for _ in range(draw(st.integers(1, 5))):
         count = draw(st.integers(1, 4))
         costs = draw(st.lists(st.integers(0, 60), min_size=count, max_size=count))
-        damages = draw(st.lists(st.floats(lowest, 10, width=32), min_size=count, max_size=count))
+        visible = st.floats(lowest, 10, width=32).map(lambda value: value if abs(value) > 1e-6 else 0.0)  # in a sum
+        damages = draw(st.lists(visible, min_size=count, max_size=count))
         units.append(Choices(tuple(costs), tuple(damages)))
     return units
 

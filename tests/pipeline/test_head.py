@@ -147,25 +147,30 @@ def test_plain_transformers_opens_it_and_agrees_with_our_codes(output: Path, tmp
     assert float(ours.std()) > 0.1
 
 
-def test_the_head_is_rounded_on_what_it_really_reads(output: Path, llama: Path) -> None:
-    """GPTQ on the head does less harm to its output than nearest rounding at the same width, on the same inputs."""
-    files = check_source(output, packed=True)
-    packed = PackedReader(CheckpointReader(files.tensors), files.config)
-    stored = packed.linear("lm_head")
-    weight = Skeleton.open(llama).reader.read("lm_head.weight").float()
-    skeleton = Skeleton.open(output, decode=PackedReader)
+def head_inputs(skeleton: Skeleton) -> torch.Tensor:
+    """What the head of a model reads on a text of its own, `(tokens, hidden)`."""
     read: list[torch.Tensor] = []
     skeleton.model.get_submodule("lm_head").register_forward_pre_hook(lambda _, args: read.append(args[0]))
     tokens = torch.randint(3, 40, (16, 32), generator=torch.Generator().manual_seed(1))
     next(iter(BlockStream(skeleton).logits([tokens])))
-    inputs = read[0].flatten(0, 1)
+    return read[0].flatten(0, 1)
+
+
+def test_the_head_is_rounded_on_what_it_really_reads(output: Path, llama: Path) -> None:
+    """On what it reads in the quantized model, the head gives the original logits better than rounding it would."""
+    files = check_source(output, packed=True)
+    packed = PackedReader(CheckpointReader(files.tensors), files.config)
+    stored = packed.linear("lm_head")
+    weight = Skeleton.open(llama).reader.read("lm_head.weight").float()
+    inputs = head_inputs(Skeleton.open(output, decode=PackedReader))
+    wanted = head_inputs(Skeleton.open(llama)) @ weight.T
     spec = LinearSpec(bits=stored.spec.bits, group_size=64)
     request = Request(weight, spec)
     (found,) = rtn.quantize([request], None, options=QuantizerOptions(), dtype=torch.bfloat16)
     nearest = found.codes.dequantize()
 
     def harm(candidate: torch.Tensor) -> float:
-        return float((inputs @ (candidate - weight).T).square().mean())
+        return float((inputs @ candidate.T - wanted).square().mean())
 
     assert 0 < harm(stored.dequantize()) < harm(nearest)
 

@@ -149,7 +149,7 @@ def test_native_checkpoints_are_ours_alone(
     out = tmp_path / "out"
     usual = (f"calibration.source={text_file}", "calibration.samples=8", "calibration.sequence_length=32")
     finished = quantized(
-        sources[name], out, "7bits", *usual, "scorer=zd", "plan.group_size=64", *changes, recipe="default"
+        sources[name], out, "7bits", *usual, "scorer=zd", "plan.group_size=64", *changes, recipe="balanced"
     )
     section = section_of(out)
     assert (section["quant_method"], section["version"]) == ("llmcompress", 1)
