@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy
 import torch
-from peers.cells import Cell, Row, best_ratios, tell
+from peers.cells import NOT_RUN, Cell, Row, best_ratios, tell
 from peers.job import count, stored
 from peers.process import Failed, environment, launch
 from peers.table import PEERS, REVISION, VARIANTS, Variant
@@ -119,7 +119,7 @@ class Bench:
             if not (row.failed and self.options.again):
                 return row
         if self.options.cached_only:
-            return Row(variant.label, variant.gptq, failed="not in the cache")
+            return Row(variant.label, variant.gptq, failed=NOT_RUN)
         prepare(self.options.venvs, [variant.peer])
         row = self._run_peer(variant, cell, digest)
         kept.write_text(json.dumps(asdict(row) | {"asked": asked}, indent=2, default=str))
@@ -286,7 +286,7 @@ def main() -> None:
             "cells": [cell.document() for cell in cells],
         }
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(document, indent=2) + "\n")
+        options.json.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,13 @@
 """A cell of the table: one width and group size, a row for everyone who ran in it."""
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+NOT_RUN = "not in the cache"
+PATHS = re.compile(r"(?:/[\w.+-]+){2,}")
 
 
 @dataclass
@@ -70,7 +74,13 @@ class Cell:
         return min(filter(KINDS[kind], rows), key=lambda row: row.kld, default=None)
 
     def document(self) -> dict[str, Any]:
-        rows = [{k: v for k, v in asdict(row).items() if k not in ("asked", "gptq", "ours")} for row in self.rows]
+        """As strict JSON: a row that failed says why, without figures or paths; one that was not run is left out."""
+        rows = []
+        for row in self.rows:
+            found = {k: v for k, v in asdict(row).items() if k not in ("asked", "gptq", "ours")}
+            if row.failed == NOT_RUN:
+                continue
+            rows.append({"label": row.label, "failed": PATHS.sub("...", row.failed)} if row.failed else found)
         return {"bits": self.bits, "group_size": self.group_size, "rows": rows}
 
 
