@@ -15,7 +15,7 @@ from llmcompress.compress.sequential import round_with_feedback
 from llmcompress.types import QuantizerOptions
 
 NEEDS_HESSIAN = True
-EDGE = 0.49  # of a step: how near to the next code a weight may begin
+EDGE = 0.25  # of a step from its code: how far a weight may begin, so that no choice is given up at once
 SCALE_SHARE = 0.2  # relative change of a scale, per unit of travel of an offset
 
 
