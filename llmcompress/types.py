@@ -4,6 +4,7 @@ Each stage file (`trace.json`, `scores.json`, `plan.json`, ...) is one of these 
 corrupted or hand-edited file is refused with the place named.
 """
 
+from collections.abc import Iterable
 from typing import Literal
 
 from pydantic import Field
@@ -32,6 +33,11 @@ class LinearInfo(Noun):
     @property
     def weights(self) -> int:
         return self.rows * self.columns
+
+    @property
+    def stem(self) -> str:
+        """What the names of its tensors begin with in a packed file."""
+        return self.tensor.removesuffix(".weight")
 
 
 class NormFeed(Noun):
@@ -257,6 +263,11 @@ class Plan(Noun):
     exchanges: tuple[Exchange, ...] = ()
     seed: int
     batch_size: int
+
+    def left_alone(self, outside: Iterable[str]) -> list[str]:
+        """Linears at the source precision, sorted: those kept, and of those `outside` the blocks what has no format."""
+        alone = {name for name in outside if self.spec_of(name) is None}
+        return sorted(alone | {kept.linear for kept in self.allocation.kept})
 
     def spec_of(self, linear: str) -> LinearSpec | None:
         """The format of one linear, None where it is kept at the source precision."""

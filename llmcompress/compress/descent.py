@@ -12,14 +12,18 @@ from llmcompress.compress.feedback import BLOCK_COLUMNS, damped
 from llmcompress.compress.grid import Codes, expand_scale, stored_scale
 
 
-def descend(weight: Tensor, codes: Codes, hessian: Tensor, *, damp: float, sweeps: int) -> Codes:
+def metric_of(hessian: Tensor, damp: float) -> Tensor:
+    """The damped Hessian with a diagonal of 1 on average, float32 `(columns, columns)`."""
+    metric = damped(hessian, damp)
+    return (metric / metric.diagonal().mean()).float()
+
+
+def descend(weight: Tensor, codes: Codes, metric: Tensor, sweeps: int) -> Codes:
     """Lower the damped proxy loss of `codes` against `weight` by passes over all columns and all groups.
 
-    weight   (rows, columns)     float32
-    hessian  (columns, columns)  mean of x x^T
+    weight  (rows, columns)     float32
+    metric  (columns, columns)  from `metric_of`, the same for all weights that read one input
     """
-    metric = damped(hessian, damp)
-    metric = (metric / metric.diagonal().mean()).float()
     state = _State(weight, codes, metric)
     for _ in range(sweeps):
         if not state.sweep_codes() + state.sweep_scales():

@@ -4,7 +4,7 @@ Columns are rounded one after the other, and each error is pushed onto the colum
 interact, so the rows of every linear that reads one input, and of every format asked for, go through one loop.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -49,20 +49,26 @@ def damped(hessian: Tensor, damp: float) -> Tensor:
     return full + torch.eye(len(full), dtype=full.dtype, device=full.device) * (damp * full.diagonal().mean())
 
 
+def dampings(hessian: Tensor, damp: float) -> Iterator[tuple[float, Tensor]]:
+    """The damping and the damped Hessian, then again with ten times as much, for as often as it is worth trying."""
+    for _ in range(DAMP_RETRIES + 1):
+        yield damp, damped(hessian, damp)
+        damp *= 10
+
+
 def inverse_factor(hessian: Tensor, order: Tensor, damp: float) -> tuple[Factor | None, tuple[str, ...]]:
     """Factorise the damped inverse; tenfold more damping up to three times where it is singular.
 
     Returns None for a Hessian that cannot be factorised, and the notes to record.
     """
-    for attempt in range(DAMP_RETRIES + 1):
-        lower, failed = torch.linalg.cholesky_ex(damped(hessian, damp)[order][:, order])
+    for attempt, (tried, full) in enumerate(dampings(hessian, damp)):
+        lower, failed = torch.linalg.cholesky_ex(full[order][:, order])
         if not int(failed):
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
         if not int(failed):
-            notes = () if attempt == 0 else (f"singular Hessian: damping raised to {damp:g}",)
+            notes = () if attempt == 0 else (f"singular Hessian: damping raised to {tried:g}",)
             return Factor(order, upper.to(torch.float32)), notes
-        damp *= 10
-    return None, (f"Hessian still singular at damping {damp / 10:g}: rounded instead",)
+    return None, (f"Hessian still singular at damping {tried:g}: rounded instead",)
 
 
 def drift_factor(drift: Tensor, factor: Factor, alpha: float) -> Tensor:
@@ -93,12 +99,12 @@ class Loop:
     pull: float = 0.0
 
 
-def round_columns(weight: Tensor, upper: Tensor, loop: Loop) -> tuple[Tensor, Tensor]:
+def round_columns(weight: Tensor, upper: Tensor, loop: Loop) -> Tensor:
     """The feedback loop, blocked twice: columns of an inner block one by one, everything further at once.
 
     weight   (rows, columns)     float32, in processing order
     upper    (columns, columns)  upper Cholesky factor of the inverse Hessian, in processing order
-    returns  (rows, columns) uint8 codes and (rows, columns) steps, both in processing order
+    returns  (rows, columns)     uint8 codes, in processing order
     """
     rounds = _Rounds(weight, upper, loop)
     columns = weight.shape[1]
@@ -111,7 +117,7 @@ def round_columns(weight: Tensor, upper: Tensor, loop: Loop) -> tuple[Tensor, Te
                 rounds.column(column, end)
             rounds.push(inner, end, stop)
         rounds.push(start, stop, columns)
-    return rounds.codes.T, rounds.steps.T
+    return rounds.codes.T
 
 
 class _Rounds:

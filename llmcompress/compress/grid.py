@@ -6,6 +6,7 @@ plain symmetric quantization wastes.
 """
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ ASYMMETRIC_DISTORTION = {  # the same with zero-points and scales that span each
 }
 TABLE_DISTORTION = {"nf4": 0.00843, "fp4": 0.01483}
 LLOYD_MAX_DISTORTION = (0.1175, 0.03455, 0.0095, 0.0025, 0.00064, 0.000163, 0.0000412)  # at 2, 3, ... 8 bits
+TABLE_BLOCK = 64  # weights that share a scale in the layout of bitsandbytes
 SHIFT_ROWS = 1 << 22  # the clip search works on chunks of about this many weights
 
 
@@ -108,6 +110,13 @@ def round_weight(weight: Tensor, scale: Tensor, spec: LinearSpec) -> Codes:
     """Round every weight to its nearest code, with scales as stored."""
     codes = round_to_grid(weight, expand_scale(scale, weight.shape[1]), spec.bits)
     return Codes(codes.to(torch.uint8), scale, spec)
+
+
+def table_format(kind: Literal["nf4", "fp4"], bits: int, columns: int, *, double: bool) -> LinearSpec | None:
+    """The one format of a 4-bit table. Rows are whole blocks: other readers misread what runs over the end of a row."""
+    if bits != 4 or columns % TABLE_BLOCK:
+        return None
+    return LinearSpec(bits=4, group_size=TABLE_BLOCK, kind=kind, double=double)
 
 
 def table_codes(weight: Tensor, spec: LinearSpec) -> Codes:

@@ -10,10 +10,11 @@ order of columns) is worked out once for all linears of a group and for all form
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from llmcompress.compress.grid import Codes
-from llmcompress.types import LinearSpec
+from llmcompress.compress.grid import Codes, find_scale, round_weight
+from llmcompress.types import LinearSpec, QuantizerOptions
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,17 @@ class Seen:
     tokens: int = 0
     drift: Tensor | None = None
 
+    @property
+    def finite(self) -> bool:
+        """Whether the Hessian can be used at all."""
+        return bool(torch.isfinite(self.hessian).all())
+
+    @property
+    def importance(self) -> Tensor:
+        """Weight of each column's squared error in a search for scales: its mean square, 1 on average, `(columns,)`."""
+        diagonal = self.hessian.diagonal()
+        return (diagonal / diagonal.mean().clamp_min(1e-30)).clamp_min(1e-6)
+
 
 @dataclass(frozen=True)
 class Request:
@@ -45,3 +57,9 @@ class Quantized:
 
     codes: Codes
     fallbacks: tuple[str, ...] = ()
+
+
+def nearest(request: Request, options: QuantizerOptions, dtype: torch.dtype, note: str = "") -> Quantized:
+    """Symmetric integers by rounding, after a search for scales; `note` says why, if it was not asked for."""
+    scale = find_scale(request.weight, request.spec, dtype, clip=options.clip)
+    return Quantized(round_weight(request.weight, scale, request.spec), (note,) if note else ())

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from llmcompress.compress.descent import descend
+from llmcompress.compress.descent import descend, metric_of
 from llmcompress.compress.feedback import (
     BLOCK_COLUMNS,
     Factor,
@@ -19,8 +19,8 @@ from llmcompress.compress.feedback import (
     inverse_factor,
     round_columns,
 )
-from llmcompress.compress.grid import Codes, expand_scale, find_scale, round_weight
-from llmcompress.compress.rounding import Quantized, Request, Seen
+from llmcompress.compress.grid import Codes, expand_scale, find_scale
+from llmcompress.compress.rounding import Quantized, Request, Seen, nearest
 from llmcompress.types import QuantizerOptions
 
 GPTAQ_ALPHA = 0.25
@@ -35,26 +35,21 @@ def round_with_feedback(
     The scale of the Hessian does not matter. A Hessian that is not finite, or stays singular after three tenfold
     increases of the damping, falls back to rounding; both are recorded.
     """
-    if seen is None or not bool(torch.isfinite(seen.hessian).all()):
-        return [_rounded(r, options, dtype, "calibration inputs are not finite: rounded instead") for r in requests]
+    if seen is None or not seen.finite:
+        return [nearest(r, options, dtype, "calibration inputs are not finite: rounded instead") for r in requests]
     found: dict[int, Quantized] = {}
     for size in sorted({r.spec.group_size for r in requests}):
         places = [place for place, r in enumerate(requests) if r.spec.group_size == size]
         order = column_order(seen.hessian.diagonal(), options.order, size)
         factor, notes = inverse_factor(seen.hessian, order, options.damp)
         if factor is None:
-            found |= {place: _rounded(requests[place], options, dtype, notes[0]) for place in places}
+            found |= {place: nearest(requests[place], options, dtype, notes[0]) for place in places}
             continue
         work = _Work(seen, factor, options, dtype)
         for batch in _batches(requests, places):
             codes = work.round([requests[place] for place in batch])
             found |= {place: Quantized(found, notes) for place, found in zip(batch, codes, strict=True)}
     return [found[place] for place in range(len(requests))]
-
-
-def _rounded(request: Request, options: QuantizerOptions, dtype: torch.dtype, note: str) -> Quantized:
-    scale = find_scale(request.weight, request.spec, dtype, clip=options.clip)
-    return Quantized(round_weight(request.weight, scale, request.spec), (note,))
 
 
 def _batches(requests: Sequence[Request], places: Sequence[int]) -> list[list[int]]:
@@ -74,9 +69,9 @@ class _Work:
     """One input and its factor; rounds any number of weights that read it."""
 
     def __init__(self, seen: Seen, factor: Factor, options: QuantizerOptions, dtype: torch.dtype) -> None:
-        self.seen, self.factor, self.options, self.dtype = seen, factor, options, dtype
-        diagonal = seen.hessian.diagonal()
-        self.importance = (diagonal / diagonal.mean().clamp_min(1e-30)).clamp_min(1e-6)
+        self.factor, self.options, self.dtype = factor, options, dtype
+        self.importance = seen.importance
+        self.metric = metric_of(seen.hessian, options.damp) if options.sweeps else None
         self.extra = None
         if seen.drift is not None and options.target == "gptaq":
             self.extra = drift_factor(seen.drift, factor, options.alpha or GPTAQ_ALPHA)
@@ -95,17 +90,15 @@ class _Work:
             pull=self.options.pull,
         )
         weights = torch.cat([r.weight for r in requests])
-        codes, _ = round_columns(weights[:, order], self.factor.upper, loop)
+        codes = round_columns(weights[:, order], self.factor.upper, loop)
         restored = torch.empty_like(codes, memory_format=torch.contiguous_format)
         restored[:, order] = codes
         parts = torch.split(restored, [len(r.weight) for r in requests])
         found = [Codes(part, scale, r.spec) for part, scale, r in zip(parts, chooser.scales, requests, strict=True)]
-        if not self.options.sweeps:
+        if self.metric is None:
             return found
-        return [
-            descend(r.weight, codes, self.seen.hessian, damp=self.options.damp, sweeps=self.options.sweeps)
-            for r, codes in zip(requests, found, strict=True)
-        ]
+        pairs = zip(requests, found, strict=True)
+        return [descend(r.weight, codes, self.metric, self.options.sweeps) for r, codes in pairs]
 
 
 class _Chooser:

@@ -10,7 +10,7 @@ to a stream `r` that carries errors of its own, `E (r' - r) x^T` joins `W C` (Lo
 import torch
 from torch import Tensor
 
-from llmcompress.compress.feedback import DAMP_RETRIES, damped
+from llmcompress.compress.feedback import dampings
 from llmcompress.compress.rounding import Seen
 
 PLENTY, ENOUGH = 30, 8  # tokens per column
@@ -30,14 +30,13 @@ class Targets:
         self.seen = seen
         self.alpha = alpha_for(seen.tokens, len(seen.hessian)) if alpha is None else alpha
         self._lower: Tensor | None = None
-        if seen.drift is None or not self.alpha or not bool(torch.isfinite(seen.hessian).all()):
+        if seen.drift is None or not self.alpha or not seen.finite:
             return
-        for _ in range(DAMP_RETRIES + 1):
-            lower, failed = torch.linalg.cholesky_ex(damped(seen.hessian, damp))
+        for _, full in dampings(seen.hessian, damp):
+            lower, failed = torch.linalg.cholesky_ex(full)
             if not int(failed):
                 self._lower = lower
                 return
-            damp *= 10
 
     def of(self, weight: Tensor, residual: Tensor | None = None) -> Tensor:
         """`W + alpha (W C + R) H^-1`, float32; the weight itself where there is nothing to correct.

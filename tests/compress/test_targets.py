@@ -9,7 +9,7 @@ import transformers
 from conftest import llama_config, save_model
 from torch import Tensor
 
-from llmcompress.compress.descent import descend
+from llmcompress.compress.descent import descend, metric_of
 from llmcompress.compress.feedback import Factor, damped, drift_factor, inverse_factor
 from llmcompress.compress.grid import Codes, find_scale, proxy_loss, round_weight
 from llmcompress.compress.measuring import MeasureJob, Text
@@ -116,7 +116,7 @@ def test_descent_never_raises_the_loss_and_ends_where_nothing_helps(bits: int) -
     metric = damped(hessian, 0.01).float()
     losses = [proxy_loss(weight, codes.dequantize(), metric)]
     for sweeps in (1, 2, 50):
-        found = descend(weight, codes, hessian, damp=0.01, sweeps=sweeps)
+        found = descend(weight, codes, metric_of(hessian, 0.01), sweeps)
         losses.append(proxy_loss(weight, found.dequantize(), metric))
     assert losses == sorted(losses, reverse=True)
     assert losses[1] < 0.95 * losses[0]

@@ -25,19 +25,14 @@ def holds(specs: Collection[LinearSpec]) -> bool:
     return len(specs) == 1 and all(spec.kind in FOUR_BIT for spec in specs)
 
 
-def stem(linear: LinearInfo) -> str:
-    """What the tensor names of one linear begin with in the file."""
-    return linear.tensor.removesuffix(".weight")
-
-
 def packed_tensors(linear: LinearInfo, codes: Codes) -> dict[str, Tensor]:
     """The tensors that replace the weight of one linear."""
-    return stored.tensors_of(stem(linear), codes)
+    return stored.tensors_of(linear.stem, codes)
 
 
 def packed_layout(linear: LinearInfo, spec: LinearSpec, scale_dtype: str) -> stored.Layout:
     """Dtype and shape of those tensors, without making them."""
-    return stored.layout_of(stem(linear), spec, (linear.rows, linear.columns), scale_dtype)
+    return stored.layout_of(linear.stem, spec, (linear.rows, linear.columns), scale_dtype)
 
 
 def config_document(
@@ -45,7 +40,6 @@ def config_document(
 ) -> dict[str, Any]:
     """The config.json of the output: the source's, with the quantization section added."""
     spec = plan.allocation.assigned[0].spec
-    alone = {name for name in heads if plan.spec_of(name) is None}
     section = {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
@@ -54,7 +48,7 @@ def config_document(
         "bnb_4bit_use_double_quant": spec.double,
         "bnb_4bit_compute_dtype": source.get("dtype") or source.get("torch_dtype") or "float32",
         "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": sorted(alone | {kept.linear for kept in plan.allocation.kept}),
+        "llm_int8_skip_modules": plan.left_alone(heads),
     }
     return {**source, "quantization_config": section}
 

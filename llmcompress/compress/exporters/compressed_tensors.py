@@ -26,11 +26,6 @@ def holds(specs: Collection[LinearSpec]) -> bool:
     return all(spec.kind == "int" and not spec.high_share for spec in specs)
 
 
-def stem(linear: LinearInfo) -> str:
-    """What the tensor names of one linear begin with in the file."""
-    return linear.tensor.removesuffix(".weight")
-
-
 def _guard(linear: LinearInfo, dtype: str) -> stored.Layout:
     """An empty tensor under the old name of a Conv1D's weight.
 
@@ -43,13 +38,13 @@ def _guard(linear: LinearInfo, dtype: str) -> stored.Layout:
 def packed_tensors(linear: LinearInfo, codes: Codes) -> dict[str, Tensor]:
     """The tensors that replace the weight of one linear."""
     guard = {name: torch.empty(shape, dtype=codes.scale.dtype) for name, (_, shape) in _guard(linear, "").items()}
-    return guard | stored.tensors_of(stem(linear), codes)
+    return guard | stored.tensors_of(linear.stem, codes)
 
 
 def packed_layout(linear: LinearInfo, spec: LinearSpec, scale_dtype: str) -> stored.Layout:
     """Dtype and shape of those tensors, without making them; `scale_dtype` is `BF16` or `F16`."""
     size = (linear.rows, linear.columns)
-    return _guard(linear, scale_dtype) | stored.layout_of(stem(linear), spec, size, scale_dtype)
+    return _guard(linear, scale_dtype) | stored.layout_of(linear.stem, spec, size, scale_dtype)
 
 
 def _targets(plan: Plan, trace: ModelTrace) -> list[tuple[LinearSpec, list[str]]]:
@@ -82,13 +77,12 @@ def quantization_config(plan: Plan, trace: ModelTrace, unquantized: Iterable[str
             "output_activations": None,
             "format": "pack-quantized",
         }
-    alone = {name for name in unquantized if plan.spec_of(name) is None}
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": sorted(alone | {kept.linear for kept in plan.allocation.kept}),
+        "ignore": plan.left_alone(unquantized),
         "kv_cache_scheme": None,
     }
 

@@ -27,21 +27,16 @@ def holds(specs: Collection[LinearSpec]) -> bool:
     return True
 
 
-def stem(linear: LinearInfo) -> str:
-    """What the tensor names of one linear begin with in the file."""
-    return linear.tensor.removesuffix(".weight")
-
-
 def packed_tensors(linear: LinearInfo, codes: Codes) -> dict[str, Tensor]:
     """The tensors that replace the weight of one linear."""
-    return {linear.tensor: torch.empty(0, dtype=torch.float16)} | stored.tensors_of(stem(linear), codes)
+    return {linear.tensor: torch.empty(0, dtype=torch.float16)} | stored.tensors_of(linear.stem, codes)
 
 
 def packed_layout(linear: LinearInfo, spec: LinearSpec, scale_dtype: str) -> stored.Layout:
     """Dtype and shape of those tensors, without making them."""
     size = (linear.rows, linear.columns)
     guard: stored.Layout = {linear.tensor: ("F16", (0,))}
-    return guard | stored.layout_of(stem(linear), spec, size, scale_dtype)
+    return guard | stored.layout_of(linear.stem, spec, size, scale_dtype)
 
 
 def config_document(
@@ -57,13 +52,12 @@ def config_document(
         f"group_{place:02d}": {"targets": names, "spec": spec.model_dump(mode="json")}
         for place, (spec, names) in enumerate(targets.items())
     }
-    alone = {name for name in heads if plan.spec_of(name) is None}
     section = {
         "quant_method": "llmcompress",
         "version": VERSION,
         "how_to_open": HOW,
         "groups": groups,
-        "ignore": sorted(alone | {kept.linear for kept in plan.allocation.kept}),
+        "ignore": plan.left_alone(heads),
     }
     return {**source, "quantization_config": section}
 

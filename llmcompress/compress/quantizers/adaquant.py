@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.compress.grid import Codes, expand_scale, find_scale, round_weight, stored_scale
-from llmcompress.compress.rounding import Quantized, Request, Seen
+from llmcompress.compress.rounding import Quantized, Request, Seen, nearest
 from llmcompress.types import LinearSpec, QuantizerOptions
 
 NEEDS_HESSIAN = True
@@ -27,20 +27,18 @@ def quantize(
 
     Never a larger damped proxy loss than rounding. A Hessian that is not finite falls back to rounding, recorded.
     """
+    if seen is None or not seen.finite:
+        return [nearest(r, options, dtype, "calibration inputs are not finite: rounded instead") for r in requests]
     return [_quantize(r.weight, r.spec, seen, options=options, dtype=dtype) for r in requests]
 
 
 def _quantize(
-    weight: Tensor, spec: LinearSpec, seen: Seen | None, *, options: QuantizerOptions, dtype: torch.dtype
+    weight: Tensor, spec: LinearSpec, seen: Seen, *, options: QuantizerOptions, dtype: torch.dtype
 ) -> Quantized:
-    if seen is None or not bool(torch.isfinite(seen.hessian).all()):
-        scale = find_scale(weight, spec, dtype, clip=options.clip)
-        return Quantized(round_weight(weight, scale, spec), ("calibration inputs are not finite: rounded instead",))
     hessian = seen.hessian
-    diagonal = hessian.diagonal()
-    mean = diagonal.mean().clamp_min(1e-30)
+    mean = hessian.diagonal().mean().clamp_min(1e-30)
     metric = (hessian / mean).float() + options.damp * torch.eye(len(hessian), device=hessian.device)
-    scale = find_scale(weight, spec, dtype, clip=options.clip, importance=(diagonal / mean).clamp_min(1e-6))
+    scale = find_scale(weight, spec, dtype, clip=options.clip, importance=seen.importance)
     best = round_weight(weight, scale, spec)
     lowest = _losses(weight, best.dequantize(), metric)
     codes, scales = best.codes.clone(), best.scale.clone()

@@ -8,19 +8,16 @@ from collections.abc import Sequence
 
 import torch
 
-from llmcompress.compress.grid import table_codes
+from llmcompress.compress.grid import table_codes, table_format
 from llmcompress.compress.rounding import Quantized, Request, Seen
 from llmcompress.types import LinearSpec, QuantizerOptions
 
 NEEDS_HESSIAN = False
-BLOCK = 64
 
 
 def formats(bits: int, columns: int, *, group_size: int, options: QuantizerOptions) -> LinearSpec | None:
-    """The one format there is. Rows are whole blocks: other readers misread what runs over the end of a row."""
-    if bits != 4 or columns % BLOCK:
-        return None
-    return LinearSpec(bits=4, group_size=BLOCK, kind="nf4", double=options.double)
+    """Blocks of 64 weights at 4 bits; nothing else."""
+    return table_format("nf4", bits, columns, double=options.double)
 
 
 def quantize(

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from llmcompress.compress.grid import find_scale, round_weight
-from llmcompress.compress.rounding import Quantized, Request, Seen
+from llmcompress.compress.rounding import Quantized, Request, Seen, nearest
 from llmcompress.types import QuantizerOptions
 
 NEEDS_HESSIAN = False
@@ -15,7 +14,4 @@ def quantize(
     requests: Sequence[Request], seen: Seen | None, *, options: QuantizerOptions, dtype: torch.dtype
 ) -> list[Quantized]:
     """Quantize linears by rounding; `seen` is not used. `dtype` is that of the stored scales."""
-    return [
-        Quantized(round_weight(r.weight, find_scale(r.weight, r.spec, dtype, clip=options.clip), r.spec))
-        for r in requests
-    ]
+    return [nearest(r, options, dtype) for r in requests]

@@ -33,8 +33,7 @@ class _SignRound:
         self.spec, self.scale = codes.spec, codes.scale.float()
         self.half = 1 << (codes.spec.bits - 1)
         level = codes.codes.float() - self.half
-        self.wide = expand_scale(codes.scale, weight.shape[1])
-        wanted = weight / self.wide
+        wanted = weight / expand_scale(codes.scale, weight.shape[1])
         self.latent = torch.clamp(wanted, level - EDGE, level + EDGE).requires_grad_(True)
         self.factor = torch.ones_like(self.scale).requires_grad_(True)
         self.rate = options.rate or 1 / options.iterations

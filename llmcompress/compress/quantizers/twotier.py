@@ -48,14 +48,14 @@ def quantize(
     Without a finite, regular Hessian columns count by their own rounding error and there is no feedback; it is
     recorded.
     """
-    if seen is None or not bool(torch.isfinite(seen.hessian).all()):
+    if seen is None or not seen.finite:
         return [_alone(r, options, dtype, "calibration inputs are not finite: rounded instead") for r in requests]
     plain = torch.arange(len(seen.hessian), device=seen.hessian.device)
     factor, notes = inverse_factor(seen.hessian, plain, options.damp)
     if factor is None:
         return [_alone(r, options, dtype, notes[0]) for r in requests]
     inverse = factor.upper.double().square().sum(0).float()
-    return [_together(r, seen.hessian, inverse, options=options, dtype=dtype) for r in requests]
+    return [_together(r, seen, inverse, options=options, dtype=dtype) for r in requests]
 
 
 def _alone(request: Request, options: QuantizerOptions, dtype: torch.dtype, note: str) -> Quantized:
@@ -68,16 +68,14 @@ def _alone(request: Request, options: QuantizerOptions, dtype: torch.dtype, note
 
 
 def _together(
-    request: Request, hessian: Tensor, inverse: Tensor, *, options: QuantizerOptions, dtype: torch.dtype
+    request: Request, seen: Seen, inverse: Tensor, *, options: QuantizerOptions, dtype: torch.dtype
 ) -> Quantized:
     weight = request.weight
-    diagonal = hessian.diagonal()
-    importance = (diagonal / diagonal.mean().clamp_min(1e-30)).clamp_min(1e-6)
-    tiers = choose_tiers(weight, request.spec, importance=importance, inverse=inverse)
+    tiers = choose_tiers(weight, request.spec, importance=seen.importance, inverse=inverse)
     scale = tiers.find_scale(weight, dtype, clip=options.clip)
-    order = column_order(diagonal, "plain" if options.order == "plain" else "act", 1)
+    order = column_order(seen.hessian.diagonal(), "plain" if options.order == "plain" else "act", 1)
     order = torch.cat([order[~tiers.high[order]], order[tiers.high[order]]])
-    factor, notes = inverse_factor(hessian, order, options.damp)
+    factor, notes = inverse_factor(seen.hessian, order, options.damp)
     if factor is None:
         return _alone(request, options, dtype, notes[0])
     wide, ordered = expand_scale(scale, weight.shape[1])[:, order], tiers.ordered(order)
