@@ -143,9 +143,9 @@ class BlockRounds:
     def leave_full(self, place: int) -> Tensor:
         """Hidden states of batch `place` leaving the full-precision block."""
         found = self.leaving[place]
-        if found is None and self.streams.full is not None:
-            block = self.stored.block if self.full is None else self.full.block
-            found = self.leaving[place] = call_block(block, self.streams.full[place], self.streams.calls[place])
+        if found is None and self.full is not None and self.streams.full is not None:
+            found = call_block(self.full.block, self.streams.full[place], self.streams.calls[place])
+            self.leaving[place] = found
         if found is None:
             raise ValueError("the full-precision model was not run")
         return found
