@@ -162,17 +162,22 @@ class SmoothOptions(Noun):
 class AwqOptions(Noun):
     """`ratios` tried per site; `duo` divides by the weights' own magnitudes too; `links`: v -> o and up -> down too.
 
-    `bits` and `group_size` are the format assumed where the caller brings no rounding of its own. `clip` also searches
-    limits for the weights, on `clip_tokens` tokens.
+    `bits` and `group_size` are the format assumed while searching; where not given, the middle one of the recipe's
+    widths and its group size. `clip` also searches limits for the weights, on `clip_tokens` tokens.
     """
 
     ratios: int = Field(default=20, ge=2)
     duo: bool = False
     links: bool = True
-    bits: int = Field(default=4, ge=2, le=8)
-    group_size: int = Field(default=128, ge=1)
+    bits: int | None = Field(default=None, ge=2, le=8)
+    group_size: int | None = Field(default=None, ge=1)
     clip: bool = False
     clip_tokens: int = Field(default=512, ge=1)
+
+    @property
+    def assumed(self) -> tuple[int, int]:
+        """Width and group size of the assumed format."""
+        return self.bits or 4, self.group_size or 128
 
 
 class EqualizeOptions(Noun):
@@ -182,9 +187,9 @@ class EqualizeOptions(Noun):
 
 
 class RmsnormOptions(Noun):
-    """`replace` LayerNorms by RMSNorms, or `keep` them, without a gain, where the model's own class must hold them."""
+    """`keep` LayerNorms, without a gain, which the model's own class holds, or `replace` them by RMSNorms."""
 
-    norms: Literal["replace", "keep"] = "replace"
+    norms: Literal["replace", "keep"] = "keep"
 
 
 class RotateOptions(Noun):
@@ -217,3 +222,9 @@ class ReparamOptions(Noun):
     equalize: EqualizeOptions = EqualizeOptions()
     rmsnorm: RmsnormOptions = RmsnormOptions()
     rotate: RotateOptions = RotateOptions()
+
+
+class RewriteOptions(ReparamOptions):
+    """Rewrites that keep the model's function, done before it is scored: `methods` by name, in order."""
+
+    methods: tuple[str, ...] = ()

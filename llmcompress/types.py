@@ -295,3 +295,29 @@ class BlockOutcome(Noun):
     fallbacks: tuple[Fallback, ...]
     seconds: float
     resumed: bool = False
+
+
+class RewriteOutcome(Noun):
+    """What one rewrite did, to a block or to the whole model (`block` is None then).
+
+    `difference` is the largest relative difference of its output in float64; `notes` are for whoever saves the model.
+    """
+
+    method: str
+    block: int | None
+    sites: int
+    fallbacks: tuple[Fallback, ...] = ()
+    difference: float
+    notes: tuple[str, ...] = ()
+
+
+class RewriteRecord(Noun):
+    """`rewriting.json`: everything that was done, and the KL (nats per token) of storing it in the source's dtype."""
+
+    outcomes: tuple[RewriteOutcome, ...]
+    storing_kld: float
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The methods, in the order they were used."""
+        return tuple(dict.fromkeys(outcome.method for outcome in self.outcomes))

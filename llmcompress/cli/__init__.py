@@ -13,12 +13,14 @@ from llmcompress.cli.judge import eval_command, verify_command
 from llmcompress.cli.look import env_command, inspect_command, list_command
 from llmcompress.cli.planning import plan_command
 from llmcompress.cli.quantize import quantize_command
+from llmcompress.cli.rewrite import rewrite_command
 from llmcompress.cli.say import tell_bug, tell_error
 from llmcompress.cli.scoring import score_command
 from llmcompress.errors import CompressError, Interrupted, MachineError
 
 COMMANDS = (
     quantize_command,
+    rewrite_command,
     score_command,
     plan_command,
     verify_command,

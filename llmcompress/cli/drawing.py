@@ -51,7 +51,6 @@ def score_figures(file: Any) -> list[Any]:
     """Pictures of a score file: sensitivity curves for each scorer, a trajectory or void map where it has one."""
     from llmcompress.pictures.page import Figure
     from llmcompress.pictures.trajectory import path_of, trajectory
-    from llmcompress.pictures.voidmap import usage_of, void_map
 
     figures: list[Any] = []
     for place, scores in enumerate(file.scores):
@@ -63,10 +62,17 @@ def score_figures(file: Any) -> list[Any]:
             figures.append(
                 Figure(f"trajectory-{word}", trajectory(scores.series, name=file.model), ["point", *path], rows)
             )
-        if usage := usage_of(scores.series):
-            svg = void_map(scores.series, name=file.model)
-            figures.append(Figure(f"voids-{word}", svg, ["block", *usage], _series_rows(usage)))
+        figures += void_figures(f"voids-{word}", scores.series, file.model)
     return figures
+
+
+def void_figures(word: str, series: Any, model: str) -> list[Any]:
+    """The void map as a picture, where series hold the usage of blocks."""
+    from llmcompress.pictures.page import Figure
+    from llmcompress.pictures.voidmap import usage_of, void_map
+
+    usage = usage_of(series)
+    return [Figure(word, void_map(series, name=model), ["block", *usage], _series_rows(usage))] if usage else []
 
 
 def _series_rows(series: Any) -> list[list[str]]:

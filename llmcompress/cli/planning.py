@@ -157,6 +157,8 @@ def _from_model(model: str, budget: Any, flags: dict[str, Any], frontier: bool, 
     whole_file = budget.kind in ("file", "bytes")
     opened = pipeline.open_model(source, recipe, pick_device(flags["device"]), whole_file=whole_file)
     batches = pipeline.calibration(opened, recipe) if reads or frontier else pipeline.NO_DATA
+    rewritten = pipeline.rewritten(opened, recipe, batches, whole_file=whole_file)
+    opened = click.get_current_context().with_resource(rewritten)
     if given is None:
         speaker.talk(f"scoring {source.name} with {recipe.scorer} ...")
         scores = pipeline.score(opened, recipe, batches, opened.digest())

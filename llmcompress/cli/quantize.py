@@ -11,6 +11,7 @@ import click
 from llmcompress.cli.options import pick_device, read_recipe, recipe_options, speaking
 from llmcompress.cli.planning import SCORES, read_scores
 from llmcompress.cli.progress import BlockProgress
+from llmcompress.cli.rewrite import tell_rewriting
 from llmcompress.cli.say import Speaker, command_line, megabytes
 
 
@@ -102,7 +103,7 @@ def _dry_run(request: Any, speaker: Speaker) -> None:
 
 def _run(request: Any, speaker: Speaker) -> None:
     from llmcompress.compress.forecast import Forecast
-    from llmcompress.compress.run import Finished, Planned, Resumed, Warned, quantize
+    from llmcompress.compress.run import Finished, Planned, Resumed, Rewrote, Warned, quantize
     from llmcompress.types import BlockOutcome
 
     began = time.monotonic()
@@ -115,6 +116,8 @@ def _run(request: Any, speaker: Speaker) -> None:
                 case Forecast():
                     for line in _forecast_lines(event):
                         speaker.talk(line)
+                case Rewrote():
+                    tell_rewriting(event.record, speaker)
                 case Planned():
                     _tell_plan(event, speaker)
                     progress.blocks(len(event.opened.trace.blocks))

@@ -6,7 +6,7 @@ Law: advance with what was stored. The next block sees exactly the weights a rea
 import hashlib
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from safetensors.torch import load_file, save
@@ -17,6 +17,7 @@ from llmcompress.compress.grid import proxy_loss
 from llmcompress.compress.head import head_input
 from llmcompress.compress.journal import CommitRecord, Journal
 from llmcompress.compress.output import specs_of
+from llmcompress.compress.rewriting.hints import Hints
 from llmcompress.compress.rounds import BlockRounds, Method, Rounded, Streams, round_head
 from llmcompress.compress.shards import ShardMap, write_shard
 from llmcompress.files import commit_bytes
@@ -43,12 +44,13 @@ class ApplyJob:
     shards: ShardMap
     batches: list[Tensor]
     probe: Tensor
+    hints: Hints = field(default_factory=Hints)
 
     @property
     def method(self) -> Method:
         """How the plan rounds."""
         dtype = TORCH_DTYPES[self.shards.scale_dtype]
-        return Method(find(QUANTIZERS, self.plan.quantizer), self.plan.options, dtype, learns=True)
+        return Method(find(QUANTIZERS, self.plan.quantizer), self.plan.options, dtype, learns=True, hints=self.hints)
 
     @property
     def parts(self) -> tuple[BlockTrace | LinearInfo, ...]:

@@ -8,6 +8,7 @@ import torch
 
 from llmcompress.compress.allocate.budget import Budget
 from llmcompress.compress.pipeline import QUANTIZERS, Opened
+from llmcompress.compress.rewrite import check_methods
 from llmcompress.compress.rounds import Method
 from llmcompress.errors import InputError, MachineError
 from llmcompress.plugins import find
@@ -15,6 +16,7 @@ from llmcompress.recipes import Recipe
 from llmcompress.types import LinearSpec
 
 FLOAT_BYTES = 4
+REWRITING_BYTES = 24  # of a parameter: float32 before and after, float64, and that again to go back to
 BASE_BYTES = 800 << 20  # the interpreter, torch and transformers themselves
 
 
@@ -76,7 +78,7 @@ def forecast(opened: Opened, recipe: Recipe, budget: Budget) -> Forecast:
         bits_per_weight=spent / max(weights, 1),
         file_bits_per_weight=output * 8 / opened.trace.parameters,
         peak_memory_bytes=_peak_memory(opened, recipe, hidden),
-        disk_bytes=output + 2 * hidden * _models(recipe),
+        disk_bytes=output + 2 * hidden * _models(recipe) + _rewritten_bytes(opened, recipe),
         hidden_bytes=hidden,
     )
 
@@ -100,6 +102,13 @@ def _hidden_bytes(opened: Opened, recipe: Recipe) -> int:
     return recipe.calibration.samples * length * width * FLOAT_BYTES
 
 
+def _rewritten_bytes(opened: Opened, recipe: Recipe) -> int:
+    """The rewritten model on disk, for a while twice where all of it is rewritten at once."""
+    if not recipe.rewrite.methods:
+        return 0
+    return opened.source_bytes * (2 if check_methods(recipe.rewrite.methods) else 1)
+
+
 def _models(recipe: Recipe) -> int:
     """How many models run side by side while blocks are quantized: one, or the full-precision one as well."""
     method = Method(find(QUANTIZERS, recipe.quantizer), recipe.quantize, torch.float32, learns=True)
@@ -120,10 +129,15 @@ def _peak_memory(opened: Opened, recipe: Recipe, hidden: int) -> int:
     logits = recipe.calibration.batch_size * recipe.calibration.sequence_length * vocabulary * FLOAT_BYTES * 3
     models = _models(recipe)  # hidden states, what left the attention, and the copy that is being written
     applying = block * (1 + models) * FLOAT_BYTES + hessians * FLOAT_BYTES * 3 * models + hidden * 3 * models
+    rewriting = 0
+    if recipe.rewrite.methods:  # float64, and a copy to go back to, of the model or of a block
+        parameters = opened.trace.parameters if check_methods(recipe.rewrite.methods) else block
+        rewriting = parameters * REWRITING_BYTES + hidden
     head = opened.shards.head
     if head is not None:  # copies of its weight while it is rounded, its Hessian, logits of a batch
         applying = max(applying, (head.weights * 3 + head.columns**2 * 3) * FLOAT_BYTES + hidden * 2 + logits)
-    return BASE_BYTES + rest * FLOAT_BYTES + max(applying, block * FLOAT_BYTES + scoring + stored + logits)
+    needed = max(rest * FLOAT_BYTES + max(applying, block * FLOAT_BYTES + scoring + stored + logits), rewriting)
+    return BASE_BYTES + needed
 
 
 def check_disk(needed: Forecast, output: Path) -> None:

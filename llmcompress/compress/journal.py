@@ -123,7 +123,9 @@ class Journal:
         """Forget the unfinished run, whatever it left."""
         shutil.rmtree(self.partial, ignore_errors=True)
         for path in self.state.iterdir():
-            if path.name != "lock":
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != "lock":
                 path.unlink()
 
     def prepare(self) -> None:

@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from llmcompress.compress.rewriting.hints import Hints
 from llmcompress.compress.rounding import Request, Seen
 from llmcompress.compress.rounds import Method
 from llmcompress.model.skeleton import Skeleton
@@ -23,11 +24,12 @@ class MeasureJob:
     quantizer: ModuleType
     options: QuantizerOptions
     dtype: torch.dtype
+    hints: Hints = field(default_factory=Hints)
 
     @property
     def method(self) -> Method:
         """How this job rounds."""
-        return Method(self.quantizer, self.options, self.dtype)
+        return Method(self.quantizer, self.options, self.dtype, hints=self.hints)
 
 
 @dataclass(frozen=True)

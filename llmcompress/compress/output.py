@@ -14,7 +14,7 @@ import yaml
 from llmcompress.compress.formats import exporter_of
 from llmcompress.compress.shards import INDEX_NAME, ShardMap, index_document
 from llmcompress.files import commit_bytes, commit_json, file_digest, to_json
-from llmcompress.types import BlockOutcome, LinearSpec, ModelTrace, Noun, Plan
+from llmcompress.types import BlockOutcome, LinearSpec, ModelTrace, Noun, Plan, RewriteRecord
 
 RECORD_NAME = "llmcompress.json"
 PROGRAM_WORDS = {
@@ -77,6 +77,7 @@ class RunRecord(Noun):
     origin: Origin
     request: dict[str, str]
     recipe: dict[str, Any]
+    rewriting: RewriteRecord | None = None
     plan: Plan
     calibration_text_digest: str
     blocks: tuple[BlockOutcome, ...]
@@ -97,6 +98,7 @@ class Story:
     command: str
     environment: Mapping[str, str]
     calibration_text_digest: str
+    rewriting: RewriteRecord | None = None
 
     @property
     def exporter(self) -> ModuleType:
@@ -141,6 +143,7 @@ def write_record(folder: Path, story: Story, version: str, blocks: tuple[BlockOu
         llmcompress=version,
         origin=story.origin,
         request=dict(story.request),
+        rewriting=story.rewriting,
         recipe=dict(story.recipe),
         plan=story.plan,
         calibration_text_digest=story.calibration_text_digest,
@@ -163,7 +166,7 @@ def drop_strays(folder: Path, shards: ShardMap) -> None:
             path.unlink()
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Text of unknown origin, safe in markdown: no control characters, no markup."""
     return re.sub(r"[^\w .,:/@+-]", "_", text)
 
@@ -202,7 +205,13 @@ def _remarks(story: Story) -> list[str]:
     head, kept = story.trace.head, story.plan.allocation.kept
     spec = None if head is None else story.plan.spec_of(head.name)
     said = [] if spec is None else [f"The output head is quantized as well, to {spec.bits} bits."]
+    if story.rewriting is not None:
+        said.append(f"Before that its weights were rewritten, without changing what it computes: {_methods(story)}.")
     return [*said, f"{len(kept)} linear(s) are left at the source precision."] if kept else said
+
+
+def _methods(story: Story) -> str:
+    return ", ".join(f"`{name}`" for name in (story.rewriting.methods if story.rewriting else ()))
 
 
 def _choice(plan: Plan) -> str:
@@ -220,14 +229,14 @@ def model_card(story: Story) -> str:
     return f"""---
 {_front_matter(story)}---
 
-# {_plain(origin.name)}, {allocation.bits_per_weight:.3f} bits per weight
+# {plain(origin.name)}, {allocation.bits_per_weight:.3f} bits per weight
 
-Quantized from `{_plain(origin.name)}`{revision} by llmcompress: {_choice(plan)},
-`{plan.quantizer}` rounding, calibrated on {_plain(plan.calibration)}.
+Quantized from `{plain(origin.name)}`{revision} by llmcompress: {_choice(plan)},
+`{plan.quantizer}` rounding, calibrated on {plain(plan.calibration)}.
 
 | figure | value |
 |---|---|
-| budget | {_plain(allocation.budget)} |
+| budget | {plain(allocation.budget)} |
 | bits per weight, quantized linears (codes, scales, shapes) | {allocation.bits_per_weight:.4f} |
 | bits per weight, whole checkpoint | {allocation.file_bits_per_weight:.4f} |
 | weight shards | {allocation.file_bytes:,} bytes |

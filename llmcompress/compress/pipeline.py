@@ -2,8 +2,12 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import median_low
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +15,14 @@ from torch import Tensor, nn
 from llmcompress.compress.allocate.budget import Budget
 from llmcompress.compress.candidates import resolve
 from llmcompress.compress.formats import maker
+from llmcompress.compress.journal import Journal, check_output
+from llmcompress.compress.rewrite import RewriteJob, check_methods, read_rewriting, rewrite
+from llmcompress.compress.rewriting.hints import NAME as HINTS_NAME
+from llmcompress.compress.rewriting.hints import Hints
 from llmcompress.compress.scoring import SCORERS, ScoreJob, run_scorers
 from llmcompress.compress.shards import ShardMap, shard_map
-from llmcompress.model.checkpoint import TORCH_DTYPES
+from llmcompress.errors import InputError
+from llmcompress.model.checkpoint import TORCH_DTYPES, folder_bytes
 from llmcompress.model.hub import Source
 from llmcompress.model.integrity import digest_source, scan
 from llmcompress.model.preflight import check_tokenizer
@@ -22,7 +31,7 @@ from llmcompress.model.text import Batches, TextRequest, load_tokenizer, sample_
 from llmcompress.model.trace import trace
 from llmcompress.plugins import find
 from llmcompress.recipes import Recipe
-from llmcompress.types import Candidate, LayerScore, LinearSpec, ModelTrace, ScoreFile, Scores
+from llmcompress.types import Candidate, LayerScore, LinearSpec, ModelTrace, RewriteRecord, ScoreFile, Scores
 
 QUANTIZERS = "llmcompress.compress.quantizers"
 WORKING_SCORERS = ("working_point",)  # their figures depend on a base width
@@ -32,7 +41,10 @@ NO_SCORER = "none"  # in place of a scorer, where every linear has one candidate
 
 @dataclass(frozen=True)
 class Opened:
-    """A validated model, traced, with the formats its linears could get."""
+    """A validated model, traced, with the formats its linears could get.
+
+    `rewriting` says what was done to it before, if anything was, and `hints` what rounding should know of that.
+    """
 
     source: Source
     skeleton: Skeleton
@@ -41,6 +53,8 @@ class Opened:
     candidates: Mapping[str, tuple[LinearSpec, ...]]
     context_tokens: int | None
     source_bytes: int
+    rewriting: RewriteRecord | None = None
+    hints: Hints = field(default_factory=Hints)
 
     def digest(self) -> str:
         """sha256 over shard digests and config; scans the weights for NaN on the way."""
@@ -52,6 +66,7 @@ def open_model(source: Source, recipe: Recipe, device: str, *, whole_file: bool 
 
     With `whole_file` the budget counts every byte of the checkpoint, and the head may be quantized for it.
     """
+    check_methods(recipe.rewrite.methods)
     skeleton = Skeleton.open(source.path, device)
     text_config = skeleton.config.get_text_config()
     check_tokenizer(source.path, int(text_config.vocab_size))
@@ -85,7 +100,7 @@ def outside_linears(skeleton: Skeleton) -> tuple[str, ...]:
 def needs_data(recipe: Recipe) -> bool:
     """Whether a recipe's scorer or quantizer wants calibration text."""
     scorer, quantizer = find(SCORERS, recipe.scorer), find(QUANTIZERS, recipe.quantizer)
-    return bool(scorer.NEEDS_DATA or quantizer.NEEDS_HESSIAN)
+    return bool(scorer.NEEDS_DATA or quantizer.NEEDS_HESSIAN or recipe.rewrite.methods)
 
 
 def text_request(opened: Opened, recipe: Recipe) -> TextRequest:
@@ -215,6 +230,64 @@ def probe_tokens(opened: Opened, seed: int) -> Tensor:
     return torch.randint(vocabulary, (1, length), generator=generator)
 
 
+def rewrite_job(opened: Opened, recipe: Recipe, batches: Batches) -> RewriteJob:
+    """The rewrites of a recipe, on the text that scorers read."""
+    options, awq = recipe.rewrite, recipe.rewrite.awq
+    bits, group_size = awq.bits or median_low(recipe.plan.bits), awq.group_size or recipe.plan.group_size
+    return RewriteJob(
+        source=opened.source.path,
+        options=options.model_copy(update={"awq": awq.model_copy(update={"bits": bits, "group_size": group_size})}),
+        batches=score_batches(recipe, batches).split(recipe.calibration.batch_size),
+        probe=probe_tokens(opened, recipe.seed),
+        device=str(opened.skeleton.device),
+    )
+
+
+def reopen(opened: Opened, recipe: Recipe, folder: Path, *, whole_file: bool) -> Opened:
+    """The model as a rewrite left it in `folder`."""
+    source, device = replace(opened.source, path=folder), str(opened.skeleton.device)
+    found = open_model(source, recipe, device, whole_file=whole_file)
+    return replace(found, rewriting=read_rewriting(folder), hints=Hints.read(folder))
+
+
+@contextmanager
+def rewritten(opened: Opened, recipe: Recipe, batches: Batches, *, whole_file: bool = False) -> Iterator[Opened]:
+    """The model a recipe scores: as it is, or rewritten in a temporary folder."""
+    if not recipe.rewrite.methods:
+        yield opened
+        return
+    with tempfile.TemporaryDirectory(prefix="llmcompress-") as place:
+        folder = Path(place) / "rewritten"
+        for _ in rewrite(rewrite_job(opened, recipe, batches), folder):
+            pass
+        yield reopen(opened, recipe, folder, whole_file=whole_file)
+
+
+def rewrite_model(
+    source: Source, recipe: Recipe, output: Path, *, device: str, force: bool = False
+) -> tuple[RewriteRecord, int]:
+    """Write a rewritten model to `output`, which appears by one rename; returns what was done and its size in bytes.
+
+    Raises InputError, and BusyError where another run holds the output.
+    """
+    check_output(output, source.path, force)
+    opened = open_model(source, recipe, device)
+    scan(opened.skeleton.files)
+    batches, journal = calibration(opened, recipe), Journal(output)
+    with journal.locked():
+        if journal.run_file.exists():
+            raise InputError(f"an unfinished run on {output.name} is kept", "finish it, or choose another -o")
+        check_output(output, source.path, force)
+        journal.discard()
+        for _ in rewrite(rewrite_job(opened, recipe, batches), journal.partial):
+            pass
+        record = read_rewriting(journal.partial)
+        (journal.partial / HINTS_NAME).unlink()  # for rounding in the same run, and not a shard
+        size = folder_bytes(journal.partial)
+        journal.publish(force)
+    return record, size
+
+
 def request_of(opened: Opened, recipe: Recipe, batches: Batches, model_digest: str, budget: Budget) -> dict[str, str]:
     """What a run was asked, as digests: a resumed run must agree on every one."""
     return {
@@ -230,9 +303,10 @@ def score_file(source: Source, recipe: Recipe, device: str, scorers: Sequence[st
     """Open a model and score it with the recipe's scorer, or with those named. Raises InputError."""
     opened = open_model(source, recipe, device)
     names = tuple(scorers) or (recipe.scorer,)
-    wants = any(find(SCORERS, name).NEEDS_DATA for name in names)
+    wants = recipe.rewrite.methods or any(find(SCORERS, name).NEEDS_DATA for name in names)
     batches = calibration(opened, recipe) if wants else NO_DATA
-    found = score_all(opened, recipe, batches, scorers=names, model_digest=opened.digest())
+    with rewritten(opened, recipe, batches) as opened:
+        found = score_all(opened, recipe, batches, scorers=names, model_digest=opened.digest())
     specs = {name: options[0] for name, options in opened.candidates.items()}
     bits = sum(specs[x.name].storage_bits(x.rows, x.columns) for x in opened.trace.linears if x.name in specs)
     return ScoreFile(

@@ -70,6 +70,7 @@ class Planner:
             quantizer=find(QUANTIZERS, self.recipe.quantizer),
             options=self.recipe.quantize,
             dtype=TORCH_DTYPES[self.opened.shards.scale_dtype],
+            hints=self.opened.hints,
         )
 
     def split(self, rows: Tensor) -> list[Tensor]:

@@ -5,7 +5,7 @@ Shared by everything that carries a plan out, for good or on trial.
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import ModuleType
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from llmcompress.compress.learning import Learned, Lesson, learn_block
 from llmcompress.compress.observe import DriftSums, GroupWatch, groups_of, install_weight, local_name, weight_of
 from llmcompress.compress.replay import Replay, call_block
+from llmcompress.compress.rewriting.hints import Hints
 from llmcompress.compress.rounding import Quantized, Request, Seen
 from llmcompress.compress.targets import Targets
 from llmcompress.model.stream import BlockCall
@@ -27,12 +28,16 @@ Look = tuple[Seen, dict[str, Tensor]]  # of one group: its input, and the residu
 
 @dataclass(frozen=True)
 class Method:
-    """How to round: the quantizer, what it is told, the dtype of stored scales, and whether blocks are learned."""
+    """How to round: the quantizer, what it is told, the dtype of stored scales, and whether blocks are learned.
+
+    `hints` are what rewrites of the model found out for it.
+    """
 
     quantizer: ModuleType
     options: QuantizerOptions
     dtype: torch.dtype
     learns: bool = False
+    hints: Hints = field(default_factory=Hints)
 
     @property
     def compares(self) -> bool:
@@ -163,6 +168,7 @@ def _round_group(
     if look is not None:
         seen, residuals = look
         wanted, seen = aim(method.options, seen, wanted, [residuals.get(linear.name) for linear, _ in members])
+    wanted = [method.hints.clamped(linear.name, weight) for weight, (linear, _) in zip(wanted, members, strict=True)]
     requests = [Request(weight, spec) for weight, (_, spec) in zip(wanted, members, strict=True)]
     results = method.quantizer.quantize(requests, seen, options=method.options, dtype=method.dtype)
     found = []

@@ -22,11 +22,14 @@ from llmcompress.compress.pipeline import (
     open_model,
     outside_linears,
     probe_tokens,
+    reopen,
     request_of,
+    rewrite_job,
     score,
 )
 from llmcompress.compress.planning import make_plan
 from llmcompress.compress.reuse import expected, reuse
+from llmcompress.compress.rewrite import rewrite
 from llmcompress.compress.verify import Check, probe_of, read_record, require, verify
 from llmcompress.errors import InputError
 from llmcompress.files import commit_json
@@ -34,10 +37,11 @@ from llmcompress.model.checkpoint import folder_bytes
 from llmcompress.model.hub import Source
 from llmcompress.model.text import Batches
 from llmcompress.recipes import Recipe
-from llmcompress.types import BlockOutcome, Plan, ScoreFile, Scores
+from llmcompress.types import BlockOutcome, Plan, RewriteRecord, ScoreFile, Scores
 
 SCORES_NAME = "scores.json"
 PLAN_NAME = "plan.json"
+REWRITTEN = "rewritten"
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,13 @@ class Warned:
 
 
 @dataclass(frozen=True)
+class Rewrote:
+    """The model was rewritten before it is scored, in this run or the one that is gone on with."""
+
+    record: RewriteRecord
+
+
+@dataclass(frozen=True)
 class Planned:
     """The plan is made; blocks follow."""
 
@@ -88,7 +99,7 @@ class Finished:
 
 
 Stage = str
-Event = Stage | Forecast | Resumed | Warned | Planned | BlockOutcome | Finished
+Event = Stage | Forecast | Resumed | Warned | Rewrote | Planned | BlockOutcome | Finished
 
 
 def environment() -> dict[str, str]:
@@ -119,7 +130,8 @@ def quantize(request: QuantizeRequest) -> Iterator[Event]:
     yield "reading weights and text"
     digest = opened.digest()
     batches = calibration(opened, request.recipe) if needs_data(request.recipe) else NO_DATA
-    _given(request, batches, digest)
+    if not request.recipe.rewrite.methods:
+        _given(request, batches, digest)
     asked = request_of(opened, request.recipe, batches, digest, request.budget)
     with journal.locked():
         if published == asked:
@@ -129,7 +141,7 @@ def quantize(request: QuantizeRequest) -> Iterator[Event]:
             yield Finished(record.plan, checks, folder_bytes(request.output))
             return
         check_output(request.output, request.source.path, request.force)
-        yield from _locked(request, journal, opened, batches=batches, asked=asked, digest=digest)
+        yield from _locked(request, journal, opened, batches=batches, asked=asked)
 
 
 def _locked(
@@ -139,7 +151,6 @@ def _locked(
     *,
     batches: Batches,
     asked: dict[str, str],
-    digest: str,
 ) -> Iterator[Event]:
     if request.restart:
         journal.discard()
@@ -148,8 +159,13 @@ def _locked(
         journal.record_request(asked, environment())
     elif changed := journal.changed_environment(environment()):
         yield Warned(f"going on with another {', '.join(changed)}: the result may differ in its last bits")
+    if request.recipe.rewrite.methods:
+        yield f"rewriting with {', '.join(request.recipe.rewrite.methods)}"
+        opened = _rewritten(request, journal, opened, batches)
+        if opened.rewriting is not None:
+            yield Rewrote(opened.rewriting)
     yield "planning" if request.scores else f"scoring with {request.recipe.scorer} and planning"
-    plan = _plan(request, journal, opened, batches=batches, digest=digest)
+    plan = _plan(request, journal, opened, batches=batches, model=asked["model"])
     yield Planned(plan, opened)
     job = ApplyJob(
         plan=plan,
@@ -158,6 +174,7 @@ def _locked(
         shards=opened.shards,
         batches=batches.split(request.recipe.calibration.batch_size) if batches.tokens.numel() else [],
         probe=probe_tokens(opened, request.recipe.seed),
+        hints=opened.hints,
     )
     if going_on:
         yield Resumed(max(len(journal.committed()) - 1, 0), len(opened.shards.shards) - 1)
@@ -166,17 +183,31 @@ def _locked(
         outcomes.append(outcome)
         yield outcome
     yield "verifying"
-    checks = _close(request, journal, job, text_digest=batches.text_digest, outcomes=tuple(outcomes), asked=asked)
+    story = _story(request, opened, plan, text_digest=batches.text_digest, asked=asked)
+    checks = _close(request, journal, job, opened.source.path, story, outcomes=tuple(outcomes))
     size = folder_bytes(journal.partial)
     journal.publish(request.force)
     yield Finished(plan, checks, size)
 
 
-def _plan(request: QuantizeRequest, journal: Journal, opened: Opened, *, batches: Batches, digest: str) -> Plan:
-    """The plan of this run, or what its state already holds of it."""
+def _rewritten(request: QuantizeRequest, journal: Journal, opened: Opened, batches: Batches) -> Opened:
+    """The model as the recipe's rewrites leave it: a checkpoint in the state of this run, made once."""
+    folder = journal.state / REWRITTEN
+    if not folder.is_dir():
+        for _ in rewrite(rewrite_job(opened, request.recipe, batches), folder):
+            pass
+    return reopen(opened, request.recipe, folder, whole_file=request.budget.kind in ("file", "bytes"))
+
+
+def _plan(request: QuantizeRequest, journal: Journal, opened: Opened, *, batches: Batches, model: str) -> Plan:
+    """The plan of this run, or what its state already holds of it. `model` is the digest of the source."""
     stored, planned = journal.state / SCORES_NAME, journal.state / PLAN_NAME
+    digest = model if opened.rewriting is None else opened.digest()
     if planned.exists():
-        return Plan.parse(planned.read_bytes(), PLAN_NAME)
+        plan = Plan.parse(planned.read_bytes(), PLAN_NAME)
+        if plan.model_digest != digest:
+            raise InputError("the rewritten weights of the unfinished run are damaged", "pass --restart to discard it")
+        return plan
     if stored.exists():
         scores = Scores.parse(stored.read_bytes(), SCORES_NAME)
     else:
@@ -194,38 +225,43 @@ def _given(request: QuantizeRequest, batches: Batches, digest: str) -> Scores | 
     return reuse(request.scores, request.recipe.scorer, expected(request.recipe, batches, digest))
 
 
-def _close(
-    request: QuantizeRequest,
-    journal: Journal,
-    job: ApplyJob,
-    *,
-    text_digest: str,
-    outcomes: tuple[BlockOutcome, ...],
-    asked: dict[str, str],
-) -> tuple[Check, ...]:
-    """Write the small files and verify the whole directory, before anybody sees it."""
+def _story(request: QuantizeRequest, opened: Opened, plan: Plan, *, text_digest: str, asked: dict[str, str]) -> Story:
+    """What the small files will tell."""
     source = request.source
     origin = Origin(
         name=source.name,
         repository=source.repository,
         revision=source.revision,
         license=source.license,
-        model_digest=job.plan.model_digest,
+        model_digest=asked["model"],
     )
-    story = Story(
+    return Story(
         origin=origin,
         recipe=request.recipe.model_dump(mode="json"),
-        plan=job.plan,
-        trace=job.trace,
+        plan=plan,
+        trace=opened.trace,
         request=asked,
         command=request.command,
         environment=environment(),
         calibration_text_digest=text_digest,
+        rewriting=opened.rewriting,
     )
+
+
+def _close(
+    request: QuantizeRequest,
+    journal: Journal,
+    job: ApplyJob,
+    source: Path,
+    story: Story,
+    *,
+    outcomes: tuple[BlockOutcome, ...],
+) -> tuple[Check, ...]:
+    """Write the small files and verify the whole directory, before anybody sees it."""
     logits = finished_logits(job, journal)
     if not bool(torch.isfinite(logits).all()):
         raise InputError("the quantized model gives logits that are not finite", "ask for more bits")
     drop_strays(journal.partial, job.shards)
-    write_small_files(journal.partial, source.path, job.shards, story, outside_linears(job.skeleton))
+    write_small_files(journal.partial, source, job.shards, story, outside_linears(job.skeleton))
     write_record(journal.partial, story, __version__, outcomes, probe_of(job.probe, logits))
     return require(verify(journal.partial, request.device))

@@ -9,7 +9,7 @@ from pydantic import Field, ValidationError
 
 from llmcompress.errors import InputError
 from llmcompress.files import parse_yaml
-from llmcompress.options import ScorerOptions
+from llmcompress.options import RewriteOptions, ScorerOptions
 from llmcompress.plugins import nearest
 from llmcompress.types import Noun, QuantizerOptions
 
@@ -57,6 +57,7 @@ class Recipe(Noun):
     scorer: str = "fisher"
     quantizer: str = "gptq"
     calibration: CalibrationPart = CalibrationPart()
+    rewrite: RewriteOptions = RewriteOptions()
     plan: PlanPart = PlanPart()
     score: ScorerOptions = ScorerOptions()
     quantize: QuantizerOptions = QuantizerOptions()

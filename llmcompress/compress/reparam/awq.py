@@ -147,7 +147,7 @@ class _Search:
 
         magnitude, weights = inputs.abs().mean(0), None
         if self.options.duo:
-            weights = _relative_size(list(kept.values()), self.options.group_size)
+            weights = _relative_size(list(kept.values()), self.options.assumed[1])
         if link is not None:
             size = int(link.rows.max()) + 1
             magnitude = link.reduce(magnitude, size)[link.rows]
@@ -193,11 +193,11 @@ def _recorded(block: nn.Module, module: nn.Module, calls: Sequence[Call]) -> lis
 
 
 def _default_rounding(options: AwqOptions) -> Rounding:
-    """Rounding to `bits` with groups of `group_size`, or the whole row where that does not divide it."""
+    """Rounding to the assumed format, in one group per row where its groups do not divide the row."""
 
     def rounding(_: str, weight: Tensor) -> Tensor:
-        size = group_size_for(weight.shape[1], options.group_size) or weight.shape[1]
-        spec = LinearSpec(bits=options.bits, group_size=size)
+        bits, group_size = options.assumed
+        spec = LinearSpec(bits=bits, group_size=group_size_for(weight.shape[1], group_size) or weight.shape[1])
         scale = find_scale(weight.float(), spec, torch.float32, clip=False)
         return round_weight(weight.float(), scale, spec).dequantize().to(weight.dtype)
 
@@ -216,7 +216,7 @@ def _limits(subject: Subject, options: ReparamOptions, rounding: Rounding, linke
     limits = {}
     for name in names:
         weight = matrix(block.get_submodule(name))
-        size = group_size_for(weight.shape[1], options.awq.group_size) or weight.shape[1]
+        size = group_size_for(weight.shape[1], options.awq.assumed[1]) or weight.shape[1]
         found = find_limits(weight, seen[name].to(weight.dtype), partial(rounding, name), size)
         whole = _grouped(weight, size).abs().amax(-1)
         fixed = mixing.get(name, torch.zeros(len(weight), dtype=torch.bool)).to(weight.device)

@@ -1,0 +1,160 @@
+"""Rewrites with the real program: the same function from disk, which everything after them takes for its source."""
+
+import json
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SMALL, llama_config, program, save_model
+from torch import Tensor
+
+from llmcompress.compress.rewriting.clipping import ActivationQuantizer
+from llmcompress.compress.rewriting.hints import Hints
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+TEXT = ("--set", "calibration.samples=4", "--set", "calibration.sequence_length=32")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@torch.no_grad()
+def logits(folder: Path) -> Tensor:
+    from transformers import AutoModelForCausalLM
+
+    model, found = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert not any(found[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), found
+    answer: Tensor = model.eval()(torch.arange(40)[None] % 96).logits
+    return answer
+
+
+def gpt2(folder: Path) -> Path:
+    from transformers import GPT2Config
+
+    return save_model(folder, GPT2Config(vocab_size=96, n_embd=64, n_layer=2, n_head=4, n_positions=64))
+
+
+@pytest.mark.parametrize(
+    ("family", "flags"),
+    [
+        ("llama", ("--equalize", "--smooth", "--awq")),
+        ("llama", ("--repquant",)),
+        ("tied", ("--rotate", "--smooth")),
+        ("gpt2", ("--rmsnorm",)),
+        ("gpt2", ("--awq", "--repquant")),
+    ],
+)
+def test_plain_transformers_opens_a_rewritten_model_and_computes_the_same(
+    family: str, flags: tuple[str, ...], run: Run, text_file: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    if family == "gpt2":
+        gpt2(source)
+    else:
+        save_model(source, llama_config(tie_word_embeddings=family == "tied"))
+    before = contents(source)
+    found = run("rewrite", source, *flags, "-o", "out", "--calibration", text_file, *TEXT, "--json")
+    assert found.returncode == 0, found.stderr
+    answer = json.loads(found.stdout)
+    assert {"--" + x["method"] for x in answer["outcomes"]} == set(flags)
+    assert all(x["difference"] < 1e-8 and x["sites"] for x in answer["outcomes"])
+    assert contents(source) == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "source"]
+    reference = logits(source)
+    assert float((logits(tmp_path / "out") - reference).abs().max() / reference.abs().max()) < 1e-5
+    after = contents(tmp_path / "out")
+    assert after["tokenizer.json"] == before["tokenizer.json"]
+    assert any(before.get(name) != data for name, data in after.items() if name.endswith(".safetensors"))
+    again = run("quantize", "out", "--budget", "4bits", "--recipe", "fast", "-o", "small")
+    assert again.returncode == 0, again.stderr
+
+
+def test_what_cannot_be_stored_or_is_unknown_is_refused(llama: Path, run: Run, text_file: Path, tmp_path: Path) -> None:
+    cases = [
+        (("--repquant", "--set", "rewrite.repquant.bias=true"), "bias"),
+        (("--rmsnorm",), "RMSNorm"),
+        (("--awq", "--set", "rewrite.awq.clip=true", "--smooth"), "name awq last"),
+        ((), "--smooth"),
+        (("--set", "rewrite.methods=[smoth]"), "did you mean smooth"),
+    ]
+    for flags, word in cases:
+        found = run("rewrite", llama, "-o", "out", "--calibration", text_file, *TEXT, *flags)
+        assert found.returncode == 2, (flags, found.stderr)
+        assert word in found.stderr
+        assert not (tmp_path / "out").exists()
+        assert not (tmp_path / "out.partial").exists()
+
+
+REWRITING = (
+    "--set",
+    "rewrite.methods=[smooth, awq]",
+    "--set",
+    "rewrite.awq.clip=true",
+    "--set",
+    "rewrite.awq.ratios=4",
+)
+
+
+def test_quantize_rewrites_first_survives_a_kill_and_says_what_it_did(
+    llama: Path, run: Run, text_file: Path, tmp_path: Path
+) -> None:
+    words = ("quantize", llama, "--budget", "3.3bits", "-o", "out", "--calibration", text_file, *SMALL, *REWRITING)
+    found = run(*words)
+    assert found.returncode == 0, found.stderr
+    assert "awq: " in found.stderr
+    expected = contents(tmp_path / "out")
+    record = json.loads(expected["llmcompress.json"])
+    assert {x["method"] for x in record["rewriting"]["outcomes"]} == {"smooth", "awq"}
+    assert "rewritten" in expected["README.md"].decode()
+    assert "hints.safetensors" not in expected
+    plain = run(*words[:-6], "-o", "plain")
+    assert plain.returncode == 0, plain.stderr
+    assert record["origin"] == json.loads((tmp_path / "plain" / "llmcompress.json").read_text())["origin"]
+    (tmp_path / "out").rename(tmp_path / "first")
+    running = subprocess.Popen(program(*words), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    state, deadline = tmp_path / ".out.llmcompress", time.monotonic() + 120
+    while not list(state.glob("commit-*.json")) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    assert (state / "rewritten").is_dir()
+    again = run(*words)
+    assert again.returncode == 0, again.stderr
+    assert contents(tmp_path / "out") == expected
+    assert not state.exists()
+
+
+def test_plan_and_score_see_the_rewritten_model(llama: Path, run: Run, text_file: Path, tmp_path: Path) -> None:
+    flags = ("--calibration", text_file, *SMALL, *REWRITING)
+    scored = run("score", llama, "-o", "scores.json", *flags)
+    assert scored.returncode == 0, scored.stderr
+    planned = run("plan", llama, "--budget", "3.3bits", "--scores", "scores.json", "--json", *flags)
+    assert planned.returncode == 0, planned.stderr
+    made = run("quantize", llama, "--budget", "3.3bits", "--scores", "scores.json", "-o", "out", *flags)
+    assert made.returncode == 0, made.stderr
+    record = json.loads((tmp_path / "out" / "llmcompress.json").read_text())
+    assert json.loads(planned.stdout)["allocation"]["assigned"] == record["plan"]["allocation"]["assigned"]
+    without = run("plan", llama, "--budget", "3.3bits", "--scores", "scores.json", *flags[:-6])
+    assert without.returncode == 2
+    assert "another model" in without.stderr
+
+
+def test_hints_come_back_and_limits_hold(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    weight, limits = torch.randn(6, 8), torch.rand(6, 2) + 0.2
+    shared = torch.tensor(0.25)
+    quantizers = {name: ActivationQuantizer(shared, torch.tensor(128.0), 8) for name in ("a", "b")}
+    Hints(quantizers, {"a": limits}).write(tmp_path)
+    found = Hints.read(tmp_path)
+    assert found.quantizers == quantizers
+    clamped = found.clamped("a", weight)
+    for row in range(6):
+        for column in range(8):
+            bound = float(limits[row, column // 4])
+            assert float(clamped[row, column]) == max(-bound, min(bound, float(weight[row, column])))
+    assert found.clamped("b", weight) is weight
