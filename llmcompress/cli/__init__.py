@@ -12,6 +12,7 @@ from llmcompress import __version__
 from llmcompress.cli.judge import eval_command, verify_command
 from llmcompress.cli.look import env_command, inspect_command, list_command
 from llmcompress.cli.planning import plan_command
+from llmcompress.cli.prune import prune_command
 from llmcompress.cli.quantize import quantize_command
 from llmcompress.cli.rewrite import rewrite_command
 from llmcompress.cli.say import tell_bug, tell_error
@@ -21,6 +22,7 @@ from llmcompress.errors import CompressError, Interrupted, MachineError
 COMMANDS = (
     quantize_command,
     rewrite_command,
+    prune_command,
     score_command,
     plan_command,
     verify_command,

@@ -110,6 +110,21 @@ class Journal:
         same = isinstance(run, dict) and isinstance(made, dict) and run.get("request") == made.get("request")
         return dict(made["request"]) if same else None
 
+    @contextmanager
+    def in_one_go(self) -> Iterator[None]:
+        """`locked`, for what is not resumed: nothing is left of it when it fails.
+
+        Raises InputError where an unfinished run has work here.
+        """
+        with self.locked():
+            if self.run_file.exists():
+                raise InputError(f"an unfinished run on {self.output.name} is kept", "finish it, or choose another -o")
+            self.discard()
+            try:
+                yield
+            finally:
+                self.clear()  # after `publish` there is nothing left to clear
+
     def record_request(self, request: dict[str, str], environment: dict[str, str]) -> None:
         """Note what was asked and on what machine, once, at the start of a new run."""
         commit_json(self.run_file, {"request": request, "environment": environment})

@@ -21,7 +21,6 @@ from llmcompress.compress.rewriting.hints import NAME as HINTS_NAME
 from llmcompress.compress.rewriting.hints import Hints
 from llmcompress.compress.scoring import SCORERS, ScoreJob, run_scorers
 from llmcompress.compress.shards import ShardMap, shard_map
-from llmcompress.errors import InputError
 from llmcompress.model.checkpoint import TORCH_DTYPES, folder_bytes
 from llmcompress.model.hub import Source
 from llmcompress.model.integrity import digest_source, scan
@@ -274,11 +273,8 @@ def rewrite_model(
     opened = open_model(source, recipe, device)
     scan(opened.skeleton.files)
     batches, journal = calibration(opened, recipe), Journal(output)
-    with journal.locked():
-        if journal.run_file.exists():
-            raise InputError(f"an unfinished run on {output.name} is kept", "finish it, or choose another -o")
+    with journal.in_one_go():
         check_output(output, source.path, force)
-        journal.discard()
         for _ in rewrite(rewrite_job(opened, recipe, batches), journal.partial):
             pass
         record = read_rewriting(journal.partial)

@@ -1,0 +1,152 @@
+"""`llmcompress prune`: find blocks that do nothing, or little, and write the model without them."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from llmcompress.cli.drawing import say_lines, say_table, terminal_bars, void_figures, write_pictures
+from llmcompress.cli.options import pick_device, read_recipe, recipe_options, speaking
+from llmcompress.cli.say import Speaker, command_line, megabytes
+from llmcompress.cli.scoring import PICTURES
+
+
+@click.command("prune")
+@click.argument("model")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Where the result goes. Without it: only look.")
+@click.option("--voids", is_flag=True, help="Rank blocks by the share of tokens they are a void for. The default.")
+@click.option("--by", metavar="SCORER", help="Rank by another score (`llmcompress list scorers`), or kl: measured.")
+@click.option("--blocks", type=click.IntRange(1), help="How many blocks to remove.")
+@click.option("--keep", type=click.FloatRange(0, 1, min_open=True), help="Share of the blocks to keep, e.g. 0.8.")
+@click.option("--max-kld", type=click.FloatRange(0), help="Remove what keeps the KL's upper 95 % bound within this.")
+@click.option("--exclude", type=int, multiple=True, help="A block that stays. Repeatable.")
+@click.option("--beam", type=click.IntRange(1), default=3, show_default=True, help="Sets of each size that are grown.")
+@click.option(
+    "--shortlist", type=click.IntRange(1), default=12, show_default=True, help="Blocks tried for each set, by rank."
+)
+@PICTURES
+@recipe_options
+@click.option("--force", is_flag=True, help="Replace an existing output, atomically, once the new one is complete.")
+@speaking
+def prune_command(model: str, speaker: Speaker, **flags: Any) -> None:
+    """Remove whole blocks of MODEL, chosen by the KL divergence that removing them together measures.
+
+    Without --blocks, --keep or --max-kld only what costs next to nothing goes (KL of at most 0.001). What is written
+    opens in plain transformers, and is compared logit for logit with the model that passes those blocks over.
+    """
+    from llmcompress.compress.prune.records import RemovalStep
+    from llmcompress.compress.prune.run import Pruned, Ranked, prune
+
+    request = _request(model, flags)
+    ranked = finished = None
+    for event in prune(request):
+        match event:
+            case str():
+                speaker.talk(f"{event} ...")
+            case Ranked():
+                ranked = event
+            case RemovalStep():
+                speaker.talk(_step_line(event))
+            case Pruned():
+                finished = event
+    if ranked is not None and not speaker.json:
+        _tell_ranking(ranked, finished, speaker)
+    if flags["pictures"] is not None and ranked is not None:
+        _draw(request.source.name, ranked, flags["pictures"], speaker)
+    _tell_result(request, finished, speaker)
+
+
+def _request(model: str, flags: dict[str, Any]) -> Any:
+    from llmcompress.errors import InputError
+    from llmcompress.model.skeleton import Skeleton
+
+    given = [name for name in ("blocks", "keep", "max_kld") if flags[name] is not None]
+    if "blocks" in given and "keep" in given:
+        raise InputError("--blocks and --keep say the same thing twice", "give one of them")
+    if flags["voids"] and flags["by"] not in (None, "voids"):
+        raise InputError(f"--voids and --by {flags['by']} are two rankings", "give one of them")
+    recipe = read_recipe(flags["recipe"], flags["changes"], flags["calibration"], flags["seed"])
+    from llmcompress.compress.prune.choose import Search
+    from llmcompress.compress.prune.run import PruneRequest
+    from llmcompress.model.hub import resolve
+
+    source, count = resolve(model), flags["blocks"]
+    if flags["keep"] is not None:
+        blocks = len(Skeleton.open(source.path).blocks)
+        count = int(blocks * (1 - flags["keep"]) + 1e-9)
+        if not count:
+            raise InputError(f"--keep {flags['keep']:g} of {blocks} blocks removes none", "keep less")
+    return PruneRequest(
+        source=source,
+        output=flags["output"],
+        recipe=recipe,
+        device=pick_device(flags["device"]),
+        command=command_line(),
+        by=flags["by"] or "voids",
+        count=count,
+        max_kld=flags["max_kld"],
+        exclude=flags["exclude"],
+        search=Search(flags["beam"], flags["shortlist"]),
+        force=flags["force"],
+    )
+
+
+def _step_line(step: Any) -> str:
+    line = f"  without {_set(step.removed)}: KL {step.kld:.5f} ± {step.standard_error:.5f}"
+    if step.rival:
+        clear = step.rival_more > 2 * step.rival_error
+        line += f"; {_set(step.rival)} {'' if clear else 'is no different: '}{step.rival_more:+.5f}"
+    return line
+
+
+def _set(blocks: tuple[int, ...]) -> str:
+    return "{" + ", ".join(map(str, blocks)) + "}"
+
+
+def _tell_ranking(ranked: Any, finished: Any, speaker: Speaker) -> None:
+    from llmcompress.pictures.terminal import void_map_lines
+    from llmcompress.pictures.voidmap import usage_of, void_words
+
+    record = finished.record
+    usage = usage_of(ranked.measured.series)
+    if usage:
+        title = "share of tokens for which a block is active"
+        say_lines(speaker, [title, *void_map_lines(usage, bars=terminal_bars(speaker)), *void_words(usage), ""])
+    order = sorted(range(len(ranked.importance)), key=lambda block: (ranked.importance[block], block))
+    rows = [
+        [
+            str(block),
+            f"{ranked.importance[block]:.4g}",
+            f"{record.single[block]:.5f}" if block in record.single else "-",
+            "removed" if block in record.removed else "",
+        ]
+        for block in order
+    ]
+    say_table(speaker, f"blocks by {record.by}, least important first", ["block", record.by, "KL without it", ""], rows)
+
+
+def _draw(name: str, ranked: Any, folder: Path, speaker: Speaker) -> None:
+    from llmcompress.errors import InputError
+
+    figures = void_figures("voids", ranked.measured.series, name)
+    if not figures:
+        raise InputError("--pictures: only voids can be drawn", "rank by voids")
+    write_pictures(folder, f"Voids of {name}", figures, speaker)
+
+
+def _tell_result(request: Any, finished: Any, speaker: Speaker) -> None:
+    record, size = finished.record, finished.directory_bytes
+    lines = [
+        f"removed     {_set(record.removed)} of {record.blocks} blocks",
+        f"KL          {record.kld:.5f} ± {record.standard_error:.5f} nats/token over {record.sequences} sequences, "
+        f"at most {record.upper:.5f} (95 %)",
+    ]
+    if size is not None:
+        lines += [
+            "verified    reopened, and its logits are those of the model with these blocks passed over",
+            f"written to  {request.output}  ({megabytes(size)})",
+            f"next        llmcompress quantize {request.output} --budget 3.5bits",
+        ]
+    else:
+        lines.append("nothing was written; give -o to write the result")
+    speaker.result({"output": request.output and request.output.name, **record.model_dump(mode="json")}, lines)

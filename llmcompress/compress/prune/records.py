@@ -1,0 +1,47 @@
+"""`pruning.json`: what was removed from a model, why, and what it measured."""
+
+from llmcompress.compress.output import Origin
+from llmcompress.types import Noun, Series
+
+
+class RemovalStep(Noun):
+    """The best set of its size, and the next best: KL in nats per token over the sequences it was chosen on.
+
+    upper                    one-sided 95 % bound of the mean
+    rival_more, rival_error  how much more the rival measures on the same sequences, and the standard error of that
+    """
+
+    removed: tuple[int, ...]
+    kld: float
+    standard_error: float
+    upper: float
+    rival: tuple[int, ...] = ()
+    rival_more: float = 0.0
+    rival_error: float = 0.0
+
+
+class PruneRecord(Noun):
+    """Everything about one pruned model. Blocks are numbered as in the original, from 0.
+
+    single      KL of removing each block alone, where it was measured
+    kld         of the final set on text that the choice did not see, with its standard error and 95 % upper bound
+    """
+
+    version: int = 1
+    llmcompress: str
+    origin: Origin
+    command: str
+    by: str
+    importance: tuple[float, ...]
+    series: tuple[Series, ...] = ()
+    single: dict[int, float]
+    steps: tuple[RemovalStep, ...]
+    removed: tuple[int, ...]
+    blocks: int
+    kld: float
+    standard_error: float
+    upper: float
+    sequences: int
+    calibration: str
+    calibration_digest: str
+    seed: int
