@@ -9,9 +9,14 @@ from typing import Literal
 
 from pydantic import Field
 
+from llmcompress.spec import INPUTS as INPUTS
+from llmcompress.spec import InputSpec as InputSpec
 from llmcompress.spec import LinearSpec as LinearSpec
 from llmcompress.spec import Noun as Noun
 
+InputsWord = Literal[
+    "none", "int8", "int8-symmetric", "int8-token", "fp8", "fp8-token", "int4", "int4-symmetric", "int4-token"
+]
 Unit = Literal["nats/token", "proxy loss", "unitless"]
 
 
@@ -199,6 +204,9 @@ class QuantizerOptions(Noun):
     of the difference is corrected; where not given, as much as the number of calibration tokens supports.
     `iterations` and `rate` are those of methods that learn; the rate is the method's own where not given.
     `true_sequential`: inputs of a linear are seen with the linears before it in its block already quantized.
+    `inputs`: what the linears of the blocks read is rounded too, to integers or float8; with one scale from calibration
+    (and for plain `int8` and `int4` a zero-point), or `-token`, a scale for each token. 8-bit weights then have one
+    scale per row. `input_clip`: ranges from calibration reach to the extremes, or to the least squared error of a grid.
     """
 
     damp: float = Field(default=0.01, gt=0, le=1)
@@ -213,6 +221,13 @@ class QuantizerOptions(Noun):
     rate: float | None = Field(default=None, gt=0)
     double: bool = True  # nf4 and fp4: scales in 8 bits
     high_share: float = Field(default=0.0625, gt=0, lt=1)  # twotier: of the columns, with two bits more
+    inputs: InputsWord = "none"
+    input_clip: Literal["none", "grid"] = "grid"
+
+    @property
+    def input_spec(self) -> InputSpec | None:
+        """The format of the inputs."""
+        return INPUTS.get(self.inputs)
 
 
 class Trial(Noun):

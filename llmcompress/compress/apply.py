@@ -185,6 +185,7 @@ def quantize_block(job: ApplyJob, chain: Chain, info: BlockTrace, journal: Journ
         outcomes.append(_outcome(rounded))
         fallbacks += [Fallback(where=linear.name, reason=note) for note in result.fallbacks]
     chain.advance(info.index, rounds)
+    rounds.close()
     job.skeleton.free(block)
     shard, digest = _write_shard(job, info.index + 1, packed, journal)
     seconds = time.monotonic() - began

@@ -21,18 +21,24 @@ Maker = Callable[[int, int], LinearSpec | None]  # of a width and a number of co
 
 
 def integers(bits: int, columns: int, *, group_size: int, options: QuantizerOptions) -> LinearSpec | None:
-    """Symmetric integers in groups of `group_size`, or the next smaller that divides `columns`; None if none does."""
+    """Symmetric integers in groups of `group_size`, or the next smaller that divides `columns`; None if none does.
+
+    Where inputs are rounded to integers, 8-bit weights have one scale per row: so integer hardware multiplies them.
+    """
+    inputs = options.input_spec
+    if inputs is not None and inputs.kind == "int" and bits == 8:
+        return LinearSpec(bits=8, group_size=columns, kind="int8")
     size = group_size_for(columns, group_size)
     return None if size is None else LinearSpec(bits=bits, group_size=size)
 
 
 def maker(quantizer: ModuleType, options: QuantizerOptions, group_size: int) -> Maker:
-    """What a quantizer makes of a linear, as a function of the width and of the linear's columns."""
+    """What a quantizer makes of a linear of the blocks, as a function of the width and of the linear's columns."""
     formats = getattr(quantizer, "formats", integers)
 
     def make(bits: int, columns: int) -> LinearSpec | None:
         found: LinearSpec | None = formats(bits, columns, group_size=group_size, options=options)
-        return found
+        return None if found is None else found.model_copy(update={"inputs": options.input_spec})
 
     return make
 

@@ -98,9 +98,11 @@ def outside_linears(skeleton: Skeleton) -> tuple[str, ...]:
 
 
 def needs_data(recipe: Recipe) -> bool:
-    """Whether a recipe's scorer or quantizer wants calibration text."""
+    """Whether a recipe's scorer, its quantizer or the ranges of inputs want calibration text."""
     scorer, quantizer = find(SCORERS, recipe.scorer), find(QUANTIZERS, recipe.quantizer)
-    return bool(scorer.NEEDS_DATA or quantizer.NEEDS_HESSIAN or recipe.rewrite.methods)
+    inputs = recipe.quantize.input_spec
+    ranges = inputs is not None and inputs.scale == "tensor"
+    return bool(scorer.NEEDS_DATA or quantizer.NEEDS_HESSIAN or recipe.rewrite.methods or ranges)
 
 
 def text_request(opened: Opened, recipe: Recipe) -> TextRequest:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 import transformers
@@ -30,6 +30,16 @@ from llmcompress.model.preflight import SourceFiles, check_source
 from llmcompress.plugins import nearest
 
 Decode = Callable[[TensorReader, Mapping[str, Any]], TensorReader]
+
+
+@runtime_checkable
+class RoundingReader(Protocol):
+    """A reader of a checkpoint some of whose linears round what they read."""
+
+    def attach(self, weight: str, module: nn.Module) -> None: ...
+
+    def detach(self, root: nn.Module) -> None: ...
+
 
 HARMLESS = re.compile(r"(attn|attention)\.(masked_)?bias$|rotary_emb\.inv_freq$|position_ids$")
 
@@ -182,6 +192,10 @@ class Skeleton:
         """Fill block `index` and return it. Raises InputError when a tensor is missing or misshapen."""
         self._fill(self.block_tensors(index))
         self._check_filled(self.blocks[index], self.block_name(index))
+        if isinstance(self.reader, RoundingReader):
+            for name in self.block_tensors(index):
+                module = self.names.module_of[name].rpartition(".")[0]
+                self.reader.attach(name, self.model.get_submodule(module))
         return self.blocks[index]
 
     def load_rest(self) -> None:
@@ -197,6 +211,8 @@ class Skeleton:
 
     def free(self, module: nn.Module) -> None:
         """Give the memory of a module's parameters back."""
+        if isinstance(self.reader, RoundingReader):
+            self.reader.detach(module)
         for part in module.modules():
             self._free_own(part)
 

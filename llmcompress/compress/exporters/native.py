@@ -29,14 +29,16 @@ def holds(specs: Collection[LinearSpec]) -> bool:
 
 def packed_tensors(linear: LinearInfo, codes: Codes) -> dict[str, Tensor]:
     """The tensors that replace the weight of one linear."""
-    return {linear.tensor: torch.empty(0, dtype=torch.float16)} | stored.tensors_of(linear.stem, codes)
+    return {linear.tensor: torch.empty(0, dtype=torch.float16)} | stored.misshapen(
+        stored.tensors_of(linear.stem, codes)
+    )
 
 
 def packed_layout(linear: LinearInfo, spec: LinearSpec, scale_dtype: str) -> stored.Layout:
     """Dtype and shape of those tensors, without making them."""
     size = (linear.rows, linear.columns)
     guard: stored.Layout = {linear.tensor: ("F16", (0,))}
-    return guard | stored.layout_of(linear.stem, spec, size, scale_dtype)
+    return guard | stored.misshapen_layout(stored.layout_of(linear.stem, spec, size, scale_dtype))
 
 
 def config_document(
