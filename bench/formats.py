@@ -1,25 +1,56 @@
 """What a format is worth: one width for every linear, each quantizer with the format it makes, no allocation.
 
     python bench/formats.py demo
+    python bench/formats.py demo --table inputs
 
-Quantizers that look at inputs aim at what the file's own layers read (`quantize.target: residual`, the default). Sizes
-differ, so read a row against the rows on both sides of it.
+The second table rounds what linears read as well. Quantizers that look at inputs aim at what the file's own layers
+read (`quantize.target: residual`, the default). Sizes differ, so read a row against the rows on both sides of it.
 """
 
 from common import arguments, measure, write
 
 ALONE = {"scorer": "zd", "plan__trials": "false", "calibration__samples": "24"}
-ROWS = (
+WEIGHTS = (
     ("gptq", "[2]", "128"), ("gptq", "[2]", "64"), ("codebook", "[2]", "128"), ("twotier", "[2]", "128"),
     ("gptq", "[3]", "128"), ("gptq", "[3]", "32"), ("twotier", "[3]", "128"), ("codebook", "[3]", "128"),
     ("rtn", "[4]", "128"), ("rtn", "[4]", "64"), ("nf4", "[4]", "64"), ("fp4", "[4]", "64"), ("hqq", "[4]", "64"),
 )  # fmt: skip
+INPUTS = (
+    ("gptq", "[8]", {}),
+    ("gptq", "[8]", {"inputs": "int8-token"}),
+    ("gptq", "[8]", {"inputs": "int8"}),
+    ("gptq", "[8]", {"inputs": "int8", "input_clip": "none"}),
+    ("gptq", "[8]", {"inputs": "int8-symmetric"}),
+    ("gptq", "[8]", {"inputs": "int8-symmetric", "input_clip": "none"}),
+    ("rtn", "[8]", {"inputs": "int8"}),
+    ("fp8", "[8]", {}),
+    ("fp8", "[8]", {"inputs": "fp8-token"}),
+    ("fp8", "[8]", {"inputs": "fp8"}),
+    ("gptq", "[4]", {}),
+    ("gptq", "[4]", {"inputs": "int8-token"}),
+    ("gptq", "[4]", {"inputs": "int8"}),
+    ("gptq", "[4]", {"inputs": "int4-token"}),
+    ("gptq", "[4]", {"inputs": "int4"}),
+)
 
 if __name__ == "__main__":
-    options = arguments(__doc__ or "")
+    options = arguments(__doc__ or "", tables=("weights", "inputs"))
+    if options.table == "weights":
+        named = [
+            (f"{name} {bits}, groups of {size}", name, bits, {"plan__group_size": size}) for name, bits, size in WEIGHTS
+        ]
+    else:
+        named = [
+            (
+                f"{name} {bits}, inputs {' '.join(said.values()) or 'as they are'}",
+                name,
+                bits,
+                {f"quantize__{key}": value for key, value in said.items()},
+            )
+            for name, bits, said in INPUTS
+        ]
     rows = [
-        measure(options, f"{name} {bits}, groups of {size}", "9bits", quantizer=name, plan__bits=bits,
-                plan__group_size=size, **ALONE)
-        for name, bits, size in ROWS
-    ]  # fmt: skip
+        measure(options, label, "9bits", quantizer=name, plan__bits=bits, **more, **ALONE)
+        for label, name, bits, more in named
+    ]
     write(options, rows, calibration_samples=24)

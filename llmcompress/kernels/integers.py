@@ -19,7 +19,7 @@ def exact_matmul(left: Tensor, right: Tensor) -> Tensor:
 
     Returns int32 `(tokens, rows)`, or int64 where the sum over so many columns may not fit.
     """
-    if left.device.type == "cpu" and left.shape[1] <= MOST_COLUMNS:
+    if left.device.type == "cpu" and 1 < left.shape[1] <= MOST_COLUMNS:  # torch 2.13 is wrong for a single column
         return torch._int_mm(left, right.T)
     # elsewhere the fast product has conditions on shapes; sums of whole numbers below 2**53 are exact in float64
     return (left.double() @ right.double().T).long()
