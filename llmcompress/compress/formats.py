@@ -48,14 +48,19 @@ def widths_of_maker(make: Maker, group_size: int) -> tuple[int, ...]:
     return tuple(bits for bits in WIDTHS if make(bits, 64 * group_size) is not None)
 
 
-def exporter_of(specs: Iterable[LinearSpec]) -> ModuleType:
-    """The layout of a checkpoint with linears of these formats: the most widely opened one that holds them all."""
-    every = frozenset(specs)
-    return next((exporter for exporter in PREFERRED if exporter.holds(every)), native)
+def exporter_of(specs: Iterable[LinearSpec], options: QuantizerOptions | None = None) -> ModuleType:
+    """The layout of a checkpoint with linears of these formats: the most widely opened one that holds them all.
+
+    What `options` say of attention has to find its place in it as well: bitsandbytes has none for keys and values, and
+    only our own layout has one for attention weights.
+    """
+    every, options = frozenset(specs), options or QuantizerOptions()
+    able = () if options.softmax != "none" else PREFERRED[:1] if options.rounds_attention else PREFERRED
+    return next((exporter for exporter in able if exporter.holds(every)), native)
 
 
 def packed_tensors(plan: Plan, linear: LinearInfo, codes: Codes) -> dict[str, Tensor]:
     """The tensors that replace the weight of one linear in the output of a plan."""
-    exporter = exporter_of(assigned.spec for assigned in plan.allocation.assigned)
+    exporter = exporter_of((assigned.spec for assigned in plan.allocation.assigned), plan.options)
     found: dict[str, Tensor] = exporter.packed_tensors(linear, codes)
     return found

@@ -103,7 +103,7 @@ class Story:
     @property
     def exporter(self) -> ModuleType:
         """The layout the plan's formats are written in."""
-        return exporter_of(specs_of(self.plan).values())
+        return exporter_of(specs_of(self.plan).values(), self.plan.options)
 
 
 def side_files(source: Path) -> list[Path]:

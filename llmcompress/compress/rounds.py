@@ -12,6 +12,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
+from llmcompress.compress.attention import round_attention
 from llmcompress.compress.learning import Learned, Lesson, learn_block
 from llmcompress.compress.observe import (
     DriftSums,
@@ -29,6 +30,7 @@ from llmcompress.compress.rounding import Quantized, Request, Seen
 from llmcompress.compress.targets import Targets
 from llmcompress.kernels.inputs import InputQuantizer
 from llmcompress.model.stream import BlockCall
+from llmcompress.runtime.attention import AttentionRounding, attention_modules, forget
 from llmcompress.runtime.inputs import attach, attach_stored, detach
 from llmcompress.types import BlockTrace, LinearInfo, LinearSpec, QuantizerOptions
 
@@ -102,17 +104,21 @@ class BlockRounds:
         self.full = Replay(copy.deepcopy(block), info) if compares else None
         self.leaving: list[Tensor | None] = [None] * len(streams.full or ())
         self.quantizers: dict[str, InputQuantizer] = {}
+        self.attention: dict[str, AttentionRounding] = {}  # by the attention's name inside the block
 
     def rounded(self) -> Iterator[Rounded]:
         """Quantize the linears that have a format, and install what a reader of the file will see."""
         known: dict[int, Look | None] = {}
         if not self.method.options.true_sequential:
+            self._round_attention()
             known = {place: self._look(place) for place in range(len(self.groups))}
         rounded: list[Rounded] = []
         for place, members in enumerate(self.groups):
             look = known[place] if place in known else self._look(place)
             pairs = [(x, self.specs[x.name]) for x in members]
             rounded += _round_group(self.method, self.stored.block, self.info, members=pairs, look=look)
+            if not self.attention:  # keys and values are read from here on
+                self._round_attention()
         if self.method.learner is not None and self.full is not None:
             rounded = list(_learn(self.method, self, rounded))
         for x in rounded:
@@ -123,6 +129,7 @@ class BlockRounds:
     def close(self) -> None:
         """Leave the block without anything that rounds inputs, for whoever loads other weights into it."""
         detach(self.stored.block)
+        forget(attention_modules(self.stored.block).values())
 
     def _round_inputs(self, group: int) -> None:
         """From here on the linears of a group read what their format makes of their inputs."""
@@ -135,6 +142,14 @@ class BlockRounds:
         for linear in members:
             self.quantizers[linear.name] = found
             attach(module_of(self.stored.block, self.info, linear), found)
+
+    def _round_attention(self) -> None:
+        """From here on the block's attention rounds what it is to."""
+        options, block, streams = self.method.options, self.stored.block, self.streams
+        if options.rounds_attention:
+            pairs = zip(streams.stored, streams.calls, strict=True)
+            runs = [partial(call_block, block, hidden, call) for hidden, call in pairs]
+            self.attention = round_attention(block, runs, options=options, dtype=self.method.dtype)
 
     def _inputs(self, group: int) -> Iterator[Tensor]:
         """What the linears of a group read in the stored model, `(tokens, columns)` of each batch."""

@@ -34,7 +34,9 @@ Decode = Callable[[TensorReader, Mapping[str, Any]], TensorReader]
 
 @runtime_checkable
 class RoundingReader(Protocol):
-    """A reader of a checkpoint some of whose linears round what they read."""
+    """A reader of a checkpoint some of whose modules round what they read."""
+
+    def prepare(self, model: nn.Module, module_of: Mapping[str, str]) -> None: ...
 
     def attach(self, weight: str, module: nn.Module) -> None: ...
 
@@ -109,6 +111,8 @@ class Skeleton:
         self.blocks_name, self.blocks = find_blocks(self.model, layers)
         self.names = self._map_names()
         self._check_complete()
+        if isinstance(reader, RoundingReader):
+            reader.prepare(self.model, self.names.module_of)
 
     @classmethod
     def open(cls, folder: Path, device: str = "cpu", *, decode: Decode | None = None) -> Self:

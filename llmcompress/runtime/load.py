@@ -102,8 +102,10 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None, device: str = "c
         if report[key]:
             raise InputError(f"{key.replace('_', ' ')}: {sorted(map(str, report[key]))[0]}", "the files are damaged")
     found: nn.Module = model.to(device).eval()
-    for name, module in found.named_modules():
-        for weight in reader.row_major:  # the file may leave a prefix of the name out
-            if f"{name}.weight" == weight or name.endswith("." + weight.removesuffix(".weight")):
-                reader.attach(weight, module)
+    parameters = dict(found.named_parameters())
+    # the file may leave a prefix of a name out
+    module_of = {n: p for n in reader.row_major for p in parameters if p == n or p.endswith("." + n)}
+    for weight, parameter in module_of.items():
+        reader.attach(weight, found.get_submodule(parameter.rpartition(".")[0]))
+    reader.prepare(found, module_of)
     return found

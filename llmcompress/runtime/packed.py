@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from llmcompress.errors import InputError
 from llmcompress.kernels import stored
 from llmcompress.kernels.codes import Codes
+from llmcompress.runtime.attention import PARTS, install, rounding_of, set_rounding
 from llmcompress.runtime.inputs import attach_stored, detach
-from llmcompress.spec import PER_ROW, LinearSpec
+from llmcompress.spec import PER_ROW, InputSpec, LinearSpec
 
 ANY_COLUMNS = 1  # group size of a format by rows whose file does not say how many columns there are
 VERSION = 1  # of our own layout
@@ -79,6 +80,8 @@ class PackedReader:
         names = base.names()
         self._present = frozenset(names)
         self._specs: dict[str, LinearSpec] = {}
+        self._cache: InputSpec | None = None
+        self._softmax_bits: int | None = None
         self._read_config(config)
         self._four_bit = {}
         for name in names:
@@ -90,7 +93,9 @@ class PackedReader:
         }
         self._by_weight = {f"{stem}.weight": stem for stem in (*stems, *self._four_bit)}
         self.row_major = frozenset(self._by_weight)
+        self._attention = {n.removesuffix(part): None for part in PARTS for n in names if n.endswith(part)}
         hidden = {part for stem in self._by_weight.values() for part in self.parts(stem)} | self.row_major
+        hidden |= {stem + part for stem in self._attention for part in PARTS}
         self._names = (*(name for name in names if name not in hidden), *self._by_weight)
 
     def _read_config(self, config: Mapping[str, Any]) -> None:
@@ -100,8 +105,14 @@ class PackedReader:
         try:
             if section.get("quant_method") == "compressed-tensors":
                 self._specs = _compressed_tensors(section)
+                cache = section.get("kv_cache_scheme")
+                self._cache = None if cache is None else InputSpec.model_validate(_inputs(cache))
             elif section.get("quant_method") == "llmcompress":
                 self._specs = _specs(section)
+                rounded = section.get("attention", {"kv_cache": None, "softmax_bits": None})
+                self._softmax_bits = None if rounded["softmax_bits"] is None else int(rounded["softmax_bits"])
+                cache = rounded["kv_cache"]
+                self._cache = None if cache is None else InputSpec.model_validate(cache)
             elif section.get("quant_method") != "bitsandbytes" or section.get("load_in_4bit") is not True:
                 method = str(section.get("quant_method"))[:40]
                 raise InputError(f"config.json: not a checkpoint this can read: {method}", GIVE)
@@ -166,6 +177,18 @@ class PackedReader:
         stem = self._by_weight.get(weight)
         if stem is not None and self.spec_of(stem).inputs is not None:
             attach_stored(module, self.linear(stem))
+
+    def prepare(self, model: nn.Module, module_of: Mapping[str, str]) -> None:
+        """Let the attention of a model round what the checkpoint says; `module_of` gives parameters by tensor name."""
+        if self._attention:
+            install(model)
+        for stem in self._attention:
+            weight = next((name for name in module_of if name.startswith(stem + ".")), None)
+            if weight is None:
+                raise InputError(f"{stem}: scales of an attention that is not there", "the files are damaged")
+            name = module_of[weight].removesuffix(weight.removeprefix(stem))
+            rounding = rounding_of(stem, self._cache, self._softmax_bits, self._base.read)
+            set_rounding(model.get_submodule(name), rounding)
 
     def detach(self, root: nn.Module) -> None:
         """Take back what `attach` did to a module and to all inside it."""

@@ -113,7 +113,7 @@ def quantization_config(plan: Plan, trace: ModelTrace, unquantized: Iterable[str
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": plan.left_alone(unquantized),
-        "kv_cache_scheme": None,
+        "kv_cache_scheme": None if plan.options.cache_spec is None else _inputs(plan.options.cache_spec),
     }
 
 

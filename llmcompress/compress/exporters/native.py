@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llmcompress.compress.grid import Codes
 from llmcompress.kernels import stored
-from llmcompress.types import LinearInfo, LinearSpec, ModelTrace, Plan
+from llmcompress.types import LinearInfo, LinearSpec, ModelTrace, Plan, QuantizerOptions
 
 TITLE = "llmcompress native, version 1"
 TAG = "llmcompress-native"
@@ -59,9 +59,17 @@ def config_document(
         "version": VERSION,
         "how_to_open": HOW,
         "groups": groups,
+        "attention": _attention(plan.options),
         "ignore": plan.left_alone(heads),
     }
     return {**source, "quantization_config": section}
+
+
+def _attention(options: QuantizerOptions) -> dict[str, Any]:
+    """What is rounded inside attention: keys and values, and how many bits attention weights have."""
+    cache = options.cache_spec
+    bits = options.softmax_bits if options.softmax != "none" else None
+    return {"kv_cache": None if cache is None else cache.model_dump(mode="json"), "softmax_bits": bits}
 
 
 def opens_with(transposed: bool) -> str:
