@@ -75,6 +75,7 @@ def test_strangers_open_rounded_inputs(layout: str, changes: tuple[str, ...], ma
 
     out = made(*changes)
     assert section_of(out)["format"] == layout
+    assert "Rounded while it runs: inputs of linears" in (out / "README.md").read_text()
     theirs, info = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     ours = llmcompress.load(out, dtype=torch.float32)
