@@ -196,13 +196,13 @@ def codes_of(stem: str, spec: LinearSpec, read: Read) -> Codes:
 
 
 def inputs_of(stem: str, spec: InputSpec | None, read: Read) -> InputQuantizer | None:
-    """What rounds the inputs of a linear. Raises InputError where a scale or zero-point is not a single one."""
+    """What rounds the inputs of a linear. Raises InputError where a scale is not a single positive number."""
     if spec is None:
         return None
     tensors = {part: read(stem + part) for part in input_parts(spec)}
     for part, tensor in tensors.items():
-        if tensor.numel() != 1 or not bool(torch.isfinite(tensor.float()).all()):
-            raise InputError(f"{stem}{part}: not one finite number", "the file is damaged")
+        if tensor.numel() != 1 or (part == INPUT_SCALE and not 0 < float(tensor) < math.inf):
+            raise InputError(f"{stem}{part}: not one number, and a scale positive", "the file is damaged")
     return InputQuantizer(spec, tensors.get(INPUT_SCALE), tensors.get(INPUT_ZERO))
 
 
