@@ -2,8 +2,9 @@
 
     python bench/formats.py demo
     python bench/formats.py demo --table inputs
+    python bench/formats.py demo --table attention
 
-The second table rounds what linears read as well. Quantizers that look at inputs aim at what the file's own layers
+The second table rounds what linears read as well, the third keys and values, or attention weights. Quantizers that look at inputs aim at what the file's own layers
 read (`quantize.target: residual`, the default). Sizes differ, so read a row against the rows on both sides of it.
 """
 
@@ -34,23 +35,12 @@ INPUTS = (
 )
 
 if __name__ == "__main__":
-    options = arguments(__doc__ or "", tables=("weights", "inputs"))
-    if options.table == "weights":
-        named = [
-            (f"{name} {bits}, groups of {size}", name, bits, {"plan__group_size": size}) for name, bits, size in WEIGHTS
-        ]
-    else:
-        named = [
-            (
-                f"{name} {bits}, inputs {' '.join(said.values()) or 'as they are'}",
-                name,
-                bits,
-                {f"quantize__{key}": value for key, value in said.items()},
-            )
-            for name, bits, said in INPUTS
-        ]
-    rows = [
-        measure(options, label, "9bits", quantizer=name, plan__bits=bits, **more, **ALONE)
-        for label, name, bits, more in named
-    ]
+    options = arguments(__doc__ or "", tables=("weights", "inputs", "attention"))
+    tables = {"weights": [(name, bits, {"plan__group_size": size}) for name, bits, size in WEIGHTS]}
+    for table, cases in (("inputs", INPUTS), ("attention", ATTENTION)):
+        tables[table] = [(name, bits, {f"quantize__{k}": v for k, v in said.items()}) for name, bits, said in cases]
+    rows = []
+    for name, bits, said in tables[options.table]:
+        label = " ".join([name, bits, *(f"{key.rpartition('__')[2]}={value}" for key, value in said.items())])
+        rows.append(measure(options, label, "9bits", quantizer=name, plan__bits=bits, **said, **ALONE))
     write(options, rows, calibration_samples=24)
