@@ -4,8 +4,9 @@
     python bench/formats.py demo --table inputs
     python bench/formats.py demo --table attention
 
-The second table rounds what linears read as well, the third keys and values, or attention weights. Quantizers that look at inputs aim at what the file's own layers
-read (`quantize.target: residual`, the default). Sizes differ, so read a row against the rows on both sides of it.
+The second table rounds what linears read as well, the third keys and values, or attention weights. Quantizers that look
+at inputs aim at what the file's own layers read (`quantize.target: residual`, the default). Sizes differ, so read a row
+against the rows on both sides of it.
 """
 
 from common import arguments, measure, write
@@ -16,6 +17,13 @@ WEIGHTS = (
     ("gptq", "[3]", "128"), ("gptq", "[3]", "32"), ("twotier", "[3]", "128"), ("codebook", "[3]", "128"),
     ("rtn", "[4]", "128"), ("rtn", "[4]", "64"), ("nf4", "[4]", "64"), ("fp4", "[4]", "64"), ("hqq", "[4]", "64"),
 )  # fmt: skip
+ATTENTION = (
+    ("gptq", "[8]", {"kv_cache": "int8"}),
+    ("gptq", "[8]", {"kv_cache": "fp8"}),
+    ("gptq", "[8]", {"softmax": "log2", "softmax_bits": "8"}),
+    ("gptq", "[8]", {"softmax": "log2", "softmax_bits": "4"}),
+    ("gptq", "[4]", {"inputs": "int4-token", "softmax": "log2"}),
+)
 INPUTS = (
     ("gptq", "[8]", {}),
     ("gptq", "[8]", {"inputs": "int8-token"}),
