@@ -139,3 +139,17 @@ def test_without_its_mask_padding_would_be_read() -> None:
     assert padding_error(model) > 1e-3
     model.set_attn_implementation(NAME)
     assert padding_error(model) < 1e-5
+
+
+def test_rounded_attention_passes_the_gradients_of_plain_attention() -> None:
+    generator = torch.Generator().manual_seed(3)
+    query, key, value = (torch.randn(1, 2, 4, 6, generator=generator, dtype=torch.float64) for _ in range(3))
+    gradients = []
+    for bits in (None, 8):
+        module, asked = torch.nn.Identity(), query.clone().requires_grad_()
+        set_rounding(module, AttentionRounding(bits=bits))
+        output, _ = rounding_attention(module, asked, key, value, None)
+        output.sum().backward()
+        gradients.append(asked.grad)
+    assert float(gradients[0].abs().max()) > 1e-2
+    assert torch.allclose(gradients[1], gradients[0], atol=1e-12)

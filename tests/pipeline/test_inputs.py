@@ -200,3 +200,15 @@ def test_the_head_reads_what_it_always_read(tmp_path: Path, text_file: Path) -> 
     ).plan
     for assigned in plan.allocation.assigned:
         assert (assigned.spec.inputs is None) == (assigned.linear == "lm_head")
+
+
+def test_rounding_is_learned_through_rounded_inputs(llama: Path, text_file: Path, tmp_path: Path) -> None:
+    changes = ("plan.bits=[3]", "quantizer=signround", "quantize.iterations=20", "calibration.batch_size=2")
+    rounded = ("quantize.inputs=int4-token", "quantize.softmax=log2")
+    for place, more in enumerate(((), rounded)):
+        out = tmp_path / f"out{place}"
+        usual = (f"calibration.source={text_file}", *SMALLER, "plan.bits=[3]", *changes, *more)
+        quantized(llama, out, "10bits", *usual, recipe="balanced")
+    plain, other = (llmcompress.load(tmp_path / f"out{place}", dtype=torch.float32) for place in range(2))
+    name = "model.layers.1.mlp.up_proj"
+    assert not torch.equal(plain.get_submodule(name).weight, other.get_submodule(name).weight)
