@@ -29,6 +29,7 @@ INPUTS = (
     ("gptq", "[8]", {"inputs": "int8-token"}),
     ("gptq", "[8]", {"inputs": "int8"}),
     ("gptq", "[8]", {"inputs": "int8", "input_clip": "none"}),
+    ("gptq", "[8]", {"inputs": "int8", "rewrite.methods": "[repquant]"}),
     ("gptq", "[8]", {"inputs": "int8-symmetric"}),
     ("gptq", "[8]", {"inputs": "int8-symmetric", "input_clip": "none"}),
     ("rtn", "[8]", {"inputs": "int8"}),
@@ -44,11 +45,13 @@ INPUTS = (
 
 if __name__ == "__main__":
     options = arguments(__doc__ or "", tables=("weights", "inputs", "attention"))
-    tables = {"weights": [(name, bits, {"plan__group_size": size}) for name, bits, size in WEIGHTS]}
+    tables = {"weights": [(name, bits, {"plan.group_size": size}) for name, bits, size in WEIGHTS]}
     for table, cases in (("inputs", INPUTS), ("attention", ATTENTION)):
-        tables[table] = [(name, bits, {f"quantize__{k}": v for k, v in said.items()}) for name, bits, said in cases]
+        tables[table] = [
+            (name, bits, {k if "." in k else f"quantize.{k}": v for k, v in said.items()}) for name, bits, said in cases
+        ]
     rows = []
     for name, bits, said in tables[options.table]:
-        label = " ".join([name, bits, *(f"{key.rpartition('__')[2]}={value}" for key, value in said.items())])
+        label = " ".join([name, bits, *(f"{key.rpartition('.')[2]}={value}" for key, value in said.items())])
         rows.append(measure(options, label, "9bits", quantizer=name, plan__bits=bits, **said, **ALONE))
     write(options, rows, calibration_samples=24)

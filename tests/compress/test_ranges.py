@@ -10,6 +10,7 @@ from torch import Tensor
 
 from llmcompress.compress.ranges import InputRanges, calibrated
 from llmcompress.compress.rewriting.clipping import ActivationQuantizer
+from llmcompress.compress.rewriting.hints import Hints
 from llmcompress.compress.rounds import BlockRounds, Method, Streams
 from llmcompress.errors import InputError
 from llmcompress.kernels.inputs import InputQuantizer
@@ -118,7 +119,7 @@ def test_a_block_is_rounded_on_rounded_inputs(llama: Path, sequential: bool) -> 
     first = info.linears[0].name
     options = QuantizerOptions(inputs="int8", target="layer", true_sequential=sequential)
     method = Method(
-        find("llmcompress.compress.quantizers", "gptq"), options, torch.bfloat16, inputs={first: settled(100)}
+        find("llmcompress.compress.quantizers", "gptq"), options, torch.bfloat16, hints=Hints({first: settled(100)})
     )
     block = skeleton.load_block(0)
     read = [block.input_layernorm(batch).flatten(0, -2) for batch in hidden]

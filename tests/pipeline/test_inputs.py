@@ -145,6 +145,20 @@ def test_ranges_are_those_of_what_the_file_reads(
         assert len(shared) == 1
 
 
+def test_a_rewrite_settles_the_ranges_of_what_norms_return(made: Callable[..., Path]) -> None:
+    out = made("plan.bits=[8]", "quantize.inputs=int8", "rewrite.methods=[repquant]")
+    tensors: dict[str, Tensor] = {}
+    for shard in out.glob("*.safetensors"):
+        tensors |= load_file(shard)
+    zeros = {name: int(tensor) for name, tensor in tensors.items() if name.endswith("input_zero_point")}
+    fed = [name for name in zeros if name.split(".")[-2] in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")]
+    assert len(fed) == 15
+    assert {zeros[name] for name in fed} == {0}  # norms without a bias are made symmetric
+    assert any(zeros[name] for name in zeros if name not in fed)
+    model = llmcompress.load(out, dtype=torch.float32)
+    assert float((logits_of(model) - probe_logits(out, TOKENS, "cpu")).abs().max()) < 1e-5
+
+
 def test_conv1d_and_mixtures_are_ours_alone(text_file: Path, tmp_path: Path, llama: Path) -> None:
     import transformers
 
