@@ -28,6 +28,9 @@ GROUPED = ("int", "asymmetric")  # the kinds whose group size is the recipe's
 
 PER_ROW = ("int8", "fp8")  # one byte for each weight and one scale for each row: what integer and float8 hardware reads
 
+InputsWord = Literal[
+    "none", "int8", "int8-symmetric", "int8-token", "fp8", "fp8-token", "int4", "int4-symmetric", "int4-token"
+]
 Kind = Literal["int", "asymmetric", "nf4", "fp4", "codebook", "int8", "fp8"]
 
 

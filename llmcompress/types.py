@@ -9,14 +9,11 @@ from typing import Literal
 
 from pydantic import Field
 
-from llmcompress.spec import INPUTS as INPUTS
+from llmcompress.spec import INPUTS, InputsWord
 from llmcompress.spec import InputSpec as InputSpec
 from llmcompress.spec import LinearSpec as LinearSpec
 from llmcompress.spec import Noun as Noun
 
-InputsWord = Literal[
-    "none", "int8", "int8-symmetric", "int8-token", "fp8", "fp8-token", "int4", "int4-symmetric", "int4-token"
-]
 Unit = Literal["nats/token", "proxy loss", "unitless"]
 
 

@@ -13,7 +13,8 @@ from llmcompress.compress.rounding import Request, Seen
 from llmcompress.compress.tables import feed_back, fit_codebooks, nearest_entries
 from llmcompress.kernels import stored
 from llmcompress.plugins import available, find
-from llmcompress.types import INPUTS, LinearSpec, QuantizerOptions
+from llmcompress.spec import INPUTS
+from llmcompress.types import LinearSpec, QuantizerOptions
 
 OTHERS = [name for name in available(PACKAGE) if hasattr(find(PACKAGE, name), "formats")]
 
