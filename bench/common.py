@@ -34,14 +34,16 @@ class Result:
     seconds: float
 
 
-def arguments(about: str, budget: str | None = None) -> argparse.Namespace:
-    """Options every benchmark takes, and --budget where there is one to choose."""
+def arguments(about: str, budget: str | None = None, *, tables: tuple[str, ...] = ()) -> argparse.Namespace:
+    """Options every benchmark takes, and --budget and --table where there is one to choose."""
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument("model", nargs="?", default="demo")
     parser.add_argument("--calibration", default="builtin")
     parser.add_argument("--data", default="builtin")
     if budget is not None:
         parser.add_argument("--budget", default=budget)
+    if tables:
+        parser.add_argument("--table", choices=tables, default=tables[0])
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--json", type=Path, help="also write the table here")
     return parser.parse_args()

@@ -26,7 +26,12 @@ STATE_BYTES = {False: 96, True: 192}  # of the JSON record of a 4-bit linear, pa
 FOUR_BIT = ("nf4", "fp4")
 GROUPED = ("int", "asymmetric")  # the kinds whose group size is the recipe's
 
-Kind = Literal["int", "asymmetric", "nf4", "fp4", "codebook"]
+PER_ROW = ("int8", "fp8")  # one byte for each weight and one scale for each row: what integer and float8 hardware reads
+
+InputsWord = Literal[
+    "none", "int8", "int8-symmetric", "int8-token", "fp8", "fp8-token", "int4", "int4-symmetric", "int4-token"
+]
+Kind = Literal["int", "asymmetric", "nf4", "fp4", "codebook", "int8", "fp8"]
 
 
 class Noun(BaseModel):
@@ -50,6 +55,51 @@ class Noun(BaseModel):
             raise InputError(f"{where}: {place}: {first['msg']}", "the file is damaged or was edited by hand") from None
 
 
+class InputSpec(Noun):
+    """How what a linear reads is rounded before it is multiplied.
+
+    kind       `int`: codes of `bits` bits; `fp8`: float8_e4m3fn
+    scale      `tensor`: one for everything, from calibration; `token`: each token's own, from its largest magnitude
+    symmetric  whether 0 is code 0; otherwise there is a zero-point, also from calibration
+    """
+
+    bits: Literal[4, 8] = 8
+    kind: Literal["int", "fp8"] = "int"
+    scale: Literal["tensor", "token"] = "tensor"
+    symmetric: bool = True
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.kind == "fp8" and self.bits != 8:
+            raise ValueError("fp8 has 8 bits")
+        if not self.symmetric and (self.kind == "fp8" or self.scale == "token"):
+            raise ValueError("a zero-point is for integers with one scale")
+        return self
+
+    @property
+    def storage_bits(self) -> int:
+        """Bits on disk of the scale and the zero-point."""
+        static = SCALE_BITS if self.scale == "tensor" else 0
+        return static if self.symmetric else static + ZERO_BITS
+
+    @property
+    def label(self) -> str:
+        """Its name in `quantize.inputs`."""
+        return next(name for name, spec in INPUTS.items() if spec == self)
+
+
+INPUTS = {
+    "int8": InputSpec(symmetric=False),
+    "int8-symmetric": InputSpec(),
+    "int8-token": InputSpec(scale="token"),
+    "fp8": InputSpec(kind="fp8"),
+    "fp8-token": InputSpec(kind="fp8", scale="token"),
+    "int4": InputSpec(bits=4, symmetric=False),
+    "int4-symmetric": InputSpec(bits=4),
+    "int4-token": InputSpec(bits=4, scale="token"),
+}
+
+
 class LinearSpec(Noun):
     """Format of one linear, and the arithmetic of its size.
 
@@ -57,8 +107,11 @@ class LinearSpec(Noun):
                 `asymmetric`  the same with an 8-bit zero-point per group, in steps of `2**(bits - 8)` codes
                 `nf4`, `fp4`  4-bit codes into a fixed table, a 32-bit scale per `group_size` weights in storage order
                 `codebook`    codes into a table of `2**bits` 16-bit floats that each row has for itself; no groups
+                `int8`        8-bit codes around zero, a 16-bit scale per row; `group_size` is the number of inputs
+                `fp8`         the same with the 256 values of float8_e4m3fn
     double      `nf4` and `fp4`: scales are 8-bit codes themselves, in blocks of 256
     high_share  `int`: the share of columns that has two bits more than the others; the file says which
+    inputs      how what the linear reads is rounded; not at all where None
     """
 
     bits: int = Field(ge=2, le=8)
@@ -66,6 +119,7 @@ class LinearSpec(Noun):
     kind: Kind = "int"
     double: bool = False
     high_share: float = Field(default=0.0, ge=0, lt=1)
+    inputs: InputSpec | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -73,6 +127,8 @@ class LinearSpec(Noun):
             raise ValueError("group_size must be positive, and 0 for codebook")
         if self.kind in FOUR_BIT and self.bits != 4:
             raise ValueError(f"{self.kind} has 4 bits")
+        if self.kind in PER_ROW and self.bits != 8:
+            raise ValueError(f"{self.kind} has 8 bits")
         if self.double and self.kind not in FOUR_BIT:
             raise ValueError("double is for nf4 and fp4")
         if self.high_share and (self.kind != "int" or self.bits + HIGH_BITS > 8):
@@ -82,14 +138,21 @@ class LinearSpec(Noun):
     @model_serializer(mode="wrap")
     def _short(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Without what is as usual, so that plain integers look in a file as they always have."""
-        usual = {"kind": "int", "double": False, "high_share": 0.0}
+        usual = {"kind": "int", "double": False, "high_share": 0.0, "inputs": None}
         return {key: value for key, value in handler(self).items() if key not in usual or value != usual[key]}
 
     @property
     def label(self) -> str:
-        """A short name for tables: `int3`, `nf4`, `int3+2` with high columns."""
-        stem = self.kind if self.kind in FOUR_BIT else f"{self.kind}{self.bits}"
-        return f"{stem}+{HIGH_BITS}" if self.high_share else stem
+        """A short name for tables: `int3`, `nf4`, `int3+2` with high columns, `int4 x int8-token` on rounded inputs."""
+        stem = self.kind if self.kind in (*FOUR_BIT, "fp8") else f"{self.kind}{self.bits}"
+        stem = "int8 rows" if self.kind == "int8" else stem
+        stem = f"{stem}+{HIGH_BITS}" if self.high_share else stem
+        return f"{stem} x {self.inputs.label}" if self.inputs else stem
+
+    @property
+    def integer(self) -> bool:
+        """Whether the product with its inputs is one of 8-bit integers, with nothing to scale but the sums."""
+        return self.kind == "int8" and self.inputs is not None and self.inputs.kind == "int"
 
     def high_columns(self, columns: int) -> int:
         """How many of `columns` have two bits more."""
@@ -97,6 +160,11 @@ class LinearSpec(Noun):
 
     def storage_bits(self, rows: int, columns: int) -> int:
         """True bits on disk of a `(rows, columns)` weight: every tensor that stands for it, padding included."""
+        return self._weight_storage(rows, columns) + (self.inputs.storage_bits if self.inputs else 0)
+
+    def _weight_storage(self, rows: int, columns: int) -> int:
+        if self.kind in PER_ROW:
+            return rows * (columns * 8 + SCALE_BITS)
         if self.kind in FOUR_BIT:
             return self._four_bit_storage(rows * columns)
         high = self.high_columns(columns)

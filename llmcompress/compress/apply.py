@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from llmcompress.compress.attention import attention_stems
 from llmcompress.compress.formats import packed_tensors
 from llmcompress.compress.grid import proxy_loss
 from llmcompress.compress.head import head_input
@@ -25,9 +26,11 @@ from llmcompress.model.checkpoint import TORCH_DTYPES, read_tensor
 from llmcompress.model.skeleton import Skeleton
 from llmcompress.model.stream import BlockCall, BlockStream
 from llmcompress.plugins import find
+from llmcompress.runtime.attention import tensors_of
 from llmcompress.types import BlockOutcome, BlockTrace, Fallback, LinearInfo, LinearOutcome, ModelTrace, Plan
 
 QUANTIZERS = "llmcompress.compress.quantizers"
+ATTENTION = "attention"  # among packed tensors, those that are no linear's
 
 
 @dataclass(frozen=True)
@@ -185,6 +188,10 @@ def quantize_block(job: ApplyJob, chain: Chain, info: BlockTrace, journal: Journ
         outcomes.append(_outcome(rounded))
         fallbacks += [Fallback(where=linear.name, reason=note) for note in result.fallbacks]
     chain.advance(info.index, rounds)
+    packed[ATTENTION] = {}
+    for name, stem in attention_stems(block, info).items() if rounds.attention else ():
+        packed[ATTENTION] |= tensors_of(stem, rounds.attention[name], job.method.dtype)
+    rounds.close()
     job.skeleton.free(block)
     shard, digest = _write_shard(job, info.index + 1, packed, journal)
     seconds = time.monotonic() - began
@@ -238,7 +245,7 @@ def _write_shard(
     job: ApplyJob, place: int, packed: Mapping[str, dict[str, Tensor]], journal: Journal
 ) -> tuple[str, str]:
     """Write shard `place`: packed linears, everything else byte for byte; returns its file name and digest."""
-    tensors: dict[str, Tensor] = {}
+    tensors = dict(packed.get(ATTENTION, {}))
     for name in job.shards.shards[place]:
         tensors |= packed.get(name) or {name: read_tensor(job.shards.entries[name])}
     shard = job.shards.name(place)

@@ -129,6 +129,9 @@ def resolve(trace: ModelTrace, plan_part: PlanPart, whole_file: bool, *, make: M
         usual = plan_part.head_bits if is_head else plan_part.bits
         widths = (pin,) if pin is not None else usual if listed is None else listed
         found |= {linear.name: specs for linear in unit if (specs := _specs(linear, widths, make))}
+    if trace.head is not None and trace.head.name in found:  # what the head reads is left as it is
+        plain = (spec.model_copy(update={"inputs": None}) for spec in found[trace.head.name])
+        found[trace.head.name] = tuple(plain)
     return found
 
 

@@ -21,18 +21,24 @@ Maker = Callable[[int, int], LinearSpec | None]  # of a width and a number of co
 
 
 def integers(bits: int, columns: int, *, group_size: int, options: QuantizerOptions) -> LinearSpec | None:
-    """Symmetric integers in groups of `group_size`, or the next smaller that divides `columns`; None if none does."""
+    """Symmetric integers in groups of `group_size`, or the next smaller that divides `columns`; None if none does.
+
+    Where inputs are rounded to integers, 8-bit weights have one scale per row: so integer hardware multiplies them.
+    """
+    inputs = options.input_spec
+    if inputs is not None and inputs.kind == "int" and bits == 8:
+        return LinearSpec(bits=8, group_size=columns, kind="int8")
     size = group_size_for(columns, group_size)
     return None if size is None else LinearSpec(bits=bits, group_size=size)
 
 
 def maker(quantizer: ModuleType, options: QuantizerOptions, group_size: int) -> Maker:
-    """What a quantizer makes of a linear, as a function of the width and of the linear's columns."""
+    """What a quantizer makes of a linear of the blocks, as a function of the width and of the linear's columns."""
     formats = getattr(quantizer, "formats", integers)
 
     def make(bits: int, columns: int) -> LinearSpec | None:
         found: LinearSpec | None = formats(bits, columns, group_size=group_size, options=options)
-        return found
+        return None if found is None else found.model_copy(update={"inputs": options.input_spec})
 
     return make
 
@@ -42,14 +48,19 @@ def widths_of_maker(make: Maker, group_size: int) -> tuple[int, ...]:
     return tuple(bits for bits in WIDTHS if make(bits, 64 * group_size) is not None)
 
 
-def exporter_of(specs: Iterable[LinearSpec]) -> ModuleType:
-    """The layout of a checkpoint with linears of these formats: the most widely opened one that holds them all."""
-    every = frozenset(specs)
-    return next((exporter for exporter in PREFERRED if exporter.holds(every)), native)
+def exporter_of(specs: Iterable[LinearSpec], options: QuantizerOptions | None = None) -> ModuleType:
+    """The layout of a checkpoint with linears of these formats: the most widely opened one that holds them all.
+
+    What `options` say of attention has to find its place in it as well: bitsandbytes has none for keys and values, and
+    only our own layout has one for attention weights.
+    """
+    every, options = frozenset(specs), options or QuantizerOptions()
+    able = () if options.softmax != "none" else PREFERRED[:1] if options.rounds_attention else PREFERRED
+    return next((exporter for exporter in able if exporter.holds(every)), native)
 
 
 def packed_tensors(plan: Plan, linear: LinearInfo, codes: Codes) -> dict[str, Tensor]:
     """The tensors that replace the weight of one linear in the output of a plan."""
-    exporter = exporter_of(assigned.spec for assigned in plan.allocation.assigned)
+    exporter = exporter_of((assigned.spec for assigned in plan.allocation.assigned), plan.options)
     found: dict[str, Tensor] = exporter.packed_tensors(linear, codes)
     return found

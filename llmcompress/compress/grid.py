@@ -30,7 +30,7 @@ ASYMMETRIC_DISTORTION = {  # the same with zero-points and scales that span each
     128: (0.24, 0.045, 0.00994, 0.00233, 0.000565, 0.00014, 0.0000353),
     256: (0.292, 0.0543, 0.0119, 0.00278, 0.000673, 0.000166, 0.0000415),
 }
-TABLE_DISTORTION = {"nf4": 0.00843, "fp4": 0.01483}
+TABLE_DISTORTION = {"nf4": 0.00843, "fp4": 0.01483, "fp8": 0.00068}
 LLOYD_MAX_DISTORTION = (0.1175, 0.03455, 0.0095, 0.0025, 0.00064, 0.000163, 0.0000412)  # at 2, 3, ... 8 bits
 TABLE_BLOCK = 64  # weights that share a scale in the layout of bitsandbytes
 SHIFT_ROWS = 1 << 22  # the clip search works on chunks of about this many weights

@@ -103,7 +103,7 @@ class Story:
     @property
     def exporter(self) -> ModuleType:
         """The layout the plan's formats are written in."""
-        return exporter_of(specs_of(self.plan).values())
+        return exporter_of(specs_of(self.plan).values(), self.plan.options)
 
 
 def side_files(source: Path) -> list[Path]:
@@ -207,6 +207,9 @@ def _remarks(story: Story) -> list[str]:
     said = [] if spec is None else [f"The output head is quantized as well, to {spec.bits} bits."]
     if story.rewriting is not None:
         said.append(f"Before that its weights were rewritten, without changing what it computes: {_methods(story)}.")
+    options = story.plan.options
+    rounded = {"inputs of linears": options.inputs, "keys and values": options.kv_cache, "softmax": options.softmax}
+    said += [f"Rounded while it runs: {what}, `{word}`." for what, word in rounded.items() if word != "none"]
     return [*said, f"{len(kept)} linear(s) are left at the source precision."] if kept else said
 
 

@@ -30,6 +30,7 @@ from llmcompress.model.text import Batches, TextRequest, load_tokenizer, sample_
 from llmcompress.model.trace import trace
 from llmcompress.plugins import find
 from llmcompress.recipes import Recipe
+from llmcompress.runtime.attention import install
 from llmcompress.types import Candidate, LayerScore, LinearSpec, ModelTrace, RewriteRecord, ScoreFile, Scores
 
 QUANTIZERS = "llmcompress.compress.quantizers"
@@ -70,6 +71,8 @@ def open_model(source: Source, recipe: Recipe, device: str, *, whole_file: bool 
     text_config = skeleton.config.get_text_config()
     check_tokenizer(source.path, int(text_config.vocab_size))
     traced = trace(skeleton)
+    if recipe.quantize.rounds_attention:
+        install(skeleton.model)
     files = skeleton.files
     halves = sum(1 for entry in files.tensors.values() if entry.dtype == "F16")
     scale_dtype = "F16" if halves * 2 > len(files.tensors) else "BF16"
@@ -79,7 +82,7 @@ def open_model(source: Source, recipe: Recipe, device: str, *, whole_file: bool 
         source=source,
         skeleton=skeleton,
         trace=traced,
-        shards=shard_map(skeleton, traced, scale_dtype, quantized=candidates),
+        shards=shard_map(skeleton, traced, scale_dtype, quantized=candidates, options=recipe.quantize),
         candidates=candidates,
         context_tokens=getattr(text_config, "max_position_embeddings", None),
         source_bytes=sum((source.path / name).stat().st_size for name in files.shards),
@@ -97,9 +100,11 @@ def outside_linears(skeleton: Skeleton) -> tuple[str, ...]:
 
 
 def needs_data(recipe: Recipe) -> bool:
-    """Whether a recipe's scorer or quantizer wants calibration text."""
+    """Whether a recipe's scorer, its quantizer or the ranges of inputs want calibration text."""
     scorer, quantizer = find(SCORERS, recipe.scorer), find(QUANTIZERS, recipe.quantizer)
-    return bool(scorer.NEEDS_DATA or quantizer.NEEDS_HESSIAN or recipe.rewrite.methods)
+    inputs = recipe.quantize.input_spec
+    ranges = recipe.quantize.rounds_attention or (inputs is not None and inputs.scale == "tensor")
+    return bool(scorer.NEEDS_DATA or quantizer.NEEDS_HESSIAN or recipe.rewrite.methods or ranges)
 
 
 def text_request(opened: Opened, recipe: Recipe) -> TextRequest:

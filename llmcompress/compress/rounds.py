@@ -12,13 +12,26 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
+from llmcompress.compress.attention import round_attention
 from llmcompress.compress.learning import Learned, Lesson, learn_block
-from llmcompress.compress.observe import DriftSums, GroupWatch, groups_of, install_weight, local_name, weight_of
+from llmcompress.compress.observe import (
+    DriftSums,
+    GroupWatch,
+    groups_of,
+    install_weight,
+    local_name,
+    module_of,
+    weight_of,
+)
+from llmcompress.compress.ranges import InputRanges
 from llmcompress.compress.replay import Replay, call_block
 from llmcompress.compress.rewriting.hints import Hints
 from llmcompress.compress.rounding import Quantized, Request, Seen
 from llmcompress.compress.targets import Targets
+from llmcompress.kernels.inputs import InputQuantizer
 from llmcompress.model.stream import BlockCall
+from llmcompress.runtime.attention import AttentionRounding, attention_modules, forget
+from llmcompress.runtime.inputs import attach, attach_stored, detach
 from llmcompress.types import BlockTrace, LinearInfo, LinearSpec, QuantizerOptions
 
 FEWEST_BATCHES = 2
@@ -90,31 +103,70 @@ class BlockRounds:
         compares = self.looks and streams.full is not None
         self.full = Replay(copy.deepcopy(block), info) if compares else None
         self.leaving: list[Tensor | None] = [None] * len(streams.full or ())
+        self.quantizers: dict[str, InputQuantizer] = {}
+        self.attention: dict[str, AttentionRounding] = {}  # by the attention's name inside the block
 
     def rounded(self) -> Iterator[Rounded]:
         """Quantize the linears that have a format, and install what a reader of the file will see."""
-        known: dict[int, Look] = {}
-        if self.looks and not self.method.options.true_sequential:
+        known: dict[int, Look | None] = {}
+        if not self.method.options.true_sequential:
+            self._round_attention()
             known = {place: self._look(place) for place in range(len(self.groups))}
         rounded: list[Rounded] = []
         for place, members in enumerate(self.groups):
-            look = known.pop(place, None)
-            if self.looks and look is None:
-                look = self._look(place)
+            look = known[place] if place in known else self._look(place)
             pairs = [(x, self.specs[x.name]) for x in members]
-            found = _round_group(self.method, self.stored.block, self.info, members=pairs, look=look)
-            if self.method.learner is None:
-                yield from found
-            rounded += found
+            rounded += _round_group(self.method, self.stored.block, self.info, members=pairs, look=look)
+            if not self.attention:  # keys and values are read from here on
+                self._round_attention()
         if self.method.learner is not None and self.full is not None:
-            yield from _learn(self.method, self, rounded)
+            rounded = list(_learn(self.method, self, rounded))
+        for x in rounded:
+            codes = replace(x.result.codes, inputs=self.quantizers.get(x.linear.name))
+            attach_stored(module_of(self.stored.block, self.info, x.linear), codes)
+            yield replace(x, result=replace(x.result, codes=codes))
 
-    def _look(self, group: int) -> Look:
+    def close(self) -> None:
+        """Leave the block without anything that rounds inputs, for whoever loads other weights into it."""
+        detach(self.stored.block)
+        forget(attention_modules(self.stored.block).values())
+
+    def _round_inputs(self, group: int) -> None:
+        """From here on the linears of a group read what their format makes of their inputs."""
+        members = self.groups[group]
+        spec = self.specs[members[0].name].inputs
+        if spec is None:
+            return
+        ranges = InputRanges(self.method.options, self.method.dtype, self.method.hints.quantizers)
+        found = ranges.find(spec, members[0].name, self._inputs(group))
+        for linear in members:
+            self.quantizers[linear.name] = found
+            attach(module_of(self.stored.block, self.info, linear), found)
+
+    def _round_attention(self) -> None:
+        """From here on the block's attention rounds what it is to."""
+        options, block, streams = self.method.options, self.stored.block, self.streams
+        if options.rounds_attention:
+            pairs = zip(streams.stored, streams.calls, strict=True)
+            runs = [partial(call_block, block, hidden, call) for hidden, call in pairs]
+            self.attention = round_attention(block, runs, options=options, dtype=self.method.dtype)
+
+    def _inputs(self, group: int) -> Iterator[Tensor]:
+        """What the linears of a group read in the stored model, `(tokens, columns)` of each batch."""
+        watch, final = GroupWatch(self.info, self.groups[group]), self._final(group)
+        for place, call in enumerate(self.streams.calls):
+            with self.stored.on(place, final):
+                run = partial(call_block, self.stored.block, self.streams.stored[place], call)
+                yield watch.read(self.stored.block, self.streams.stored[place], run).inputs
+
+    def _look(self, group: int) -> Look | None:
         """What the linears of a group read, in both models where both are run."""
+        self._round_inputs(group)
+        if not self.looks:
+            return None
         watch, sums, streams = GroupWatch(self.info, self.groups[group]), DriftSums(), self.streams
-        done = {x.name for members in self.groups[:group] for x in members}
         coming = {x.name for members in self.groups[group + 1 :] for x in members}
-        final = self._final(done) if self.method.options.true_sequential else ()
+        final = self._final(group)
         settled = [name for name, linears in self.stored.children.items() if not linears & coming]
         until = "end" if not coming else "child" if self._child(group) in settled else "input"
         for place, call in enumerate(streams.calls):
@@ -134,8 +186,11 @@ class BlockRounds:
     def _child(self, group: int) -> str:
         return local_name(self.info, self.groups[group][0]).partition(".")[0]
 
-    def _final(self, done: set[str]) -> list[str]:
-        """Children of the block whose every linear is as it will be stored."""
+    def _final(self, group: int) -> list[str]:
+        """Children of the block whose every linear is as it will be stored when a group is reached."""
+        if not self.method.options.true_sequential:
+            return []
+        done = {x.name for members in self.groups[:group] for x in members}
         return [name for name, linears in self.stored.children.items() if not (linears & set(self.specs)) - done]
 
     @torch.no_grad()

@@ -81,7 +81,7 @@ class _Work:
         order, size = self.factor.order, requests[0].spec.group_size
         halves = [torch.full((len(r.weight),), float(1 << (r.spec.bits - 1))) for r in requests]
         chooser = _Chooser(self, requests)
-        static = self.options.order != "group"
+        static = self.options.order != "group" or size == order.numel()
         loop = Loop(
             half=torch.cat(halves).to(order.device),
             scales=chooser.static() if static else chooser.entering,

@@ -8,18 +8,19 @@ its final name.
 import hashlib
 import json
 from collections.abc import Container, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from llmcompress.compress.attention import attention_layout
 from llmcompress.compress.formats import exporter_of
 from llmcompress.files import commit_bytes
 from llmcompress.kernels.stored import Layout as Layout
 from llmcompress.model.header import DTYPE_BYTES, TensorEntry
 from llmcompress.model.skeleton import Skeleton
-from llmcompress.types import LinearInfo, LinearSpec, ModelTrace
+from llmcompress.types import LinearInfo, LinearSpec, ModelTrace, QuantizerOptions
 
 INDEX_NAME = "model.safetensors.index.json"
 
@@ -28,7 +29,8 @@ INDEX_NAME = "model.safetensors.index.json"
 class ShardMap:
     """The tensors of the source by the shard of the output they end up in, `[0]` for outside the blocks.
 
-    `head` is the head where it is to be quantized: its weight is then the one tensor of the last shard.
+    `head` is the head where it is to be quantized: its weight is then the one tensor of the last shard. `options` say
+    what is rounded inside attention, and `attention` which tensors that adds to each shard.
     """
 
     shards: tuple[tuple[str, ...], ...]
@@ -36,6 +38,8 @@ class ShardMap:
     linears: Mapping[str, LinearInfo]  # by the name of their weight in the file
     scale_dtype: str
     head: LinearInfo | None = None
+    options: QuantizerOptions = field(default_factory=QuantizerOptions)
+    attention: Mapping[int, Layout] = field(default_factory=dict)
 
     def name(self, shard: int) -> str:
         """File name of a shard."""
@@ -46,8 +50,8 @@ class ShardMap:
 
         `specs`, by linear name, are those of the whole checkpoint, which decide its layout; absent ones are copied.
         """
-        found: Layout = {}
-        exporter = exporter_of(specs.values())
+        found = dict(self.attention.get(shard, {}))
+        exporter = exporter_of(specs.values(), self.options)
         for tensor in self.shards[shard]:
             linear = self.linears.get(tensor)
             if linear is not None and linear.name in specs:
@@ -62,16 +66,28 @@ class ShardMap:
         return sum(shard_bytes(self.layout(shard, specs)) for shard in range(len(self.shards)))
 
 
-def shard_map(skeleton: Skeleton, trace: ModelTrace, scale_dtype: str, *, quantized: Container[str] = ()) -> ShardMap:
+def shard_map(
+    skeleton: Skeleton,
+    trace: ModelTrace,
+    scale_dtype: str,
+    *,
+    quantized: Container[str] = (),
+    options: QuantizerOptions | None = None,
+) -> ShardMap:
     """Assign the source's tensors to shards; `quantized` names linears, and matters for the head alone."""
+    options = options or QuantizerOptions()
+    attention = attention_layout(skeleton, trace, options, scale_dtype)
     rest = skeleton.rest_tensors()
     blocks = tuple(skeleton.block_tensors(index) for index in range(len(skeleton.blocks)))
     linears = {linear.tensor: linear for linear in trace.every}
     head = trace.head
     if head is None or head.name not in quantized:
-        return ShardMap((rest, *blocks), skeleton.files.tensors, linears, scale_dtype)
+        return ShardMap(
+            (rest, *blocks), skeleton.files.tensors, linears, scale_dtype, options=options, attention=attention
+        )
     others = tuple(name for name in rest if name != head.tensor)
-    return ShardMap((others, *blocks, (head.tensor,)), skeleton.files.tensors, linears, scale_dtype, head)
+    shards = (others, *blocks, (head.tensor,))
+    return ShardMap(shards, skeleton.files.tensors, linears, scale_dtype, head, options, attention)
 
 
 def _elements(shape: tuple[int, ...]) -> int:

@@ -49,6 +49,7 @@ def measure_allocations(job: MeasureJob, allocations: Sequence[BitAllocation], t
                 pass
             hidden[:cut] = [rounds.leave_stored(place, call) for place, call in enumerate(here)]
             _advance(stream, info.index, hidden, calls, cut)
+            rounds.close()
         job.skeleton.load_block(info.index)
         if compares:
             full[:cut] = [rounds.leave_full(place) for place in range(cut)]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from llmcompress.kernels import fourbit, reference
+from llmcompress.kernels.inputs import FLOAT8, InputQuantizer
 from llmcompress.spec import FOUR_BIT, LinearSpec
 
 
@@ -12,14 +13,15 @@ from llmcompress.spec import FOUR_BIT, LinearSpec
 class Codes:
     """Codes of one linear, and what turns them into weights.
 
-    codes     (rows, columns)               uint8, below 2**bits; in high columns below 2**(bits + 2)
-    scale     (rows, columns / group size)  `int` and `asymmetric`: in the dtype it is stored in
+    codes     (rows, columns)               uint8, below 2**bits; in high columns below 2**(bits + 2); `fp8`: its bytes
+    scale     (rows, columns / group size)  `int`, `asymmetric`, `int8`, `fp8`: in the dtype it is stored in
               (blocks,)                     `nf4` and `fp4`: float32, in storage order
               (rows, 0)                     `codebook`: nothing
     zero      (rows, columns / group size)  `asymmetric`: uint8, in steps of 2**(bits - 8) codes
     codebook  (rows, 2**bits)               `codebook`: float16
     high      (columns,)                    bool, the columns with two bits more, where there are any
     double    8-bit codes of the scale, where it is stored so; `scale` is what they stand for
+    inputs    what rounds the inputs of the linear, where the format says that they are rounded
     """
 
     codes: Tensor
@@ -29,12 +31,15 @@ class Codes:
     codebook: Tensor | None = None
     high: Tensor | None = None
     double: fourbit.DoubleScale | None = None
+    inputs: InputQuantizer | None = None
 
     def dequantize(self) -> Tensor:
         """The weights a reader of the file will see, float32 `(rows, columns)`."""
         spec = self.spec
         if spec.kind in FOUR_BIT:
             return fourbit.dequantize_blocks(self.codes, self.scale, spec.kind, spec.group_size)
+        if spec.kind == "fp8":
+            return self.codes.view(FLOAT8).float() * self.scale.float()
         if self.codebook is not None:
             return reference.dequantize_codebook(self.codes, self.codebook)
         if self.zero is not None:

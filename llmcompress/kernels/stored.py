@@ -6,13 +6,17 @@ Names begin with the linear's stem, the name of its weight without `.weight`:
                 with high columns also .weight_packed_high, and .weight_high, a bit for each column, in uint8
     asymmetric  the same with .weight_zero uint8 (rows, groups)
     codebook    .weight_packed, .weight_codebook float16 (rows, 2**bits), .weight_shape
+    int8, fp8   .weight int8 or float8_e4m3fn (rows, columns)   .weight_scale 16-bit (rows, 1)
     nf4, fp4    what bitsandbytes stores: .weight, .weight.absmax, .weight.quant_map, a JSON record, and with a double
                 scale .weight.nested_absmax and .weight.nested_quant_map
+
+and where inputs are rounded under a scale from calibration, .input_scale 16-bit (1,) and .input_zero_point int8 (1,).
 """
 
 import json
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy
 import torch
@@ -21,7 +25,8 @@ from torch import Tensor
 from llmcompress.errors import InputError
 from llmcompress.kernels import fourbit, reference
 from llmcompress.kernels.codes import Codes
-from llmcompress.spec import DOUBLE_BLOCK, FOUR_BIT, HIGH_BITS, STATE_BYTES, LinearSpec
+from llmcompress.kernels.inputs import FLOAT8, InputQuantizer
+from llmcompress.spec import DOUBLE_BLOCK, FOUR_BIT, HIGH_BITS, PER_ROW, STATE_BYTES, InputSpec, LinearSpec
 
 Read = Callable[[str], Tensor]
 Layout = dict[str, tuple[str, tuple[int, ...]]]
@@ -32,12 +37,28 @@ PACKED_HIGH, HIGH = ".weight_packed_high", ".weight_high"
 WEIGHT, ABSMAX, MAP = ".weight", ".weight.absmax", ".weight.quant_map"
 NESTED_ABSMAX, NESTED_MAP = ".weight.nested_absmax", ".weight.nested_quant_map"
 STATE = ".weight.quant_state.bitsandbytes__"
-PACKED_PARTS = (PACKED, SCALE, ZERO, CODEBOOK, PACKED_HIGH, HIGH, SHAPE)
-FOUR_BIT_PARTS = (WEIGHT, ABSMAX, MAP, NESTED_ABSMAX, NESTED_MAP, *(STATE + kind for kind in FOUR_BIT))
+INPUT_SCALE, INPUT_ZERO = ".input_scale", ".input_zero_point"
+INPUT_PARTS = (INPUT_SCALE, INPUT_ZERO)
+PACKED_PARTS = (PACKED, SCALE, ZERO, CODEBOOK, PACKED_HIGH, HIGH, SHAPE, *INPUT_PARTS)
+PER_ROW_PARTS = (WEIGHT, SCALE, *INPUT_PARTS)
+FOUR_BIT_PARTS = (WEIGHT, ABSMAX, MAP, NESTED_ABSMAX, NESTED_MAP, *(STATE + kind for kind in FOUR_BIT), *INPUT_PARTS)
 
 
 def parts_of(spec: LinearSpec, columns: int) -> tuple[str, ...]:
     """What the names of the tensors of a linear end with; they begin with its stem."""
+    return _weight_parts(spec, columns) + input_parts(spec.inputs)
+
+
+def input_parts(spec: InputSpec | None) -> tuple[str, ...]:
+    """What the names of the tensors end with that say how inputs are rounded."""
+    if spec is None or spec.scale == "token":
+        return ()
+    return (INPUT_SCALE,) if spec.symmetric else INPUT_PARTS
+
+
+def _weight_parts(spec: LinearSpec, columns: int) -> tuple[str, ...]:
+    if spec.kind in PER_ROW:
+        return (WEIGHT, SCALE)
     if spec.kind in FOUR_BIT:
         nested = (NESTED_ABSMAX, NESTED_MAP) if spec.double else ()
         return (WEIGHT, ABSMAX, MAP, *nested, STATE + spec.kind)
@@ -51,8 +72,9 @@ def parts_of(spec: LinearSpec, columns: int) -> tuple[str, ...]:
 def layout_of(stem: str, spec: LinearSpec, size: tuple[int, int], scale_dtype: str) -> Layout:
     """Dtype and shape of the tensors of a linear of `size` (rows, columns), without making them."""
     rows, columns = size
+    inputs: Layout = {INPUT_SCALE: (scale_dtype, (1,)), INPUT_ZERO: ("I8", (1,))}
     if spec.kind in FOUR_BIT:
-        return _four_bit_layout(stem, spec, rows * columns)
+        return _four_bit_layout(stem, spec, rows * columns) | _named(stem, inputs, input_parts(spec.inputs))
     high = spec.high_columns(columns)
     groups = columns // spec.group_size if spec.group_size else 0
     known: Layout = {
@@ -63,8 +85,13 @@ def layout_of(stem: str, spec: LinearSpec, size: tuple[int, int], scale_dtype: s
         ZERO: ("U8", (rows, groups)),
         CODEBOOK: ("F16", (rows, 1 << spec.bits)),
         SHAPE: ("I64", (2,)),
+        WEIGHT: ("F8_E4M3" if spec.kind == "fp8" else "I8", (rows, columns)),
     }
-    return {stem + part: known[part] for part in parts_of(spec, columns)}
+    return _named(stem, known | inputs, parts_of(spec, columns))
+
+
+def _named(stem: str, known: Layout, parts: tuple[str, ...]) -> Layout:
+    return {stem + part: known[part] for part in parts}
 
 
 def _four_bit_layout(stem: str, spec: LinearSpec, weights: int) -> Layout:
@@ -77,7 +104,7 @@ def _four_bit_layout(stem: str, spec: LinearSpec, weights: int) -> Layout:
         NESTED_MAP: ("F32", (256,)),
         STATE + spec.kind: ("U8", (STATE_BYTES[spec.double],)),
     }
-    return {stem + part: known[part] for part in parts_of(spec, 0)}
+    return _named(stem, known, _weight_parts(spec, 0))
 
 
 def tensors_of(stem: str, codes: Codes) -> dict[str, Tensor]:
@@ -88,6 +115,8 @@ def tensors_of(stem: str, codes: Codes) -> dict[str, Tensor]:
     found: dict[str, Tensor | None]
     if spec.kind in FOUR_BIT:
         found = _four_bit_tensors(codes)
+    elif spec.kind in PER_ROW:
+        found = {WEIGHT: _bytes_of(codes), SCALE: codes.scale}
     else:
         low = codes.codes if codes.high is None else codes.codes[:, ~codes.high]
         found = {PACKED: reference.pack(low, spec.bits), SCALE: codes.scale, ZERO: codes.zero}
@@ -96,8 +125,40 @@ def tensors_of(stem: str, codes: Codes) -> dict[str, Tensor]:
         found[PACKED_HIGH] = reference.pack(codes.codes[:, codes.high], spec.bits + HIGH_BITS)
         bits = numpy.packbits(codes.high.cpu().numpy(), bitorder="little")
         found[HIGH] = torch.from_numpy(bits)
+    if codes.inputs is not None:
+        found |= {INPUT_SCALE: codes.inputs.scale, INPUT_ZERO: codes.inputs.zero}
     wanted = parts_of(spec, columns)
     return {stem + part: tensor.cpu().contiguous() for part in wanted if (tensor := found[part]) is not None}
+
+
+def misshapen_layout(layout: Layout) -> Layout:
+    """The same with every weight of one byte each in a single column, so that no stranger takes it for the weight."""
+    return {
+        n: (d, (math.prod(s), 1)) if n.endswith(WEIGHT) and d in ("I8", "F8_E4M3") else (d, s)
+        for n, (d, s) in layout.items()
+    }
+
+
+def misshapen(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of `misshapen_layout`."""
+    return {
+        n: t.view(-1, 1) if n.endswith(WEIGHT) and t.dtype in (torch.int8, FLOAT8) else t for n, t in tensors.items()
+    }
+
+
+def _bytes_of(codes: Codes) -> Tensor:
+    """One byte for each weight: the code around zero, or the float8."""
+    if codes.spec.kind == "fp8":
+        return codes.codes.view(FLOAT8)
+    return (codes.codes.to(torch.int16) - 128).to(torch.int8)
+
+
+def _codes_of_bytes(stem: str, spec: LinearSpec, tensor: Tensor) -> Tensor:
+    wanted = FLOAT8 if spec.kind == "fp8" else torch.int8
+    if tensor.dtype != wanted or tensor.numel() % spec.group_size:
+        raise InputError(f"{stem}{WEIGHT}: not what its format needs", "config.json and the shards are not of one run")
+    rows = tensor.view(-1, spec.group_size)
+    return rows.view(torch.uint8) if spec.kind == "fp8" else (rows.to(torch.int16) + 128).to(torch.uint8)
 
 
 def _four_bit_tensors(codes: Codes) -> dict[str, Tensor | None]:
@@ -131,12 +192,32 @@ def _state(codes: Codes) -> Tensor:
 
 def codes_of(stem: str, spec: LinearSpec, read: Read) -> Codes:
     """A linear from its tensors. Raises InputError where their shapes are not those of `spec`."""
+    return replace(_weight_codes(stem, spec, read), inputs=inputs_of(stem, spec.inputs, read))
+
+
+def inputs_of(stem: str, spec: InputSpec | None, read: Read) -> InputQuantizer | None:
+    """What rounds the inputs of a linear. Raises InputError where a scale is not a single positive number."""
+    if spec is None:
+        return None
+    tensors = {part: read(stem + part) for part in input_parts(spec)}
+    for part, tensor in tensors.items():
+        if tensor.numel() != 1 or (part == INPUT_SCALE and not 0 < float(tensor) < math.inf):
+            raise InputError(f"{stem}{part}: not one number, and a scale positive", "the file is damaged")
+    return InputQuantizer(spec, tensors.get(INPUT_SCALE), tensors.get(INPUT_ZERO))
+
+
+def _weight_codes(stem: str, spec: LinearSpec, read: Read) -> Codes:
+    if spec.kind in PER_ROW:
+        codes, scale = _codes_of_bytes(stem, spec, read(stem + WEIGHT)), read(stem + SCALE)
+        _check_shape(stem + SCALE, scale, (len(codes), 1))
+        return Codes(codes, scale, spec)
     if spec.kind in FOUR_BIT:
         return _read_four_bit(stem, spec, read)
     rows, columns = size_of(stem, spec.kind, read)
-    tensors = {part: read(stem + part) for part in parts_of(spec, columns)}
+    tensors = {part: read(stem + part) for part in _weight_parts(spec, columns)}
     for name, (_, shape) in layout_of(stem, spec, (rows, columns), "BF16").items():
-        _check_shape(name, tensors[name.removeprefix(stem)], shape)
+        if name.removeprefix(stem) in tensors:
+            _check_shape(name, tensors[name.removeprefix(stem)], shape)
     packed = tensors[PACKED].to(torch.int32)
     high = None
     if HIGH in tensors:
@@ -155,7 +236,7 @@ def codes_of(stem: str, spec: LinearSpec, read: Read) -> Codes:
 
 def _read_four_bit(stem: str, spec: LinearSpec, read: Read) -> Codes:
     rows, columns = size_of(stem, spec.kind, read)
-    tensors = {part: read(stem + part) for part in parts_of(spec, columns)}
+    tensors = {part: read(stem + part) for part in _weight_parts(spec, columns)}
     for name, (_, shape) in _four_bit_layout(stem, spec, rows * columns).items():
         if not name.endswith(STATE + spec.kind):
             _check_shape(name, tensors[name.removeprefix(stem)], shape)

@@ -23,6 +23,7 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
         "I16": torch.int16,
         "I8": torch.int8,
         "U8": torch.uint8,
+        "F8_E4M3": torch.float8_e4m3fn,
         "BOOL": torch.bool,
     }
 )

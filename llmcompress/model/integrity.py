@@ -14,13 +14,15 @@ from llmcompress.files import CHUNK_BYTES
 from llmcompress.model.header import DTYPE_BYTES, TensorEntry
 from llmcompress.model.preflight import SourceFiles
 
-# Little-endian integer view of each float, and the exponent bits that are all set in NaN and infinity.
+# Little-endian integer view of each float, and the bits that are all set in NaN and infinity: those of the exponent,
+# and for float8 all but the sign.
 EXPONENTS: Mapping[str, tuple[str, int]] = MappingProxyType(
     {
         "F64": ("<u8", 0x7FF0_0000_0000_0000),
         "F32": ("<u4", 0x7F80_0000),
         "F16": ("<u2", 0x7C00),
         "BF16": ("<u2", 0x7F80),
+        "F8_E4M3": ("<u1", 0x7F),
     }
 )
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 import transformers
@@ -30,6 +30,18 @@ from llmcompress.model.preflight import SourceFiles, check_source
 from llmcompress.plugins import nearest
 
 Decode = Callable[[TensorReader, Mapping[str, Any]], TensorReader]
+
+
+@runtime_checkable
+class RoundingReader(Protocol):
+    """A reader of a checkpoint some of whose modules round what they read."""
+
+    def prepare(self, model: nn.Module, module_of: Mapping[str, str]) -> None: ...
+
+    def attach(self, weight: str, module: nn.Module) -> None: ...
+
+    def detach(self, root: nn.Module) -> None: ...
+
 
 HARMLESS = re.compile(r"(attn|attention)\.(masked_)?bias$|rotary_emb\.inv_freq$|position_ids$")
 
@@ -99,6 +111,8 @@ class Skeleton:
         self.blocks_name, self.blocks = find_blocks(self.model, layers)
         self.names = self._map_names()
         self._check_complete()
+        if isinstance(reader, RoundingReader):
+            reader.prepare(self.model, self.names.module_of)
 
     @classmethod
     def open(cls, folder: Path, device: str = "cpu", *, decode: Decode | None = None) -> Self:
@@ -182,6 +196,10 @@ class Skeleton:
         """Fill block `index` and return it. Raises InputError when a tensor is missing or misshapen."""
         self._fill(self.block_tensors(index))
         self._check_filled(self.blocks[index], self.block_name(index))
+        if isinstance(self.reader, RoundingReader):
+            for name in self.block_tensors(index):
+                module = self.names.module_of[name].rpartition(".")[0]
+                self.reader.attach(name, self.model.get_submodule(module))
         return self.blocks[index]
 
     def load_rest(self) -> None:
@@ -197,6 +215,8 @@ class Skeleton:
 
     def free(self, module: nn.Module) -> None:
         """Give the memory of a module's parameters back."""
+        if isinstance(self.reader, RoundingReader):
+            self.reader.detach(module)
         for part in module.modules():
             self._free_own(part)
 

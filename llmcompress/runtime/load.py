@@ -1,6 +1,7 @@
 """`llmcompress.load`: a quantized checkpoint as a transformers model, whatever its layout.
 
-Packed weights are dequantized while loading, so that the model takes the memory of an unpacked one.
+Packed weights are dequantized while loading, so that the model takes the memory of an unpacked one. Linears whose
+inputs are rounded round them, and multiply integers where weights and inputs are 8-bit integers both.
 """
 
 import json
@@ -70,7 +71,7 @@ def _document(path: Path) -> dict[str, Any]:
 def load(path: str | Path, *, dtype: torch.dtype | None = None, device: str = "cpu") -> nn.Module:
     """A checkpoint written by llmcompress as a transformers model, ready for inference.
 
-    path   directory of the checkpoint: pack-quantized, bitsandbytes 4-bit, or llmcompress's own layout
+    path   directory of the checkpoint: compressed-tensors, bitsandbytes 4-bit, or llmcompress's own layout
     dtype  of the weights in memory; what config.json says, where not given
     device where the model is put
 
@@ -101,4 +102,10 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None, device: str = "c
         if report[key]:
             raise InputError(f"{key.replace('_', ' ')}: {sorted(map(str, report[key]))[0]}", "the files are damaged")
     found: nn.Module = model.to(device).eval()
+    parameters = dict(found.named_parameters())
+    # the file may leave a prefix of a name out
+    module_of = {n: p for n in reader.row_major for p in parameters if p == n or p.endswith("." + n)}
+    for weight, parameter in module_of.items():
+        reader.attach(weight, found.get_submodule(parameter.rpartition(".")[0]))
+    reader.prepare(found, module_of)
     return found

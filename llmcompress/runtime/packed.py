@@ -1,15 +1,18 @@
-"""Read a quantized checkpoint as if it had never been packed: pack-quantized, bitsandbytes 4-bit, or our own layout."""
+"""Read a quantized checkpoint as if it had never been packed: compressed-tensors, bitsandbytes 4-bit, or our own."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmcompress.errors import InputError
 from llmcompress.kernels import stored
 from llmcompress.kernels.codes import Codes
-from llmcompress.spec import LinearSpec
+from llmcompress.runtime.attention import PARTS, install, rounding_of, set_rounding
+from llmcompress.runtime.inputs import attach_stored, detach
+from llmcompress.spec import PER_ROW, InputSpec, LinearSpec
 
+ANY_COLUMNS = 1  # group size of a format by rows whose file does not say how many columns there are
 VERSION = 1  # of our own layout
 DAMAGED = "config.json: quantization_config is damaged"
 GIVE = "give the output of `llmcompress quantize`"
@@ -23,16 +26,35 @@ class Reader(Protocol):
     def read(self, name: str) -> Tensor: ...
 
 
-def _integers(section: Mapping[str, Any]) -> dict[str, LinearSpec]:
-    """Format by module name, of a pack-quantized checkpoint."""
+def _compressed_tensors(section: Mapping[str, Any]) -> dict[str, LinearSpec]:
+    """Format by module name, of a compressed-tensors checkpoint."""
     found: dict[str, LinearSpec] = {}
     for group in section["config_groups"].values():
-        weights = group["weights"]
-        if not weights["symmetric"] or weights["strategy"] != "group":
-            raise InputError("config.json: only symmetric grouped weights are read", "quantize with llmcompress")
-        spec = LinearSpec(bits=weights["num_bits"], group_size=weights["group_size"])
-        found |= {str(target): spec for target in group["targets"]}
+        weights, inputs = group["weights"], group.get("input_activations")
+        by_rows = weights["strategy"] == "channel" and weights["num_bits"] == 8
+        if not weights["symmetric"] or not (by_rows or weights["strategy"] == "group"):
+            raise InputError("config.json: only symmetric weights by groups, or 8-bit ones by rows, are read", GIVE)
+        spec = {
+            "bits": weights["num_bits"],
+            "group_size": ANY_COLUMNS if by_rows else weights["group_size"],
+            "kind": "int" if not by_rows else "fp8" if weights["type"] == "float" else "int8",
+            "inputs": inputs and _inputs(inputs),
+        }
+        found |= dict.fromkeys(map(str, group["targets"]), LinearSpec.model_validate(spec))
     return found
+
+
+def _inputs(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """How inputs are rounded, from the `input_activations` of a group."""
+    if (arguments["strategy"], arguments["dynamic"]) not in (("tensor", False), ("token", True)):
+        raise InputError("config.json: only inputs rounded under one static scale, or by tokens, are read", GIVE)
+    kind = "fp8" if arguments["type"] == "float" else "int"
+    return {
+        "bits": arguments["num_bits"],
+        "kind": kind,
+        "scale": arguments["strategy"],
+        "symmetric": arguments["symmetric"],
+    }
 
 
 def _specs(section: Mapping[str, Any]) -> dict[str, LinearSpec]:
@@ -58,16 +80,22 @@ class PackedReader:
         names = base.names()
         self._present = frozenset(names)
         self._specs: dict[str, LinearSpec] = {}
+        self._cache: InputSpec | None = None
+        self._softmax_bits: int | None = None
         self._read_config(config)
         self._four_bit = {}
         for name in names:
             stem, record, kind = name.partition(stored.STATE)
             if record:
                 self._four_bit[stem] = kind
-        stems = [name.removesuffix(stored.PACKED) for name in names if name.endswith(stored.PACKED)]
+        stems = {
+            n.removesuffix(part): None for part in (stored.PACKED, stored.SCALE) for n in names if n.endswith(part)
+        }
         self._by_weight = {f"{stem}.weight": stem for stem in (*stems, *self._four_bit)}
         self.row_major = frozenset(self._by_weight)
+        self._attention = {n.removesuffix(part): None for part in PARTS for n in names if n.endswith(part)}
         hidden = {part for stem in self._by_weight.values() for part in self.parts(stem)} | self.row_major
+        hidden |= {stem + part for stem in self._attention for part in PARTS}
         self._names = (*(name for name in names if name not in hidden), *self._by_weight)
 
     def _read_config(self, config: Mapping[str, Any]) -> None:
@@ -75,10 +103,16 @@ class PackedReader:
         if not isinstance(section, Mapping):
             raise InputError("config.json: not a quantized checkpoint", GIVE)
         try:
-            if section.get("format") == "pack-quantized":
-                self._specs = _integers(section)
+            if section.get("quant_method") == "compressed-tensors":
+                self._specs = _compressed_tensors(section)
+                cache = section.get("kv_cache_scheme")
+                self._cache = None if cache is None else InputSpec.model_validate(_inputs(cache))
             elif section.get("quant_method") == "llmcompress":
                 self._specs = _specs(section)
+                rounded = section.get("attention", {"kv_cache": None, "softmax_bits": None})
+                self._softmax_bits = None if rounded["softmax_bits"] is None else int(rounded["softmax_bits"])
+                cache = rounded["kv_cache"]
+                self._cache = None if cache is None else InputSpec.model_validate(cache)
             elif section.get("quant_method") != "bitsandbytes" or section.get("load_in_4bit") is not True:
                 method = str(section.get("quant_method"))[:40]
                 raise InputError(f"config.json: not a checkpoint this can read: {method}", GIVE)
@@ -99,25 +133,63 @@ class PackedReader:
 
     def parts(self, stem: str) -> tuple[str, ...]:
         """Names of the tensors that stand for a packed linear."""
-        endings = stored.FOUR_BIT_PARTS if stem in self._four_bit else stored.PACKED_PARTS
+        packed = stem + stored.PACKED in self._present
+        endings = stored.PACKED_PARTS if packed else (*stored.FOUR_BIT_PARTS, stored.SCALE)
         return tuple(stem + ending for ending in endings if stem + ending in self._present)
 
     def spec_of(self, stem: str) -> LinearSpec:
         """Format of a packed linear. Raises InputError where config.json and the tensors disagree."""
+        listed = self._listed(stem)
         if stem in self._four_bit:
             double = stem + stored.NESTED_ABSMAX in self._present
-            return stored.four_bit_spec(stem, self._four_bit[stem], double, self._base.read)
+            spec = stored.four_bit_spec(stem, self._four_bit[stem], double, self._base.read)
+            return spec.model_copy(update={"inputs": listed and listed.inputs})
+        if listed is None:
+            raise InputError(f"config.json: no group lists {stem}", "config.json and the shards are not of one run")
+        if listed.kind in PER_ROW and listed.group_size == ANY_COLUMNS:
+            rows = self._base.read(stem + stored.SCALE).numel()
+            columns = self._base.read(stem + stored.WEIGHT).numel() // max(rows, 1)
+            return listed.model_copy(update={"group_size": max(columns, 1)})
+        return listed
+
+    def _listed(self, stem: str) -> LinearSpec | None:
+        """What config.json says of a linear; bitsandbytes' says nothing of single ones."""
         if stem in self._specs:
             return self._specs[stem]
         for target, spec in self._specs.items():  # module and tensor names may differ by a prefix
             if target.endswith("." + stem) or stem.endswith("." + target):
                 return spec
-        raise InputError(f"config.json: no group lists {stem}", "config.json and the shards are not of one run")
+        return None
 
     def size_of(self, stem: str) -> tuple[int, int]:
         """Rows and columns of a packed linear."""
+        spec = self.spec_of(stem)
+        if spec.kind in PER_ROW:
+            return self._base.read(stem + stored.SCALE).numel(), spec.group_size
         return stored.size_of(stem, self._four_bit.get(stem), self._base.read)
 
     def linear(self, stem: str) -> Codes:
         """One packed linear, unpacked."""
         return stored.codes_of(stem, self.spec_of(stem), self._base.read)
+
+    def attach(self, weight: str, module: nn.Module) -> None:
+        """Let the module of a weight round its inputs, where the format of that weight says so."""
+        stem = self._by_weight.get(weight)
+        if stem is not None and self.spec_of(stem).inputs is not None:
+            attach_stored(module, self.linear(stem))
+
+    def prepare(self, model: nn.Module, module_of: Mapping[str, str]) -> None:
+        """Let the attention of a model round what the checkpoint says; `module_of` gives parameters by tensor name."""
+        if self._attention:
+            install(model)
+        for stem in self._attention:
+            weight = next((name for name in module_of if name.startswith(stem + ".")), None)
+            if weight is None:
+                raise InputError(f"{stem}: scales of an attention that is not there", "the files are damaged")
+            name = module_of[weight].removesuffix(weight.removeprefix(stem))
+            rounding = rounding_of(stem, self._cache, self._softmax_bits, self._base.read)
+            set_rounding(model.get_submodule(name), rounding)
+
+    def detach(self, root: nn.Module) -> None:
+        """Take back what `attach` did to a module and to all inside it."""
+        detach(root)

@@ -6,8 +6,10 @@ from reparam_help import FAMILIES, tiny, tokens
 from torch import Tensor
 from transformers import AttentionInterface
 
-from llmcompress.compress.rewriting.attention import log_attention, quantized_softmax, register
-from llmcompress.compress.rewriting.softmax import (
+from llmcompress.compress.rewriting.attention import quantized_softmax
+from llmcompress.compress.rewriting.work import Call
+from llmcompress.errors import InputError
+from llmcompress.kernels.softmax import (
     accumulate,
     choose_scale,
     combine,
@@ -16,8 +18,7 @@ from llmcompress.compress.rewriting.softmax import (
     octave_values,
     zero_code,
 )
-from llmcompress.compress.rewriting.work import Call
-from llmcompress.errors import InputError
+from llmcompress.runtime.attention import NAME, AttentionRounding, install, rounding_attention, set_rounding
 
 
 def weights(*shape: int, seed: int = 0) -> Tensor:
@@ -88,10 +89,12 @@ def test_attention_is_the_slow_loop() -> None:
     query = torch.randn(2, 4, 5, 6, generator=generator, dtype=torch.float64)
     key, value = (torch.randn(2, 2, 5, 6, generator=generator, dtype=torch.float64) for _ in range(2))
     mask = torch.full((5, 5), -torch.inf, dtype=torch.float64).triu(1).expand(2, 1, 5, 5)
-    output, _ = log_attention(torch.nn.Identity(), query, key, value, mask, bits=3)
+    module = torch.nn.Identity()
+    set_rounding(module, AttentionRounding(bits=3))
+    output, _ = rounding_attention(module, query, key, value, mask)
     assert torch.allclose(output, by_hand(query, key, value, mask, 3), atol=1e-12)
     with pytest.raises(InputError, match="sinks"):
-        log_attention(torch.nn.Identity(), query, key, value, mask, bits=3, s_aux=torch.zeros(4))
+        rounding_attention(module, query, key, value, mask, s_aux=torch.zeros(4))
 
 
 def padded() -> tuple[Tensor, Tensor, Tensor]:
@@ -130,9 +133,23 @@ def test_padding_does_not_change_a_sequence(family: str) -> None:
 
 def test_without_its_mask_padding_would_be_read() -> None:
     model = tiny("llama").float()
-    name = register(4)
-    AttentionInterface.register("unmasked", AttentionInterface()[name])
+    install(model)
+    AttentionInterface.register("unmasked", AttentionInterface()[NAME])
     model.set_attn_implementation("unmasked")
     assert padding_error(model) > 1e-3
-    model.set_attn_implementation(name)
+    model.set_attn_implementation(NAME)
     assert padding_error(model) < 1e-5
+
+
+def test_rounded_attention_passes_the_gradients_of_plain_attention() -> None:
+    generator = torch.Generator().manual_seed(3)
+    query, key, value = (torch.randn(1, 2, 4, 6, generator=generator, dtype=torch.float64) for _ in range(3))
+    gradients = []
+    for bits in (None, 8):
+        module, asked = torch.nn.Identity(), query.clone().requires_grad_()
+        set_rounding(module, AttentionRounding(bits=bits))
+        output, _ = rounding_attention(module, asked, key, value, None)
+        output.sum().backward()
+        gradients.append(asked.grad)
+    assert float(gradients[0].abs().max()) > 1e-2
+    assert torch.allclose(gradients[1], gradients[0], atol=1e-12)

@@ -1,5 +1,9 @@
 """What stands in a file for one linear, in every format: sizes recounted from the tensors, and read back unchanged."""
 
+import math
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from pydantic import ValidationError
@@ -8,8 +12,9 @@ from torch import Tensor
 from llmcompress.errors import InputError
 from llmcompress.kernels import fourbit, stored
 from llmcompress.kernels.codes import Codes
+from llmcompress.kernels.inputs import InputQuantizer
 from llmcompress.model.checkpoint import TORCH_DTYPES
-from llmcompress.spec import LinearSpec
+from llmcompress.spec import INPUTS, InputSpec, LinearSpec
 
 SPECS = (
     *(LinearSpec(bits=bits, group_size=size) for bits in (2, 3, 5, 8) for size in (32, 64)),
@@ -164,3 +169,57 @@ def test_formats_that_do_not_exist_are_refused(facts: dict[str, object]) -> None
 )
 def test_bits_per_weight_of_a_large_linear(spec: LinearSpec, expected: float) -> None:
     assert spec.bits_per_weight(4096, 4096) == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("word", [None, *INPUTS])
+@pytest.mark.parametrize("kind", ["int8", "fp8", "int", "codebook", "nf4"])
+def test_rows_of_bytes_and_rounded_inputs(kind: Any, word: str | None) -> None:
+    inputs = None if word is None else INPUTS[word]
+    sizes = {"codebook": (8, 0), "nf4": (4, 64), "int": (8, 64)}
+    bits, size = sizes.get(kind, (8, 192))
+    spec = LinearSpec(bits=bits, group_size=size, kind=kind, inputs=inputs)
+    codes = random_codes(spec, 48, 192)
+    if inputs is not None:
+        static = torch.tensor([0.5], dtype=torch.bfloat16) if inputs.scale == "tensor" else None
+        zero = None if inputs.symmetric else torch.tensor([-3], dtype=torch.int8)
+        codes = replace(codes, inputs=InputQuantizer(inputs, static, zero))
+    tensors = stored.tensors_of("m.q", codes)
+    layout = stored.layout_of("m.q", spec, (48, 192), "BF16")
+    assert {n: (TORCH_DTYPES[d], s) for n, (d, s) in layout.items()} == {
+        name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()
+    }
+    assert spec.storage_bits(48, 192) == sum(8 * t.numel() * t.element_size() for t in tensors.values())
+    for shown in (tensors, stored.misshapen(tensors)):
+        found = stored.codes_of("m.q", spec, shown.__getitem__)
+        assert torch.equal(found.codes, codes.codes)
+        assert found.inputs == codes.inputs
+    if kind in ("int8", "fp8"):
+        assert tuple(stored.misshapen(tensors)["m.q.weight"].shape) == (48 * 192, 1)
+        values = tensors["m.q.weight"].float() * tensors["m.q.weight_scale"].float()
+        assert torch.equal(codes.dequantize().nan_to_num(9.0), values.nan_to_num(9.0))
+        with pytest.raises(InputError, match="not what its format needs"):
+            stored.codes_of("m.q", spec, {**tensors, "m.q.weight": torch.zeros(48, 191, dtype=torch.int8)}.__getitem__)
+
+
+def test_input_scales_that_are_no_scale_are_refused() -> None:
+    spec = INPUTS["int8"]
+    for scale in (torch.tensor([1.0, 2.0]), torch.tensor([math.nan]), torch.zeros(1)):
+        tensors = {"q.input_scale": scale, "q.input_zero_point": torch.zeros(1, dtype=torch.int8)}
+        with pytest.raises(InputError, match="not one number"):
+            stored.inputs_of("q", spec, tensors.__getitem__)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"bits": 4, "kind": "fp8"},
+        {"symmetric": False, "kind": "fp8"},
+        {"symmetric": False, "scale": "token"},
+        {"bits": 6},
+    ],
+)
+def test_formats_of_inputs_that_are_none_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        InputSpec(**wrong)
+    with pytest.raises(ValidationError):
+        LinearSpec(bits=4, group_size=64, kind="int8")

@@ -41,7 +41,8 @@ def mixture() -> tuple[dict[str, Tensor], dict[str, object], dict[str, Codes]]:
     groups, codes = {}, {}
     for place, name in enumerate(available(QUANTIZERS)):
         quantizer = find(QUANTIZERS, name)
-        spec = maker(quantizer, OPTIONS, 64)(4, 128)
+        make = maker(quantizer, OPTIONS, 64)
+        spec = make(4, 128) or make(8, 128)
         assert spec is not None
         weight = torch.randn(32, 128, generator=torch.Generator().manual_seed(place))
         (found,) = quantizer.quantize([Request(weight, spec)], None, options=OPTIONS, dtype=torch.bfloat16)

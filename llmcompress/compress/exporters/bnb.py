@@ -22,7 +22,7 @@ LIBRARY = "transformers"
 
 def holds(specs: Collection[LinearSpec]) -> bool:
     """One 4-bit table format, the same for all."""
-    return len(specs) == 1 and all(spec.kind in FOUR_BIT for spec in specs)
+    return len(specs) == 1 and all(spec.kind in FOUR_BIT and spec.inputs is None for spec in specs)
 
 
 def packed_tensors(linear: LinearInfo, codes: Codes) -> dict[str, Tensor]:

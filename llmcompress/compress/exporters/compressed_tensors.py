@@ -1,9 +1,12 @@
-"""compressed-tensors `pack-quantized`, written without importing compressed-tensors.
+"""compressed-tensors, written without importing compressed-tensors: three formats, each by itself or side by side.
 
-Per quantized linear: `weight_packed` int32 `(rows, words)`, `weight_scale` 16-bit `(rows, groups)`,
-`weight_shape` int64 `(2,)`. Targets in `config.json` are exact module names that never overlap, under
-zero-padded group keys, so that every reader resolves them alike. Needs compressed-tensors >= 0.17 to
-be read (dense packing of 3, 5 and 6 bits).
+`pack-quantized`   `int`: `weight_packed` int32 `(rows, words)`, `weight_scale` 16-bit `(rows, groups)`, `weight_shape`
+`int-quantized`    `int8`: `weight` int8 `(rows, columns)`, `weight_scale` 16-bit `(rows, 1)`
+`float-quantized`  `fp8`: the same with `weight` in float8_e4m3fn
+
+and where inputs are rounded under one scale, `input_scale` and `input_zero_point`, `(1,)` each. Targets in
+`config.json` are exact module names that never overlap, under zero-padded group keys, so that every reader resolves
+them alike. Needs compressed-tensors >= 0.17 to be read (dense packing of 3, 5 and 6 bits).
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -14,16 +17,19 @@ from torch import Tensor
 
 from llmcompress.compress.grid import Codes
 from llmcompress.kernels import stored
-from llmcompress.types import LinearInfo, LinearSpec, ModelTrace, Plan
+from llmcompress.spec import PER_ROW
+from llmcompress.types import InputSpec, LinearInfo, LinearSpec, ModelTrace, Plan
 
-TITLE = "compressed-tensors `pack-quantized`"
+TITLE = "compressed-tensors"
 TAG = "compressed-tensors"
 LIBRARY = "transformers"
+FORMATS = {"int": "pack-quantized", "int8": "int-quantized", "fp8": "float-quantized"}
+MIXED = "mixed-precision"
 
 
 def holds(specs: Collection[LinearSpec]) -> bool:
-    """Symmetric integers of any widths."""
-    return all(spec.kind == "int" and not spec.high_share for spec in specs)
+    """Symmetric integers of any widths in groups, 8-bit integers and float8 by rows, with inputs rounded or not."""
+    return all(spec.kind in FORMATS and not spec.high_share for spec in specs)
 
 
 def _guard(linear: LinearInfo, dtype: str) -> stored.Layout:
@@ -38,13 +44,14 @@ def _guard(linear: LinearInfo, dtype: str) -> stored.Layout:
 def packed_tensors(linear: LinearInfo, codes: Codes) -> dict[str, Tensor]:
     """The tensors that replace the weight of one linear."""
     guard = {name: torch.empty(shape, dtype=codes.scale.dtype) for name, (_, shape) in _guard(linear, "").items()}
-    return guard | stored.tensors_of(linear.stem, codes)
+    tensors = stored.tensors_of(linear.stem, codes)
+    return guard | (stored.misshapen(tensors) if linear.transposed else tensors)
 
 
 def packed_layout(linear: LinearInfo, spec: LinearSpec, scale_dtype: str) -> stored.Layout:
     """Dtype and shape of those tensors, without making them; `scale_dtype` is `BF16` or `F16`."""
-    size = (linear.rows, linear.columns)
-    return _guard(linear, scale_dtype) | stored.layout_of(linear.stem, spec, size, scale_dtype)
+    layout = stored.layout_of(linear.stem, spec, (linear.rows, linear.columns), scale_dtype)
+    return _guard(linear, scale_dtype) | (stored.misshapen_layout(layout) if linear.transposed else layout)
 
 
 def _targets(plan: Plan, trace: ModelTrace) -> list[tuple[LinearSpec, list[str]]]:
@@ -53,37 +60,60 @@ def _targets(plan: Plan, trace: ModelTrace) -> list[tuple[LinearSpec, list[str]]
     for linear in trace.linears:
         spec = plan.spec_of(linear.name)
         if spec is not None:
-            by_spec.setdefault(spec, []).append(linear.name)
+            by_spec.setdefault(_of_any_columns(spec), []).append(linear.name)
     groups = sorted(by_spec.items(), key=lambda item: (item[0].bits, item[0].group_size))
     head = None if trace.head is None else plan.spec_of(trace.head.name)
     return groups if trace.head is None or head is None else [*groups, (head, [trace.head.name])]
 
 
+def _of_any_columns(spec: LinearSpec) -> LinearSpec:
+    """The format without the number of columns, which config.json does not tell of formats by rows."""
+    return spec.model_copy(update={"group_size": 0}) if spec.kind in PER_ROW else spec
+
+
+def _weights(spec: LinearSpec) -> dict[str, Any]:
+    grouped = spec.kind not in PER_ROW
+    return {
+        "num_bits": spec.bits,
+        "type": "float" if spec.kind == "fp8" else "int",
+        "symmetric": True,
+        "strategy": "group" if grouped else "channel",
+        "group_size": spec.group_size if grouped else None,
+        "dynamic": False,
+    }
+
+
+def _inputs(spec: InputSpec) -> dict[str, Any]:
+    return {
+        "num_bits": spec.bits,
+        "type": "float" if spec.kind == "fp8" else "int",
+        "symmetric": spec.symmetric,
+        "strategy": spec.scale,
+        "dynamic": spec.scale == "token",
+    }
+
+
 def quantization_config(plan: Plan, trace: ModelTrace, unquantized: Iterable[str]) -> dict[str, Any]:
     """The `quantization_config` section of config.json; `unquantized` are linears outside the blocks."""
-    groups = {}
-    for place, (spec, targets) in enumerate(_targets(plan, trace)):
-        groups[f"group_{place:02d}"] = {
-            "targets": targets,
-            "weights": {
-                "num_bits": spec.bits,
-                "type": "int",
-                "symmetric": True,
-                "strategy": "group",
-                "group_size": spec.group_size,
-                "dynamic": False,
-            },
-            "input_activations": None,
+    targets = _targets(plan, trace)
+    groups = {
+        f"group_{place:02d}": {
+            "targets": names,
+            "weights": _weights(spec),
+            "input_activations": None if spec.inputs is None else _inputs(spec.inputs),
             "output_activations": None,
-            "format": "pack-quantized",
+            "format": FORMATS[spec.kind],
         }
+        for place, (spec, names) in enumerate(targets)
+    }
+    formats = {FORMATS[spec.kind] for spec, _ in targets}
     return {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
+        "format": formats.pop() if len(formats) == 1 else MIXED,
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": plan.left_alone(unquantized),
-        "kv_cache_scheme": None,
+        "kv_cache_scheme": None if plan.options.cache_spec is None else _inputs(plan.options.cache_spec),
     }
 
 

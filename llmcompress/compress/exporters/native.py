@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llmcompress.compress.grid import Codes
 from llmcompress.kernels import stored
-from llmcompress.types import LinearInfo, LinearSpec, ModelTrace, Plan
+from llmcompress.types import LinearInfo, LinearSpec, ModelTrace, Plan, QuantizerOptions
 
 TITLE = "llmcompress native, version 1"
 TAG = "llmcompress-native"
@@ -29,14 +29,16 @@ def holds(specs: Collection[LinearSpec]) -> bool:
 
 def packed_tensors(linear: LinearInfo, codes: Codes) -> dict[str, Tensor]:
     """The tensors that replace the weight of one linear."""
-    return {linear.tensor: torch.empty(0, dtype=torch.float16)} | stored.tensors_of(linear.stem, codes)
+    return {linear.tensor: torch.empty(0, dtype=torch.float16)} | stored.misshapen(
+        stored.tensors_of(linear.stem, codes)
+    )
 
 
 def packed_layout(linear: LinearInfo, spec: LinearSpec, scale_dtype: str) -> stored.Layout:
     """Dtype and shape of those tensors, without making them."""
     size = (linear.rows, linear.columns)
     guard: stored.Layout = {linear.tensor: ("F16", (0,))}
-    return guard | stored.layout_of(linear.stem, spec, size, scale_dtype)
+    return guard | stored.misshapen_layout(stored.layout_of(linear.stem, spec, size, scale_dtype))
 
 
 def config_document(
@@ -57,9 +59,17 @@ def config_document(
         "version": VERSION,
         "how_to_open": HOW,
         "groups": groups,
+        "attention": _attention(plan.options),
         "ignore": plan.left_alone(heads),
     }
     return {**source, "quantization_config": section}
+
+
+def _attention(options: QuantizerOptions) -> dict[str, Any]:
+    """What is rounded inside attention: keys and values, and how many bits attention weights have."""
+    cache = options.cache_spec
+    bits = options.softmax_bits if options.softmax != "none" else None
+    return {"kv_cache": None if cache is None else cache.model_dump(mode="json"), "softmax_bits": bits}
 
 
 def opens_with(transposed: bool) -> str:
