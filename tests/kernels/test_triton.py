@@ -1,0 +1,86 @@
+"""The Triton kernels: values from Triton's interpreter, and machine code for GPUs that are not here."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton_cases
+
+from llmcompress.kernels import triton as backend
+from llmcompress.kernels.triton.tuning import Config, read_shipped
+from llmcompress.spec import LinearSpec
+
+HERE = Path(__file__).resolve()
+ROUNDING = {"torch.float32": 1e-6, "torch.float16": 6e-4, "torch.bfloat16": 4e-3}
+needs_triton = pytest.mark.skipif(not triton_cases.HAS_TRITON, reason="Triton is not installed")
+
+
+def check(cases: list[dict[str, Any]]) -> None:
+    """All errors are those of rounding the output (and, in strips, the weights); nothing is left over."""
+    assert len(cases) > 100
+    for case in cases:
+        assert case["error"] <= ROUNDING[case["dtype"]], case
+        assert case.get("counters", 0) == 0, case
+        assert case.get("same", True), case
+
+
+@needs_triton
+def test_values_are_those_of_the_stored_codes() -> None:
+    """Interpreted, in a process of its own: Triton decides when it is imported whether it interprets."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(HERE.parents[2]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(HERE.with_name("triton_cases.py"))], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    check(json.loads(done.stdout))
+
+
+@needs_triton
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_values_on_a_gpu() -> None:
+    check(triton_cases.errors("cuda", (torch.bfloat16, torch.float16, torch.float32)))
+
+
+LIMITS = {  # of instructions per weight, in parts of what an H200 issues while its memory delivers one
+    "int2": 0.85, "int3": 0.7, "int4": 0.7, "int8": 0.7, "int4z": 0.8, "table4": 1.45,
+}  # fmt: skip
+
+
+@needs_triton
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("label", LIMITS)
+def test_machine_code(label: str, capability: int) -> None:
+    """No spills, shared memory that is there, matrix instructions, wide asynchronous loads, few instructions."""
+    sys.path.insert(0, str(HERE.parents[2] / "bench"))
+    import kernels_static
+
+    config = read_shipped()[f"sm_{capability}"][label]["8"]
+    fixed = Config(config.rows, config.tokens, 2, config.warps, config.stages)
+    dtype = torch.bfloat16 if capability == 90 else torch.float16
+    found = kernels_static.measure(label, 128, fixed, dtype, capability)
+    assert found.stack == 0
+    assert found.shared <= kernels_static.SHARED_BYTES[capability]
+    assert found.matrix.startswith(("HMMA", "HGMMA"))
+    assert found.per_weight <= LIMITS[label] * found.budget
+
+
+def test_reasons_against() -> None:
+    """In words that go after "cannot do this: ", the format before the machine."""
+
+    def reason(device: str = "cuda", dtype: torch.dtype = torch.float16, columns: int = 256, **fields: Any) -> str:
+        spec = LinearSpec.model_validate({"bits": 4, "group_size": 128} | fields)
+        return backend.why_not(spec, 8, columns, tokens=1, dtype=dtype, device=device) or ""
+
+    assert reason(high_share=0.1) == "some columns have two bits more"
+    assert reason(kind="nf4", group_size=64, columns=100) == "rows of 100 weights are not whole groups of 64"
+    assert reason(dtype=torch.float64) == "inputs are torch.float64"
+    if not triton_cases.HAS_TRITON:
+        assert reason() == "Triton is not installed"
+        return
+    assert reason("cpu") == "it is for NVIDIA GPUs, not cpu"
+    assert reason() == ("" if torch.cuda.is_available() else "PyTorch sees no GPU")
