@@ -74,7 +74,7 @@ def measure(label: str, group: int, config: Config, dtype: torch.dtype, capabili
     matrix = next((name for name in found.operations if "MMA" in name), "none")
     bits = spec.storage_bits(COLUMNS, COLUMNS) / COLUMNS**2
     return Row(
-        label, NAMES[dtype], capability, tuple(asdict(config).values()), len(found.loop) / weights,
+        label, NAMES[dtype], capability, tuple(config), len(found.loop) / weights,
         bits / 8 * LANES_PER_SECOND / BYTES_PER_SECOND, found.registers, found.stack, found.shared, matrix,
     )  # fmt: skip
 
@@ -85,7 +85,7 @@ def rows() -> Iterator[Row]:
         for label, configs in table.items():
             for config in configs.values():
                 for dtype in (torch.bfloat16, torch.float16):
-                    fixed = Config(config.rows, config.tokens, config.split or 2, config.warps, config.stages)
+                    fixed = config._replace(split=config.split or 2)
                     yield measure(label, 128, fixed, dtype, int(device.removeprefix("sm_")))
 
 

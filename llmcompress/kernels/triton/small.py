@@ -24,9 +24,11 @@ def multiply(
         raise InputError(f"{packing.label}: no planar order", "multiply it in strips")
     tokens = len(x)
     config = config or choose(packing, rows, tokens, x.device)
+    if x.dtype == torch.float32:  # no matrix instructions: smaller tiles keep sums in registers
+        config = config._replace(rows=min(config.rows, 32), tokens=min(config.tokens, 16))
     grid = (triton.cdiv(rows, config.rows), config.split, triton.cdiv(tokens, config.tokens))
     if grid[0] * grid[2] > COUNTERS:
-        config = config.whole()
+        config = config._replace(split=1)
         grid = (grid[0], 1, grid[2])
     out = torch.empty((tokens, rows), dtype=x.dtype, device=x.device)
     partials = (

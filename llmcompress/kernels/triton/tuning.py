@@ -8,8 +8,8 @@ import functools
 import json
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -20,10 +20,10 @@ SHIPPED = Path(__file__).with_name("tuning.json")
 BUCKETS = (8, 16, 32, 64)
 PROGRAMS_PER_PROCESSOR = 2
 MOST_PARTS = 16
+ROWS, WARPS, MOST_STAGES = (16, 32, 64, 128, 256), (1, 2, 4, 8), 8
 
 
-@dataclass(frozen=True)
-class Config:
+class Config(NamedTuple):
     """Rows and tokens of a tile, programs that share one (0: as the GPU's size suggests), warps, pipeline stages."""
 
     rows: int
@@ -31,10 +31,6 @@ class Config:
     split: int
     warps: int
     stages: int
-
-    def whole(self) -> "Config":
-        """The same with one program for each tile."""
-        return Config(self.rows, self.tokens, 1, self.warps, self.stages)
 
 
 def bucket(tokens: int) -> int:
@@ -52,12 +48,19 @@ def read_table(path: Path) -> dict[str, dict[str, Config]]:
     """What a linear is -> most tokens -> configuration. Raises InputError naming the file when it is damaged."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-        return {str(key): {str(most): Config(*(int(v) for v in five)) for most, five in row.items()}
-                for key, row in document.items()}  # fmt: skip
+        return {str(key): {str(most): _checked(five) for most, five in row.items()} for key, row in document.items()}
     except (ValueError, TypeError, AttributeError):
-        raise InputError(
-            f"{path}: not a table of the kernels", "delete it, then run `llmcompress tune` again"
-        ) from None
+        raise InputError(f"{path}: not a table of the kernels", "delete it and run `llmcompress tune` again") from None
+
+
+def _checked(five: list[int]) -> Config:
+    config = Config(*five)
+    whole = all(type(value) is int for value in config)
+    if not whole or config.rows not in ROWS or config.tokens not in BUCKETS or config.warps not in WARPS:
+        raise ValueError("no such tile")
+    if not (0 <= config.split <= MOST_PARTS and 1 <= config.stages <= MOST_STAGES):
+        raise ValueError("no such number of parts or stages")
+    return config
 
 
 @functools.lru_cache(maxsize=8)
@@ -69,10 +72,9 @@ def _tables(name: str, device_class: str) -> tuple[dict[str, dict[str, Config]],
 
 def read_shipped() -> dict[str, dict[str, dict[str, Config]]]:
     """Device class (`sm_90`) -> what a linear is -> most tokens -> configuration."""
-    document = json.loads(SHIPPED.read_text(encoding="utf-8"))
     return {
-        device: {key: {most: Config(*five) for most, five in row.items()} for key, row in table.items()}
-        for device, table in document.items()
+        device: {key: {most: _checked(five) for most, five in row.items()} for key, row in table.items()}
+        for device, table in json.loads(SHIPPED.read_text(encoding="utf-8")).items()
     }
 
 
@@ -109,4 +111,4 @@ def fill(config: Config, packing: Packing, sizes: tuple[int, int], processors: i
     split = max(min(PROGRAMS_PER_PROCESSOR * processors // tiles, blocks // 2, MOST_PARTS), 1)
     while blocks % split and split > 1:  # parts of one length need no masks
         split -= 1
-    return Config(config.rows, config.tokens, split, config.warps, config.stages)
+    return config._replace(split=split)
