@@ -2,8 +2,8 @@
 
     python bench/kernels_static.py [--json OUT]
 
-Compiles every configuration that ships, for compute capability 8.0 and 9.0, and counts the instructions of the inner
-loop per weight. `budget` is how many an H200 (132 processors of 128 lanes at 1.98 GHz) can issue while its memory
+Compiles every configuration that ships, for compute capability 8.0 and 9.0, and those of the rule for 8.9, and counts the
+instructions of the inner loop per weight. `budget` is how many an H200 (132 processors of 128 lanes at 1.98 GHz) can issue while its memory
 delivers one weight with its share of scales at 4.3 TB/s: a kernel above it cannot reach that bandwidth.
 """
 
@@ -20,12 +20,13 @@ from sass import Compiled, compiled
 from llmcompress.kernels.triton import small
 from llmcompress.kernels.triton.jit.decode import decode
 from llmcompress.kernels.triton.layout import Packing, packing_of
-from llmcompress.kernels.triton.tuning import Config, read_shipped
+from llmcompress.kernels.triton.tuning import BUCKETS, Config, read_shipped, rule
 from llmcompress.spec import LinearSpec
 
 LANES_PER_SECOND, BYTES_PER_SECOND = 132 * 128 * 1.98e9, 4.3e12
 COLUMNS = 4096
-SHARED_BYTES = {80: 163 << 10, 90: 227 << 10}  # of one program at most
+SMALLEST, GROUP = 89, 128
+SHARED_BYTES = {80: 163 << 10, SMALLEST: 99 << 10, 90: 227 << 10}  # of one program at most
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
@@ -79,14 +80,25 @@ def measure(label: str, group: int, config: Config, dtype: torch.dtype, capabili
     )  # fmt: skip
 
 
-def rows() -> Iterator[Row]:
-    """Every configuration that ships, in groups of 128."""
-    for device, table in read_shipped().items():
+def configurations() -> Iterator[tuple[str, Config, int]]:
+    """What a linear is, tile sizes and capability: all that ship, and those of the rule, for GPUs not in the table."""
+    shipped = read_shipped()
+    for device, table in shipped.items():
         for label, configs in table.items():
-            for config in configs.values():
-                for dtype in (torch.bfloat16, torch.float16):
-                    fixed = config._replace(split=config.split or 2)
-                    yield measure(label, 128, fixed, dtype, int(device.removeprefix("sm_")))
+            yield from ((label, config, int(device.removeprefix("sm_"))) for config in configs.values())
+    for label in next(iter(shipped.values())):
+        packing = packing_of(spec_of(label, GROUP), COLUMNS)
+        yield from ((label, rule(packing, most), SMALLEST) for most in BUCKETS)
+
+
+def rows() -> Iterator[Row]:
+    """Each of them compiled, for inputs of 16 bits and, once for each format, of 32."""
+    for label, config, capability in configurations():
+        fixed = config._replace(split=config.split or 2)
+        for dtype in (torch.bfloat16, torch.float16):
+            yield measure(label, GROUP, fixed, dtype, capability)
+        if config.tokens == BUCKETS[0]:
+            yield measure(label, GROUP, small.for_dtype(fixed, torch.float32), torch.float32, capability)
 
 
 def main() -> None:
@@ -100,11 +112,16 @@ def main() -> None:
         print(
             f"{row.format:<10} {row.dtype} sm_{row.capability} {row.config!s:<22} {row.per_weight:5.2f} per weight, "
             f"budget {row.budget:.2f}  {row.registers:>3} registers  stack {row.stack:>3}  "
-            f"{row.shared:>6} bytes shared  {row.matrix}",
+            f"{row.shared:>6} bytes shared{' TOO MANY' * (row.shared > SHARED_BYTES[row.capability])}  {row.matrix}",
             flush=True,
         )
     if options.json:
-        document = {"triton": triton.__version__, "columns": COLUMNS, "group": 128, "rows": [asdict(r) for r in found]}
+        document = {
+            "triton": triton.__version__,
+            "columns": COLUMNS,
+            "group": GROUP,
+            "rows": [asdict(r) for r in found],
+        }
         options.json.write_text(json.dumps(document, indent=1) + "\n")
 
 

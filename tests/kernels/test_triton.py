@@ -1,5 +1,6 @@
 """The Triton kernels: values from Triton's interpreter, and machine code for GPUs that are not here."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -66,6 +67,56 @@ def test_machine_code(label: str, capability: int) -> None:
     assert found.shared <= kernels_static.SHARED_BYTES[capability]
     assert found.matrix.startswith(("HMMA", "HGMMA"))
     assert found.per_weight <= LIMITS[label] * found.budget
+
+
+WEIGHT = {"words": "*i32", "scale": "*bf16", "zero": "*u8", "table": "*fp32", "out": "*bf16"}
+INT8 = {"x_scale": "*fp32", "zero": "*i8", "scale": "*bf16", "weight_sums": "*i32", "out": "*bf16"}
+SIZES = dict.fromkeys(("first", "last", "N", "K", "stride"), "i32")
+PARTS = {"partials": "*i32", "counters": "*i32", "M": "i32", "N": "i32", "K": "i32"}
+OTHERS: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
+    "strips of planar codes": (
+        "dequantize.dequantize_planar", WEIGHT | {"words": "*i16"} | SIZES,
+        {"BITS": 3, "WORDS": 32, "FIELDS": 16, "PLANES": 3, "GROUP": 128, "ZERO": True, "TABLE": 0, "BN": 16},
+    ),
+    "strips of a table's codes": (
+        "dequantize.dequantize_planar", WEIGHT | {"words": "*i16", "scale": "*fp32"} | SIZES,
+        {"BITS": 4, "WORDS": 64, "FIELDS": 4, "PLANES": 1, "GROUP": 64, "ZERO": False, "TABLE": 1, "BN": 16},
+    ),
+    "strips of codes as in the file": (
+        "dequantize.dequantize_dense", WEIGHT | SIZES,
+        {"BITS": 5, "GROUP": 128, "ZERO": False, "TABLE": 0, "BN": 16, "BK": 256},
+    ),
+    "8-bit inputs of a token": (
+        "int8.quantize",
+        {"x": "*bf16", "scale": "*fp32", "zero": "*fp32", "codes": "*i8", "token_scale": "*fp32", "K": "i32"},
+        {"STATIC": False, "ZERO": False, "BK": 4096},
+    ),
+    "8-bit product": (
+        "int8.multiply", {"x": "*i8", "words": "*i8"} | INT8 | PARTS,
+        {"STATIC": False, "ZERO": True, "STEPS": 32, "SPLIT": 2, "BN": 64, "BM": 16, "BK": 128},
+    ),
+    "after the library's 8-bit product": (
+        "int8.finish", {"sums": "*i32"} | INT8 | {"M": "i32", "N": "i32"},
+        {"STATIC": True, "ZERO": True, "BN": 128, "BM": 8},
+    ),
+}  # fmt: skip
+
+
+@needs_triton
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("what", OTHERS)
+def test_every_kernel_compiles_without_spills(what: str, capability: int) -> None:
+    sys.path.insert(0, str(HERE.parents[2] / "bench"))
+    import sass
+
+    place, types, constants = OTHERS[what]
+    module, name = place.split(".")
+    kernel = getattr(importlib.import_module(f"llmcompress.kernels.triton.jit.{module}"), name)
+    found = sass.compiled(kernel, types, constants, (capability, 4, 3))
+    assert found.stack == 0
+    if name == "multiply":
+        assert found.count("IMMA") + found.count("IGMMA") > 0, found.operations
+        assert found.count("LDGSTS") > 0, found.operations
 
 
 def test_reasons_against() -> None:

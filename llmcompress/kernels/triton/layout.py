@@ -63,7 +63,7 @@ def prepare(tensors: Mapping[str, Tensor], spec: LinearSpec) -> dict[str, Tensor
     if packing.planar is None:
         found["words"] = tensors[stored.PACKED]
     else:
-        found["words"] = planar_words(codes.codes, packing.planar)
+        found["words"] = planar_words(codes.codes.to(device), packing.planar)
     if codes.scale.numel():
         found["scale"] = codes.scale.view(rows, -1).T.contiguous()
     if codes.zero is not None:
@@ -83,18 +83,23 @@ def planar_words(codes: Tensor, order: Planar) -> Tensor:
     step = max(CHUNK_CODES // columns, 1)
     for start in range(0, rows, step):
         part = torch.nn.functional.pad(codes[start : start + step], (0, blocks * order.block - columns))
-        fields = part.view(-1, blocks, order.fields, order.words).to(torch.int32)
+        fields = part.view(-1, blocks, order.fields, order.words).to(torch.int16)
         words[start : start + step] = _words(fields, order).reshape(len(part), -1)
     return words
 
 
 def _words(fields: Tensor, order: Planar) -> Tensor:
-    """Fields int32 `(rows, blocks, fields, run)` to int16 `(rows, blocks, planes, run)`."""
-    if order.bits == 3:
-        fields = fields.view(*fields.shape[:2], 4, 4, order.words)  # three planes, and the word spread over them
-        top = torch.stack([(fields[:, :, 3] >> plane) & 1 for plane in range(3)], dim=2)
-        fields, stride = fields[:, :, :3] | (top << 3), 4
-    else:
-        fields, stride = fields[:, :, None], order.bits
-    shifts = torch.arange(0, 16, stride, dtype=torch.int32, device=fields.device)
-    return (fields << shifts[:, None]).sum(3).to(torch.int16)
+    """Fields int16 `(rows, blocks, fields, run)` to words int16 `(rows, blocks, planes, run)`."""
+    if order.bits != 3:
+        return _side_by_side(fields[:, :, None], order.bits)
+    fields = fields.view(*fields.shape[:2], 4, 4, order.words)  # three planes, and the word that is spread over them
+    top = torch.stack([(fields[:, :, 3] >> plane) & 1 for plane in range(3)], dim=2)
+    return _side_by_side(fields[:, :, :3] | (top << 3), 4)
+
+
+def _side_by_side(fields: Tensor, stride: int) -> Tensor:
+    """The fields of each word, `(..., fields, run)`, `stride` bits apart in one int16."""
+    found = fields[..., 0, :].clone()
+    for field in range(1, fields.shape[-2]):
+        found |= fields[..., field, :] << (field * stride)
+    return found

@@ -23,9 +23,7 @@ def multiply(
     if order is None:
         raise InputError(f"{packing.label}: no planar order", "multiply it in strips")
     tokens = len(x)
-    config = config or choose(packing, rows, tokens, x.device)
-    if x.dtype == torch.float32:  # no matrix instructions: smaller tiles keep sums in registers
-        config = config._replace(rows=min(config.rows, 32), tokens=min(config.tokens, 16))
+    config = for_dtype(config or choose(packing, rows, tokens, x.device), x.dtype)
     grid = (triton.cdiv(rows, config.rows), config.split, triton.cdiv(tokens, config.tokens))
     if grid[0] * grid[2] > COUNTERS:
         config = config._replace(split=1)
@@ -41,6 +39,13 @@ def multiply(
         **constants(packing, config, x.dtype, x.is_cuda), num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return out
+
+
+def for_dtype(config: Config, dtype: torch.dtype) -> Config:
+    """The tile sizes for inputs of `dtype`: float32 has no exact matrix instructions, and its sums need registers."""
+    if dtype != torch.float32:
+        return config
+    return config._replace(rows=min(config.rows, 32), tokens=min(config.tokens, 16))
 
 
 def constants(packing: Packing, config: Config, dtype: torch.dtype, assembly: bool) -> dict[str, object]:

@@ -94,11 +94,10 @@ def choose(packing: Packing, rows: int, tokens: int, device: torch.device) -> Co
 
 
 def rule(packing: Packing, most: int) -> Config:
-    """Tile sizes where nothing was measured: tall tiles for integers, less where many registers hold sums or tables."""
-    if packing.table:
-        return Config(64, most, 0, 4, 3)
-    rows = 128 if most <= 16 else 64
-    return Config(rows, most, 0, 4, 3 if packing.bits != 3 else 2)
+    """Tile sizes where nothing was measured, small enough for the shared memory of any GPU since 2020 (99 KiB)."""
+    tokens = min(most, 32) if packing.bits < 4 else most  # a block of narrow codes meets many inputs
+    rows = 128 if most <= 16 and not packing.table else 64
+    return Config(rows, tokens, 0, 4, 3 if most <= 8 and packing.bits != 3 else 2)
 
 
 def fill(config: Config, packing: Packing, sizes: tuple[int, int], processors: int) -> Config:
