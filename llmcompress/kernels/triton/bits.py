@@ -11,9 +11,12 @@ are a ready pair for a matrix instruction.
     8     2       bits 8f ... 8f + 7
     3     16      nibble n of plane p holds field 4p + n in its low three bits; the highest bits of nibble n of the
                   three planes are, in order, the bits of field 12 + n: 16 codes in 48 bits, nothing wasted
+    4, paired     words i and i + 1 (i even) hold, from the lowest nibble, fields 0, 0, 1, 1 and 2, 2, 3, 3 of codes i
+                  and i + 1: neighbours side by side, as byte permutations look them up (one table for all rows)
 """
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 FIELDS = {2: 8, 3: 16, 4: 4, 8: 2}
@@ -30,6 +33,7 @@ class Planar:
 
     bits: int
     words: int
+    paired: bool = False
 
     @property
     def fields(self) -> int:
@@ -49,18 +53,45 @@ class Planar:
         return -(-columns // self.block)
 
 
-def planar(bits: int, group: int, columns: int) -> Planar | None:
+def planar(bits: int, group: int, columns: int, paired: bool = False) -> Planar | None:
     """The order for groups of `group` codes (0: the row), None where there is none that has whole runs in a group.
 
     The longest run whose last block wastes little; the one that wastes least where all waste more.
     """
-    fits = [Planar(bits, words) for words in RUNS.get(bits, ()) if _fits(group, words, FIELDS[bits] * words)]
+    fits = [Planar(bits, words, paired) for words in RUNS.get(bits, ()) if _fits(group, words, FIELDS[bits] * words)]
     waste = {order: order.blocks(columns) * order.block / columns for order in fits}
     return next((order for order in fits if waste[order] <= WASTE), min(fits, key=waste.__getitem__, default=None))
 
 
 def _fits(group: int, run: int, block: int) -> bool:
     return group == 0 or (group % run == 0 and (block % group == 0 or group % block == 0))
+
+
+def table_ptx(values: Sequence[int]) -> str:
+    """PTX from two words of paired codes to all fields: bit patterns of 16-bit floats, looked up in a table of 16.
+
+    A byte permutation takes four codes of three bits to four of eight bytes. Four of them, for the low and the high
+    bytes of both halves of the table, and one each to choose by the codes' highest bits, make four values. `nothing`
+    is 0, as no lane is below the first; the assembler does not know, and so keeps the table in registers.
+    """
+    low, high = (bytes(value >> shift & 0xFF for value in values) for shift in (0, 8))
+    words = [int.from_bytes(part[at : at + 4], "little") for part in (low, high) for at in (0, 4, 8, 12)]
+    lines = [".reg .b32 nothing, code, pick, below, above, low, high" + "".join(f", t{n}" for n in range(8)) + ";"]
+    lines += ["mov.u32 nothing, %lanemask_lt;", "shr.u32 nothing, nothing, 31;"]
+    lines += [f"xor.b32 t{number}, nothing, 0x{word:08x};" for number, word in enumerate(words)]
+    lines += ["and.b32 code, $4, 0x77777777;", "shr.u32 pick, $4, 1;"]
+    lines += ["lop3.b32 pick, pick, 0x44444444, 0x32103210, 0xEA;"]
+    for half in range(2):
+        if half:
+            lines += ["shr.u32 code, code, 16;", "shr.u32 pick, pick, 16;"]
+        for name, first in (("low", 0), ("high", 4)):
+            lines += [
+                f"prmt.b32 below, t{first}, t{first + 1}, code;",
+                f"prmt.b32 above, t{first + 2}, t{first + 3}, code;",
+                f"prmt.b32 {name}, below, above, pick;",
+            ]
+        lines += [f"prmt.b32 ${2 * half}, low, high, 0x5140;", f"prmt.b32 ${2 * half + 1}, low, high, 0x7362;"]
+    return "\n".join(["{", *lines, "}"])
 
 
 def centred_ptx(bits: int, kind: str) -> str:

@@ -22,6 +22,7 @@ class Packing:
     group   codes that share a scale; 0: the whole row, or no scales
     zero    groups have zero-points
     table   whether codes are places in a table, and in whose
+    kind    the table's name, where it is one for all rows
     planar  the order of codes; None: as in the file
     """
 
@@ -30,6 +31,7 @@ class Packing:
     group: int
     zero: bool
     table: int
+    kind: str
     planar: Planar | None
 
     @property
@@ -43,7 +45,9 @@ def packing_of(spec: LinearSpec, columns: int) -> Packing:
     """The packing that `prepare` chooses for rows of `columns` codes."""
     group = 0 if spec.group_size in (0, columns) else spec.group_size
     table = ONE_TABLE if spec.kind in FOUR_BIT else TABLE_PER_ROW if spec.kind == "codebook" else NO_TABLE
-    return Packing(spec.bits, columns, group, spec.kind == "asymmetric", table, planar(spec.bits, group, columns))
+    kind = spec.kind if table == ONE_TABLE else ""
+    order = planar(spec.bits, group, columns, paired=table == ONE_TABLE)
+    return Packing(spec.bits, columns, group, spec.kind == "asymmetric", table, kind, order)
 
 
 def prepare(tensors: Mapping[str, Tensor], spec: LinearSpec) -> dict[str, Tensor]:
@@ -90,6 +94,9 @@ def planar_words(codes: Tensor, order: Planar) -> Tensor:
 
 def _words(fields: Tensor, order: Planar) -> Tensor:
     """Fields int16 `(rows, blocks, fields, run)` to words int16 `(rows, blocks, planes, run)`."""
+    if order.paired:  # word of two, field of two, pair of codes, code of two
+        parts = fields.view(*fields.shape[:2], 2, 2, order.words // 2, 2).permute(0, 1, 3, 5, 4, 2)
+        return _side_by_side(parts.reshape(*fields.shape[:2], 1, 4, order.words), 4)
     if order.bits != 3:
         return _side_by_side(fields[:, :, None], order.bits)
     fields = fields.view(*fields.shape[:2], 4, 4, order.words)  # three planes, and the word that is spread over them

@@ -7,9 +7,10 @@ import triton
 from torch import Tensor
 
 from llmcompress.errors import InputError
-from llmcompress.kernels.triton.bits import centred_ptx
+from llmcompress.kernels.fourbit import table_of
+from llmcompress.kernels.triton.bits import centred_ptx, table_ptx
 from llmcompress.kernels.triton.jit.decode import decode
-from llmcompress.kernels.triton.layout import COUNTERS, NO_TABLE, Packing
+from llmcompress.kernels.triton.layout import COUNTERS, NO_TABLE, ONE_TABLE, Packing
 from llmcompress.kernels.triton.tuning import Config, choose
 
 PTX_KIND = {torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -55,10 +56,18 @@ def constants(packing: Packing, config: Config, dtype: torch.dtype, assembly: bo
         raise InputError(f"{packing.label}: no planar order", "multiply it in strips")
     blocks = order.blocks(packing.columns)
     even = packing.columns % order.block == 0 and blocks % config.split == 0
-    centred = assembly and packing.table == NO_TABLE and dtype in PTX_KIND
     return {
         "BITS": packing.bits, "WORDS": order.words, "FIELDS": order.fields, "PLANES": order.planes,
         "GROUP": packing.group, "ZERO": packing.zero, "TABLE": packing.table, "BLOCKS": blocks, "EVEN": even,
         "SPLIT": config.split, "BN": config.rows, "BM": config.tokens,
-        "PTX": centred_ptx(packing.bits, PTX_KIND[dtype]) if centred else "",
+        "PTX": _assembly(packing, dtype) if assembly else "",
     }  # fmt: skip
+
+
+def _assembly(packing: Packing, dtype: torch.dtype) -> str:
+    """The instructions that make numbers of codes; empty where Triton's own do."""
+    if dtype not in PTX_KIND or packing.table not in (NO_TABLE, ONE_TABLE):
+        return ""
+    if packing.table == NO_TABLE:
+        return centred_ptx(packing.bits, PTX_KIND[dtype])
+    return table_ptx([value & 0xFFFF for value in table_of(packing.kind).to(dtype).view(torch.int16).tolist()])

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from llmcompress.errors import InputError
-from llmcompress.kernels.triton.layout import Packing
+from llmcompress.kernels.triton.layout import TABLE_PER_ROW, Packing
 
 SHIPPED = Path(__file__).with_name("tuning.json")
 BUCKETS = (8, 16, 32, 64)
@@ -96,7 +96,7 @@ def choose(packing: Packing, rows: int, tokens: int, device: torch.device) -> Co
 def rule(packing: Packing, most: int) -> Config:
     """Tile sizes where nothing was measured, small enough for the shared memory of any GPU since 2020 (99 KiB)."""
     tokens = min(most, 32) if packing.bits < 4 else most  # a block of narrow codes meets many inputs
-    rows = 128 if most <= 16 and not packing.table else 64
+    rows = 128 if most <= 16 and packing.table != TABLE_PER_ROW else 64
     return Config(rows, tokens, 0, 4, 3 if most <= 8 and packing.bits != 3 else 2)
 
 

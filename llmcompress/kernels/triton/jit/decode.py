@@ -9,20 +9,20 @@ import triton
 import triton.language as tl
 
 from llmcompress.kernels.triton.jit.parts import together
-from llmcompress.kernels.triton.jit.unpack import centred_fields, integer_field, less, load_words
+from llmcompress.kernels.triton.jit.unpack import all_fields, integer_field, less, load_words
 
 
 @triton.jit
-def _values(planes, fields, table, middle, FIELD: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr,
-            PTX: tl.constexpr):  # fmt: skip
+def _values(fields, table, middle, inner, FIELD: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr,
+            TABLE: tl.constexpr, PTX: tl.constexpr):  # fmt: skip
     """Weights of one field without their scale, in the type of `table`; `middle` is the zero-point of each row."""
     if PTX != "":
         return less(fields[FIELD], middle) if ZERO else fields[FIELD]
-    elif table.shape[1] == 1:
-        centred = (integer_field(planes, FIELD, BITS) - (1 << (BITS - 1))).to(table.dtype)
+    elif TABLE == 0:
+        centred = (integer_field(fields, inner, FIELD, BITS, False) - (1 << (BITS - 1))).to(table.dtype)
         return centred - middle if ZERO else centred
     else:
-        return tl.gather(table, integer_field(planes, FIELD, BITS), 1)
+        return tl.gather(table, integer_field(fields, inner, FIELD, BITS, TABLE == 1), 1)
 
 
 @triton.jit
@@ -65,7 +65,7 @@ def decode(
     rows, tokens = tl.program_id(0) * BN + tl.arange(0, BN), tl.program_id(2) * BM + tl.arange(0, BM)
     read, inner = tl.minimum(rows, N - 1), tl.arange(0, WORDS)
     dtype: tl.constexpr = x.dtype.element_ty
-    values = _table(table, read, N, TABLE, BITS, dtype)
+    values = _table(table, read, N, TABLE if PTX == "" else 0, BITS, dtype)
     middle = _middle(zero, read, True, BITS, ZERO and GROUP == 0, dtype)
     sums = tl.zeros((BN, BM), tl.float32)
     chunk: tl.constexpr = FIELDS if GROUP == 0 else (GROUP // WORDS if GROUP // WORDS < FIELDS else FIELDS)
@@ -73,8 +73,9 @@ def decode(
     for step in range(each):
         block = tl.program_id(1) * each + step
         place = words + read[:, None].to(tl.int64) * stride + block * (PLANES * WORDS) + inner[None, :]
-        planes = load_words(place, True if EVEN else block < BLOCKS, WORDS, BITS)
-        fields = centred_fields(planes, BITS, FIELDS, dtype, PTX) if PTX != "" else planes
+        fields = load_words(place, inner, True if EVEN else block < BLOCKS, WORDS, BITS, TABLE == 1 and PTX == "")
+        if PTX != "":
+            fields = all_fields(fields, BITS, FIELDS, dtype, PTX)
         for part in tl.static_range(FIELDS // chunk):
             group = (block * FIELDS + part * chunk) * WORDS // (GROUP if GROUP > 0 else 1)
             inside = True if EVEN else (group * GROUP < K) & (read < N)
@@ -84,7 +85,7 @@ def decode(
                 k = (block * FIELDS + field) * WORDS + inner
                 known = (tokens < M)[None, :] if EVEN else (tokens < M)[None, :] & (k < K)[:, None]
                 seen = tl.load(x + tokens[None, :] * K + k[:, None], mask=known, other=0)
-                weights = _values(planes, fields, values, here, field, BITS, ZERO, PTX)
+                weights = _values(fields, values, here, inner, field, BITS, ZERO, TABLE, PTX)
                 product = tl.dot(weights, seen, product, input_precision="ieee")
             if GROUP == 0:
                 sums = product

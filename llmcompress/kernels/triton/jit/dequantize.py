@@ -38,10 +38,10 @@ def dequantize_planar(
     read = tl.minimum(rows, last - 1)
     block = tl.program_id(1)
     place = words + read[:, None].to(tl.int64) * stride + block * (PLANES * WORDS) + inner[None, :]
-    planes = load_words(place, True, WORDS, BITS)
+    held = load_words(place, inner, True, WORDS, BITS, TABLE == 1)
     for field in tl.static_range(FIELDS):
         k = (block * FIELDS + field) * WORDS + inner
-        codes = integer_field(planes, field, BITS)
+        codes = integer_field(held, inner, field, BITS, TABLE == 1)
         weights = _weights(codes, read, k, k < K, scale, zero, table, N, GROUP, ZERO, TABLE, BITS)
         to = out + (rows - first)[:, None].to(tl.int64) * K + k[None, :]
         tl.store(to, weights.to(out.dtype.element_ty), mask=(rows < last)[:, None] & (k < K)[None, :])

@@ -17,37 +17,44 @@ def types(fields, dtype):
 
 
 @triton.jit
-def load_words(pointer, mask, WORDS: tl.constexpr, BITS: tl.constexpr):
-    """The planes of one block, `(rows, WORDS)` each; where one would do for all three, it is repeated."""
-    low = tl.load(pointer, mask=mask, other=0)
+def load_words(pointer, inner, mask, WORDS: tl.constexpr, BITS: tl.constexpr, PAIRED: tl.constexpr):
+    """What holds the codes of one block, `(rows, WORDS)` each: three planes, both words of a pair, or one thrice."""
     if BITS == 3:
-        return low, tl.load(pointer + WORDS, mask=mask, other=0), tl.load(pointer + 2 * WORDS, mask=mask, other=0)
+        low, middle = tl.load(pointer, mask=mask, other=0), tl.load(pointer + WORDS, mask=mask, other=0)
+        return low, middle, tl.load(pointer + 2 * WORDS, mask=mask, other=0)
+    elif PAIRED:
+        even = pointer - (inner & 1)[None, :]
+        low, high = tl.load(even, mask=mask, other=0), tl.load(even + 1, mask=mask, other=0)
+        return low, high, high
     else:
+        low = tl.load(pointer, mask=mask, other=0)
         return low, low, low
 
 
 @triton.jit
-def integer_field(planes, FIELD: tl.constexpr, BITS: tl.constexpr):
+def integer_field(words, inner, FIELD: tl.constexpr, BITS: tl.constexpr, PAIRED: tl.constexpr):
     """The codes of one field, int32 `(rows, WORDS)`."""
-    if BITS != 3:
-        return (planes[0].to(tl.int32) >> (FIELD * BITS)) & ((1 << BITS) - 1)
+    if PAIRED:
+        return (words[FIELD // 2].to(tl.int32) >> (FIELD % 2 * 8 + (inner & 1) * 4)[None, :]) & 15
+    elif BITS != 3:
+        return (words[0].to(tl.int32) >> (FIELD * BITS)) & ((1 << BITS) - 1)
     elif FIELD < 12:
-        return (planes[FIELD // 4].to(tl.int32) >> (FIELD % 4 * 4)) & 7
+        return (words[FIELD // 4].to(tl.int32) >> (FIELD % 4 * 4)) & 7
     else:
         top: tl.constexpr = FIELD % 4 * 4 + 3
-        low = (planes[0].to(tl.int32) >> top) & 1
-        middle = (planes[1].to(tl.int32) >> top) & 1
-        high = (planes[2].to(tl.int32) >> top) & 1
+        low = (words[0].to(tl.int32) >> top) & 1
+        middle = (words[1].to(tl.int32) >> top) & 1
+        high = (words[2].to(tl.int32) >> top) & 1
         return low | (middle << 1) | (high << 2)
 
 
 @triton.jit
-def centred_fields(planes, BITS: tl.constexpr, FIELDS: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr):
-    """All fields at once, less the centre, through the packed instructions of `bits.centred_ptx`."""
+def all_fields(words, BITS: tl.constexpr, FIELDS: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr):
+    """The values of all fields at once, through the assembly of `bits.py`."""
     if BITS == 3:
-        return tl.inline_asm_elementwise(PTX, constraints(FIELDS, 3), planes, types(FIELDS, DTYPE), True, 2)
+        return tl.inline_asm_elementwise(PTX, constraints(FIELDS, 3), words, types(FIELDS, DTYPE), True, 2)
     else:
-        return tl.inline_asm_elementwise(PTX, constraints(FIELDS, 1), [planes[0]], types(FIELDS, DTYPE), True, 2)
+        return tl.inline_asm_elementwise(PTX, constraints(FIELDS, 1), [words[0]], types(FIELDS, DTYPE), True, 2)
 
 
 @triton.jit
