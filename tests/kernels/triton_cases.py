@@ -107,6 +107,11 @@ def shared_tiles(device: str) -> Iterator[Case]:
     x = torch.randn(backend.LARGE + 1, columns, generator=GENERATOR)
     found = backend.linear(x.to(device), prepared, spec, rows, columns)
     wanted = x.double() @ codes.dequantize().double().T
+    none = backend.linear(x[:0].to(device), prepared, spec, rows, columns)
+    yield {"name": "no tokens", "dtype": "torch.float32", "error": 0.0, "same": none.shape == (0, rows)}
+    slanted = torch.nn.Parameter(x[:3].T.contiguous().T.to(device))
+    few = backend.linear(slanted, prepared, spec, rows, columns)
+    yield {"name": "columns first, with gradients", "dtype": "torch.float32", "error": error(few, wanted[:3])}
     yield {"name": "many tokens", "dtype": "torch.float32", "error": error(found, wanted)}
 
 

@@ -50,7 +50,7 @@ def why_not(spec: LinearSpec, rows: int, columns: int, *, tokens: int, dtype: to
 
 
 def linear(x: Tensor, prepared: Mapping[str, Tensor], spec: LinearSpec, rows: int, columns: int) -> Tensor:
-    """`x @ weight.T` with sums in float32.
+    """`x @ weight.T` with sums in float32, without gradients.
 
     x         (M, columns)  float16, bfloat16 or float32
     prepared  what `prepare` returned
@@ -58,8 +58,10 @@ def linear(x: Tensor, prepared: Mapping[str, Tensor], spec: LinearSpec, rows: in
     """
     from llmcompress.kernels.triton import large, small  # lazy: triton is an extra
 
-    packing = packing_of(spec, columns)
-    x = x.contiguous()
-    if packing.planar is None or len(x) > LARGE:
-        return large.multiply(x, prepared, packing, rows)
-    return small.multiply(x, prepared, packing, rows)
+    x, packing = x.detach().contiguous(), packing_of(spec, columns)
+    if not len(x):
+        return x.new_empty((0, rows))
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+        if packing.planar is None or len(x) > LARGE:
+            return large.multiply(x, prepared, packing, rows)
+        return small.multiply(x, prepared, packing, rows)

@@ -32,14 +32,19 @@ def weight_of(codes: Tensor, scale: Tensor) -> Weight:
 
 
 def linear(x: Tensor, weight: Weight, scale: Tensor | None = None, zero: Tensor | None = None) -> Tensor:
-    """Rounded inputs times the weight; sums are exact.
+    """Rounded inputs times the weight, without gradients; sums are exact.
 
     x        (M, columns)  any float
     scale    (1,)          of every input; None: of each token its own, its largest magnitude over 127.5
     zero     (1,) int8     the code of 0, with `scale`; None: 0
     returns  (M, rows)     in the dtype of `x`
     """
-    codes, scales = quantize(x.contiguous(), scale, zero)
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+        return _linear(x.detach().contiguous(), weight, scale, zero)
+
+
+def _linear(x: Tensor, weight: Weight, scale: Tensor | None, zero: Tensor | None) -> Tensor:
+    codes, scales = quantize(x, scale, zero)
     tokens, columns = codes.shape
     rows = len(weight.codes)
     out = torch.empty((tokens, rows), dtype=x.dtype, device=x.device)

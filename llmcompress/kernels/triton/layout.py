@@ -65,7 +65,7 @@ def prepare(tensors: Mapping[str, Tensor], spec: LinearSpec) -> dict[str, Tensor
     device = next(iter(tensors.values())).device
     found = {"counters": torch.zeros(COUNTERS, dtype=torch.int32)}
     if packing.planar is None:
-        found["words"] = tensors[stored.PACKED]
+        found["words"] = tensors[stored.PACKED].contiguous()
     else:
         found["words"] = planar_words(codes.codes.to(device), packing.planar)
     if codes.scale.numel():
