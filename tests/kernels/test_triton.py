@@ -89,7 +89,7 @@ OTHERS: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
     "8-bit inputs of a token": (
         "int8.quantize",
         {"x": "*bf16", "scale": "*fp32", "zero": "*fp32", "codes": "*i8", "token_scale": "*fp32", "K": "i32"},
-        {"STATIC": False, "ZERO": False, "BK": 4096},
+        {"STATIC": False, "ZERO": False, "STEPS": 2, "BK": 4096},
     ),
     "8-bit product": (
         "int8.multiply", {"x": "*i8", "words": "*i8"} | INT8 | PARTS,

@@ -71,8 +71,8 @@ def quantize(x: Tensor, scale: Tensor | None, zero: Tensor | None) -> tuple[Tens
     tokens, columns = x.shape
     codes = torch.empty((tokens, columns), dtype=torch.int8, device=x.device)
     scales = torch.empty(tokens, dtype=torch.float32, device=x.device) if scale is None else scale
-    flags = {"STATIC": scale is not None, "ZERO": zero is not None}
     block = min(triton.next_power_of_2(columns), 4096)
+    flags = {"STATIC": scale is not None, "ZERO": zero is not None, "STEPS": triton.cdiv(columns, block)}
     jit.quantize[(tokens,)](x, scales, scales if zero is None else zero, codes, scales, columns, **flags, BK=block)
     return codes, scales
 

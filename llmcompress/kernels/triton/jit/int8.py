@@ -9,22 +9,23 @@ ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2**23: added and taken away, it leav
 
 
 @triton.jit
-def quantize(x, scale, zero, codes, token_scale, K, STATIC: tl.constexpr, ZERO: tl.constexpr, BK: tl.constexpr):
+def quantize(x, scale, zero, codes, token_scale, K, STATIC: tl.constexpr, ZERO: tl.constexpr, STEPS: tl.constexpr,
+             BK: tl.constexpr):  # fmt: skip
     """Codes int8 of one token: `clip(round(x / scale) + zero)`, the scale given or the largest magnitude over 127.5."""
     token, inner = tl.program_id(0).to(tl.int64), tl.arange(0, BK)
     if STATIC:
         step = tl.load(scale).to(tl.float32)
     else:
         most = tl.zeros((BK,), tl.float32)
-        for start in range(0, K, BK):
-            k = start + inner
+        for part in range(STEPS):
+            k = part * BK + inner
             most = tl.maximum(most, tl.abs(tl.load(x + token * K + k, mask=k < K, other=0).to(tl.float32)))
         step = tl.div_rn(tl.max(most, 0), 127.5)
         step = tl.where(step == 0, 1.0, step)
         tl.store(token_scale + token, step)
     shift = tl.load(zero).to(tl.float32) if ZERO else 0.0
-    for start in range(0, K, BK):
-        k = start + inner
+    for part in range(STEPS):
+        k = part * BK + inner
         value = tl.div_rn(tl.load(x + token * K + k, mask=k < K, other=0).to(tl.float32), step) + shift
         value = tl.minimum(tl.maximum(value, -128.0), 127.0) + ROUNDER - ROUNDER
         tl.store(codes + token * K + k, value.to(tl.int8), mask=k < K)
