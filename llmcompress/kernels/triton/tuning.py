@@ -94,10 +94,9 @@ def choose(packing: Packing, rows: int, tokens: int, device: torch.device) -> Co
 
 
 def rule(packing: Packing, most: int) -> Config:
-    """Tile sizes where nothing was measured, small enough for the shared memory of any GPU since 2020 (99 KiB)."""
-    tokens = min(most, 32) if packing.bits < 4 else most  # a block of narrow codes meets many inputs
+    """Tile sizes where nothing was measured: no spills, and shared memory of any GPU since 2020 (99 KiB)."""
     rows = 128 if most <= 16 and packing.table != TABLE_PER_ROW else 64
-    return Config(rows, tokens, 0, 4, 3 if most <= 8 and packing.bits != 3 else 2)
+    return Config(rows, min(most, 32), 0, 4, 3 if most <= 8 and packing.bits != 3 else 2)
 
 
 def fill(config: Config, packing: Packing, sizes: tuple[int, int], processors: int) -> Config:
