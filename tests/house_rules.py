@@ -89,7 +89,7 @@ def many_parameters(tree: ast.Module) -> list[str]:
     """Functions with more than six parameters, or more than five required ones that may be given by position."""
     found = []
     for function, method in functions(tree):
-        if "command" in _decorators(function) or function.name == "__exit__":
+        if _decorators(function) & {"command", "jit"} or function.name == "__exit__":
             continue
         positional = [*function.args.posonlyargs, *function.args.args]
         if method and "staticmethod" not in _decorators(function):
@@ -107,6 +107,8 @@ def missing_annotations(tree: ast.Module) -> list[str]:
     """Functions without full annotations."""
     found = []
     for function, method in functions(tree):
+        if _decorators(function) & {"jit", "constexpr_function"}:  # Triton's language: types are those of the call
+            continue
         arguments = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
         rest = [a for a in (function.args.vararg, function.args.kwarg) if a is not None]
         skip = 1 if method and "staticmethod" not in _decorators(function) else 0

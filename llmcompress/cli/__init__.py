@@ -17,6 +17,7 @@ from llmcompress.cli.quantize import quantize_command
 from llmcompress.cli.rewrite import rewrite_command
 from llmcompress.cli.say import tell_bug, tell_error
 from llmcompress.cli.scoring import score_command
+from llmcompress.cli.tune import tune_command
 from llmcompress.errors import CompressError, Interrupted, MachineError
 
 COMMANDS = (
@@ -30,6 +31,7 @@ COMMANDS = (
     inspect_command,
     list_command,
     env_command,
+    tune_command,
 )
 
 

@@ -26,6 +26,7 @@ LIBRARIES = (
     "numpy",
     "scipy",
     "pydantic",
+    "triton",
 )
 
 

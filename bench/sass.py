@@ -1,0 +1,82 @@
+"""Compile a Triton kernel without a GPU and read what came out: registers, spills, shared memory, the loop."""
+
+import inspect
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+UNALIGNED = ("M", "first", "last")  # sizes that need not be multiples of 16
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a kernel needs, and the instructions of its largest loop, or of all of it where it has none."""
+
+    registers: int
+    stack: int
+    shared: int
+    loop: tuple[str, ...]
+
+    @property
+    def operations(self) -> Counter[str]:
+        """How often each operation with its qualifiers occurs in the loop."""
+        return Counter(re.sub(r"^@!?U?P\w+\s+", "", line).split()[0] for line in self.loop)
+
+    def count(self, stem: str) -> int:
+        """Instructions of the loop whose operation begins with `stem`."""
+        return sum(number for name, number in self.operations.items() if name.startswith(stem))
+
+
+def compiled(
+    kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any], target: tuple[int, int, int]
+) -> Compiled:
+    """`kernel` for arguments of `types` (`*bf16`, `i32`) and constants; `target` is (80 or 90, warps, stages)."""
+    capability, warps, stages = target
+    names = list(inspect.signature(kernel.fn).parameters)
+    divisible = [n for n, t in types.items() if t.startswith("*") or (t == "i32" and n not in UNALIGNED)]
+    source = ASTSource(
+        fn=kernel,
+        signature={n: types.get(n, "constexpr") for n in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in divisible},
+    )
+    made = triton.compile(
+        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, "num_stages": stages}
+    )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(made.asm["cubin"])
+        file.flush()
+        text = _tool("nvdisasm", "-c", file.name)
+        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
+    registers, stack = (int(re.findall(rf"{word}:(\d+)", usage)[-1]) for word in ("REG", "STACK"))
+    return Compiled(registers, stack, made.metadata.shared, _loop(text))
+
+
+def _tool(name: str, *arguments: str) -> str:
+    return subprocess.run([TOOLS / name, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def _loop(text: str) -> tuple[str, ...]:
+    """The longest stretch between a label and a branch back to it."""
+    labels: dict[str, int] = {}
+    lines: list[str] = []
+    for line in text.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = len(lines)
+        elif found := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*);", line):
+            lines.append(found[1].strip())
+    best = (0, 0)
+    for end, line in enumerate(lines):
+        if (branch := re.search(r"\bBRA\b.*(\.L_x_\d+)", line)) and labels.get(branch[1], end + 1) <= end:
+            best = max(best, (labels[branch[1]], end), key=lambda span: span[1] - span[0])
+    return tuple(lines[best[0] : best[1] + 1]) if best[1] else tuple(lines)

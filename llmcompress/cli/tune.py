@@ -1,0 +1,70 @@
+"""`llmcompress tune`."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from llmcompress.cli.options import speaking
+from llmcompress.cli.say import Speaker
+from llmcompress.errors import InputError
+
+DTYPES = ("bfloat16", "float16")
+
+
+@click.command("tune")
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--dtype", type=click.Choice(DTYPES), default=DTYPES[0], show_default=True, help="Of the inputs.")
+@click.option("--device", default="cuda", show_default=True)
+@speaking
+def tune_command(path: Path, dtype: str, device: str, speaker: Speaker) -> None:
+    """Measure tile sizes of the kernels on this GPU for the linears of a checkpoint, and keep them for later runs."""
+    name = _gpu(device)
+    linears = _linears(path)
+    from llmcompress.files import commit_json
+    from llmcompress.kernels.triton.tuning import read_table, user_table
+
+    target = user_table(name)
+    table = {key: dict(row) for key, row in read_table(target).items()} if target.is_file() else {}
+    lines = []
+    for tuned in _measured(linears, dtype, device, speaker):
+        table.setdefault(tuned.key, {})[str(tuned.tokens)] = tuned.config
+        lines.append(f"{tuned.key:<26} {tuned.tokens:>3} tokens  {tuned.before:8.2f} -> {tuned.microseconds:8.2f} us")
+    document = {key: {most: list(config) for most, config in row.items()} for key, row in table.items()}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    commit_json(target, document)
+    speaker.result({"gpu": name, "table": document}, [*lines, f"written to  {target}"])
+
+
+def _gpu(device: str) -> str:
+    """Its name. Raises InputError where there is none, or no Triton."""
+    import importlib.util
+
+    import torch
+
+    if importlib.util.find_spec("triton") is None:
+        raise InputError("Triton is not installed", "pip install 'llmcompress[kernels]'")
+    if not torch.cuda.is_available() or not device.startswith("cuda"):
+        raise InputError(f"{device}: no GPU that PyTorch can use", "run it on the machine that will run the model")
+    return torch.cuda.get_device_name(device)
+
+
+def _linears(path: Path) -> list[tuple[Any, int, int]]:
+    """Format, rows and columns of every packed linear of a checkpoint."""
+    from llmcompress.model.checkpoint import CheckpointReader
+    from llmcompress.model.preflight import check_source
+    from llmcompress.runtime.packed import PackedReader
+
+    files = check_source(path, packed=True)
+    reader = PackedReader(CheckpointReader(files.tensors), files.config)
+    return [(reader.spec_of(stem), *reader.size_of(stem)) for stem in reader.stems()]
+
+
+def _measured(linears: list[tuple[Any, int, int]], dtype: str, device: str, speaker: Speaker) -> Any:
+    import torch
+
+    from llmcompress.kernels.triton.tune import tune
+
+    for tuned in tune(linears, getattr(torch, dtype), torch.device(device)):
+        speaker.talk(f"{tuned.key}, {tuned.tokens} tokens: {tuned.microseconds:.2f} us")
+        yield tuned

@@ -1,0 +1,128 @@
+"""Measure tile sizes on the GPU at hand, for the linears of one checkpoint."""
+
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from triton.runtime.errors import OutOfResources
+
+from llmcompress.errors import InputError
+from llmcompress.kernels.triton.layout import COUNTERS, NO_TABLE, ONE_TABLE, Packing, packing_of
+from llmcompress.kernels.triton.small import multiply
+from llmcompress.kernels.triton.tuning import BUCKETS, MOST_PARTS, Config, choose
+from llmcompress.spec import LinearSpec
+
+CACHES = 4  # copies of a weight take this many times the cache, so that it comes from memory
+MOST_COPIES, REPLAYS = 64, 20
+Work = Callable[[int], object]
+Timer = Callable[[Work, int], float]
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The fastest of the configurations tried for one linear and up to `tokens` tokens, in microseconds a product.
+
+    `before` is the time of what would have been used otherwise.
+    """
+
+    key: str
+    tokens: int
+    config: Config
+    microseconds: float
+    before: float
+
+
+def random_weight(packing: Packing, rows: int, device: torch.device) -> dict[str, Tensor]:
+    """Tensors as `layout.prepare` makes them, with random contents; `packing` has a planar order."""
+    if packing.planar is None:
+        raise InputError(f"{packing.label}: no planar order", "there is nothing to tune")
+    order, columns = packing.planar, packing.columns
+    width = order.blocks(columns) * order.planes * order.words
+    found = {
+        "words": torch.randint(-(1 << 15), 1 << 15, (rows, width), dtype=torch.int16, device=device),
+        "counters": torch.zeros(COUNTERS, dtype=torch.int32, device=device),
+    }
+    shape = (columns // packing.group if packing.group else 1, rows)
+    if packing.table in (NO_TABLE, ONE_TABLE):
+        kind = torch.float32 if packing.table else torch.bfloat16
+        found["scale"] = torch.rand(shape, device=device).to(kind) / columns
+    if packing.zero:
+        found["zero"] = torch.randint(256, shape, dtype=torch.uint8, device=device)
+    if packing.table:
+        tables = 1 if packing.table == ONE_TABLE else rows
+        found["table"] = torch.rand((tables, 1 << packing.bits), device=device)
+    return found
+
+
+def candidates(packing: Packing, most: int) -> Iterator[Config]:
+    """Tiles, parts, warps and stages worth trying for up to `most` tokens."""
+    blocks = packing.planar.blocks(packing.columns) if packing.planar else 1
+    for rows in (32, 64, 128):
+        for split in (1, 2, 4, 8, MOST_PARTS):
+            if split > blocks:
+                continue
+            for warps in (4, 8) if rows == 128 else (2, 4):
+                yield from (Config(rows, most, split, warps, stages) for stages in (2, 3, 4))
+
+
+def graph_timer(work: Work, copies: int) -> float:
+    """Microseconds of one call of `work(copy)`, as it runs in a captured graph: median of 20 replays of all copies."""
+    for copy in range(copies):
+        work(copy)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for copy in range(copies):
+            work(copy)
+    times: list[float] = []
+    for _ in range(REPLAYS):
+        begin, end = _event(), _event()
+        begin.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end) * 1000 / copies)
+    return statistics.median(times)
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
+def copies_for(weight: Mapping[str, Tensor], cache: int) -> int:
+    """How many copies of a weight the cache cannot hold."""
+    size = sum(tensor.numel() * tensor.element_size() for name, tensor in weight.items() if name != "counters")
+    return min(-(-CACHES * cache // size), MOST_COPIES)
+
+
+def tune(
+    linears: Iterable[tuple[LinearSpec, int, int]], dtype: torch.dtype, device: torch.device, timer: Timer = graph_timer
+) -> Iterator[Tuned]:
+    """The best configuration of each `(spec, rows, columns)` and number of tokens; those that cannot run lose.
+
+    Linears whose codes have no planar order are passed over: they are multiplied in strips.
+    """
+    cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
+    for packing, rows in dict.fromkeys((packing_of(spec, columns), rows) for spec, rows, columns in linears):
+        if packing.planar is None:
+            continue
+        first = random_weight(packing, rows, device)
+        weights = [first, *(random_weight(packing, rows, device) for _ in range(copies_for(first, cache) - 1))]
+        for most in BUCKETS:
+            x = torch.randn((most, packing.columns), device=device).to(dtype)
+            times = {}
+            usual = choose(packing, rows, most, device)
+            for config in dict.fromkeys((usual, *candidates(packing, most))):
+                times[config] = _time(timer, weights, x, (packing, rows, config))
+            best = min(times, key=times.__getitem__)
+            yield Tuned(f"{packing.label} {rows}x{packing.columns}", most, best, times[best], times[usual])
+
+
+def _time(timer: Timer, weights: list[dict[str, Tensor]], x: Tensor, what: tuple[Packing, int, Config]) -> float:
+    packing, rows, config = what
+    try:
+        return timer(lambda copy: multiply(x, weights[copy], packing, rows, config), len(weights))
+    except OutOfResources:
+        return float("inf")

@@ -1,0 +1,112 @@
+"""Which tile sizes a kernel runs with: what was measured on this GPU, what ships with the package, or a rule.
+
+Nothing is measured while a model runs, so equal inputs give equal bits, and a captured graph stays valid.
+A table is JSON: device class or name -> what a linear is (`int4`, `int4 4096x4096`) -> most tokens -> five numbers.
+"""
+
+import functools
+import json
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from llmcompress.errors import InputError
+from llmcompress.kernels.triton.layout import TABLE_PER_ROW, Packing
+
+SHIPPED = Path(__file__).with_name("tuning.json")
+BUCKETS = (8, 16, 32, 64)
+PROGRAMS_PER_PROCESSOR = 2
+MOST_PARTS = 16
+ROWS, WARPS, MOST_STAGES = (16, 32, 64, 128, 256), (1, 2, 4, 8), 8
+
+
+class Config(NamedTuple):
+    """Rows and tokens of a tile, programs that share one (0: as the GPU's size suggests), warps, pipeline stages."""
+
+    rows: int
+    tokens: int
+    split: int
+    warps: int
+    stages: int
+
+
+def bucket(tokens: int) -> int:
+    """The tokens of a tile: the least of the sizes that holds all, or the largest."""
+    return next((size for size in BUCKETS if tokens <= size), BUCKETS[-1])
+
+
+def user_table(name: str) -> Path:
+    """Where what was measured on a GPU of this name is kept."""
+    cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(cache) / "llmcompress" / "kernels" / f"{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-').lower()}.json"
+
+
+def read_table(path: Path) -> dict[str, dict[str, Config]]:
+    """What a linear is -> most tokens -> configuration. Raises InputError naming the file when it is damaged."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        return {str(key): {str(most): _checked(five) for most, five in row.items()} for key, row in document.items()}
+    except (ValueError, TypeError, AttributeError):
+        raise InputError(f"{path}: not a table of the kernels", "delete it and run `llmcompress tune` again") from None
+
+
+def _checked(five: list[int]) -> Config:
+    config = Config(*five)
+    whole = all(type(value) is int for value in config)
+    if not whole or config.rows not in ROWS or config.tokens not in BUCKETS or config.warps not in WARPS:
+        raise ValueError("no such tile")
+    if not (0 <= config.split <= MOST_PARTS and 1 <= config.stages <= MOST_STAGES):
+        raise ValueError("no such number of parts or stages")
+    return config
+
+
+@functools.lru_cache(maxsize=8)
+def _tables(name: str, device_class: str) -> tuple[dict[str, dict[str, Config]], ...]:
+    """The user's table of this GPU, where there is one, and the shipped one of its class."""
+    own, shipped = user_table(name), read_shipped()
+    return (read_table(own) if own.is_file() else {}, shipped.get(device_class, {}))
+
+
+def read_shipped() -> dict[str, dict[str, dict[str, Config]]]:
+    """Device class (`sm_90`) -> what a linear is -> most tokens -> configuration."""
+    return {
+        device: {key: {most: _checked(five) for most, five in row.items()} for key, row in table.items()}
+        for device, table in json.loads(SHIPPED.read_text(encoding="utf-8")).items()
+    }
+
+
+@functools.lru_cache(maxsize=4096)
+def choose(packing: Packing, rows: int, tokens: int, device: torch.device) -> Config:
+    """The configuration for `tokens` inputs and a weight of `rows`: from the tables, else by `rule`."""
+    if device.type != "cuda":
+        return fill(rule(packing, bucket(tokens)), packing, (rows, tokens), 4)
+    found = torch.cuda.get_device_properties(device)
+    most = str(bucket(tokens))
+    exact = f"{packing.label} {rows}x{packing.columns}"
+    for table in _tables(found.name, f"sm_{found.major}{found.minor}"):
+        for key in (exact, packing.label):
+            if most in table.get(key, {}):
+                return fill(table[key][most], packing, (rows, tokens), found.multi_processor_count)
+    return fill(rule(packing, bucket(tokens)), packing, (rows, tokens), found.multi_processor_count)
+
+
+def rule(packing: Packing, most: int) -> Config:
+    """Tile sizes where nothing was measured: no spills, and shared memory of any GPU since 2020 (99 KiB)."""
+    rows = 128 if most <= 16 and packing.table != TABLE_PER_ROW else 64
+    return Config(rows, min(most, 32), 0, 4, 3 if most <= 8 and packing.bits != 3 else 2)
+
+
+def fill(config: Config, packing: Packing, sizes: tuple[int, int], processors: int) -> Config:
+    """With the number of programs for each tile, where it was left to the GPU's size; `sizes` are rows and tokens."""
+    if config.split:
+        return config
+    rows, tokens = sizes
+    tiles = -(-rows // config.rows) * -(-tokens // config.tokens)
+    blocks = packing.planar.blocks(packing.columns) if packing.planar else 1
+    split = max(min(PROGRAMS_PER_PROCESSOR * processors // tiles, blocks // 2, MOST_PARTS), 1)
+    while blocks % split and split > 1:  # parts of one length need no masks
+        split -= 1
+    return config._replace(split=split)

@@ -1,0 +1,62 @@
+"""Choosing the fastest: the search with a clock of our own, and the command where there is no GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import triton_cases
+
+HERE = Path(__file__).resolve()
+
+SEARCH = """
+import json, sys, torch
+from llmcompress.kernels.triton import tune
+from llmcompress.spec import LinearSpec
+
+tried = []
+
+def product(x, weight, packing, rows, config):
+    tried.append(config)
+    if config.rows == 128 and config.warps == 8:
+        raise tune.OutOfResources(1, 0, "shared memory")
+
+def clock(work, copies):
+    work(copies - 1)
+    return abs(tried[-1].rows - 64) + abs(tried[-1].split - 2) + tried[-1].stages / 10
+
+tune.multiply = product
+linears = [(LinearSpec(bits=4, group_size=64), 96, 512), (LinearSpec(bits=4, group_size=64), 96, 512),
+           (LinearSpec(bits=5, group_size=64), 96, 512)]
+found = list(tune.tune(linears, torch.float16, torch.device("cpu"), clock))
+json.dump([[f.key, f.tokens, f.config, f.microseconds, f.before] for f in found], sys.stdout)
+"""
+
+
+@pytest.mark.skipif(not triton_cases.HAS_TRITON, reason="Triton is not installed")
+def test_the_fastest_that_runs_wins_once_for_each_linear() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(HERE.parents[2]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", SEARCH], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    assert [(key, tokens) for key, tokens, *_ in found] == [("int4 96x512", most) for most in (8, 16, 32, 64)]
+    for _, tokens, config, microseconds, before in found:
+        assert config[:3] == [64, tokens, 2]
+        assert config[4] == 2
+        assert microseconds <= before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("json_flag", [(), ("--json",)])
+def test_without_a_gpu_the_command_says_so(run: Callable[..., subprocess.CompletedProcess[str]],
+                                           tmp_path: Path, json_flag: tuple[str, ...]) -> None:  # fmt: skip
+    done = run("tune", str(tmp_path), *json_flag)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "error: " in done.stderr
+    assert "hint: " in done.stderr
+    assert "Traceback" not in done.stderr
