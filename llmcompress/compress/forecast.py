@@ -78,7 +78,7 @@ def forecast(opened: Opened, recipe: Recipe, budget: Budget) -> Forecast:
         bits_per_weight=spent / max(weights, 1),
         file_bits_per_weight=output * 8 / opened.trace.parameters,
         peak_memory_bytes=_peak_memory(opened, recipe, hidden),
-        disk_bytes=output + 2 * hidden * _models(recipe) + _rewritten_bytes(opened, recipe),
+        disk_bytes=output + 2 * hidden + _rewritten_bytes(opened, recipe),
         hidden_bytes=hidden,
     )
 

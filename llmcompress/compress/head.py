@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress.compress.measuring import Change, Changes, MeasureJob, changed_weight
-from llmcompress.compress.observe import DriftSums, Reading
+from llmcompress.compress.observe import InputSums, Reading
 from llmcompress.compress.rounding import Seen
 from llmcompress.compress.rounds import aim
 from llmcompress.model.stream import BlockStream
@@ -25,7 +25,7 @@ def head_input(
     `hidden` are the states `(batch, tokens, hidden)` that left the last block, `full` those of the full-precision
     model, where the two are to be compared.
     """
-    sums = DriftSums()
+    sums = InputSums()
     read: list[Tensor] = []
     handle = head.register_forward_pre_hook(lambda _, args: read.append(args[0].detach().flatten(0, -2).float()))
     try:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress.compress.learning import Learned, Lesson, learn_block
-from llmcompress.compress.observe import DriftSums, GroupWatch, groups_of, install_weight, local_name, weight_of
+from llmcompress.compress.observe import GroupWatch, InputSums, groups_of, install_weight, local_name, weight_of
 from llmcompress.compress.replay import Replay, call_block
 from llmcompress.compress.rewriting.hints import Hints
 from llmcompress.compress.rounding import Quantized, Request, Seen
@@ -23,7 +23,7 @@ from llmcompress.types import BlockTrace, LinearInfo, LinearSpec, QuantizerOptio
 
 FEWEST_BATCHES = 2
 Learner = Callable[..., Learned]
-Look = tuple[Seen, dict[str, Tensor]]  # of one group: its input, and the residual term of each linear that has one
+Look = tuple[Seen, dict[str, Tensor]]  # of one group: its input, and the term of the target of each writer
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,13 @@ class Streams:
     stored  hidden states `(batch, tokens, hidden)` under everything stored so far
     full    the same under the full-precision model; None where it is not needed
     calls   how the model calls the block at hand
+    leads   whether anything reads what leaves the block at hand
     """
 
     stored: Sequence[Tensor]
     full: Sequence[Tensor] | None
     calls: Sequence[BlockCall]
+    leads: bool = True
 
 
 @dataclass(frozen=True)
@@ -111,12 +113,15 @@ class BlockRounds:
 
     def _look(self, group: int) -> Look:
         """What the linears of a group read, in both models where both are run."""
-        watch, sums, streams = GroupWatch(self.info, self.groups[group]), DriftSums(), self.streams
-        done = {x.name for members in self.groups[:group] for x in members}
+        whole = self.full is not None and self.method.options.target == "residual"
+        watch = GroupWatch(self.info, self.groups[group], whole=whole)
+        sums, streams = InputSums(whole=watch.whole), self.streams
         coming = {x.name for members in self.groups[group + 1 :] for x in members}
-        final = self._final(done) if self.method.options.true_sequential else ()
-        settled = [name for name, linears in self.stored.children.items() if not linears & coming]
-        until = "end" if not coming else "child" if self._child(group) in settled else "input"
+        final = self._final(group) if self.method.options.true_sequential else ()
+        settled = {x.name for x in self.info.linears} - coming
+        until = "input" if self.stored.children[self._child(group)] & coming else "child"
+        if not coming:
+            until = "end" if streams.leads else "input"
         for place, call in enumerate(streams.calls):
             full = None
             if self.full is not None and streams.full is not None:
@@ -134,14 +139,15 @@ class BlockRounds:
     def _child(self, group: int) -> str:
         return local_name(self.info, self.groups[group][0]).partition(".")[0]
 
-    def _final(self, done: set[str]) -> list[str]:
-        """Children of the block whose every linear is as it will be stored."""
-        return [name for name, linears in self.stored.children.items() if not (linears & set(self.specs)) - done]
+    def _final(self, group: int) -> set[str]:
+        """Linears that are as they will be stored before a group is rounded."""
+        left = {x.name for members in self.groups[group:] for x in members}
+        return {x.name for x in self.info.linears} - left
 
     @torch.no_grad()
     def leave_stored(self, place: int, call: BlockCall) -> Tensor:
         """Hidden states of batch `place` leaving the block as it will be stored."""
-        with self.stored.on(place, self.stored.children, keep=False):
+        with self.stored.on(place, self._final(len(self.groups)), keep=False):
             return call_block(self.stored.block, self.streams.stored[place], call)
 
     @torch.no_grad()
@@ -166,8 +172,8 @@ def _round_group(
 ) -> list[Rounded]:
     wanted, seen = [weight_of(block, info, linear).contiguous() for linear, _ in members], None
     if look is not None:
-        seen, residuals = look
-        wanted, seen = aim(method.options, seen, wanted, [residuals.get(linear.name) for linear, _ in members])
+        seen, terms = look
+        wanted, seen = aim(method.options, seen, wanted, [terms.get(linear.name) for linear, _ in members])
     wanted = [method.hints.clamped(linear.name, weight) for weight, (linear, _) in zip(wanted, members, strict=True)]
     requests = [Request(weight, spec) for weight, (_, spec) in zip(wanted, members, strict=True)]
     results = method.quantizer.quantize(requests, seen, options=method.options, dtype=method.dtype)
@@ -209,12 +215,12 @@ def round_head(method: Method, head: LinearInfo, weight: Tensor, spec: LinearSpe
 
 
 def aim(
-    options: QuantizerOptions, seen: Seen, weights: Sequence[Tensor], residuals: Sequence[Tensor | None]
+    options: QuantizerOptions, seen: Seen, weights: Sequence[Tensor], terms: Sequence[Tensor | None]
 ) -> tuple[list[Tensor], Seen]:
     """The weights to round in place of the original ones, and what is left for the quantizer to know."""
-    if seen.drift is None or options.target in ("layer", "gptaq"):
+    known = terms if options.target == "residual" else [None] * len(weights)
+    if options.target in ("layer", "gptaq") or (seen.drift is None and all(term is None for term in known)):
         return list(weights), seen
     targets = Targets(seen, options.damp, options.alpha)
-    terms = residuals if options.target == "residual" else [None] * len(weights)
-    found = [targets.of(weight, term) for weight, term in zip(weights, terms, strict=True)]
+    found = [targets.of(weight, term) for weight, term in zip(weights, known, strict=True)]
     return found, replace(seen, drift=None)
