@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llmcompress.compress.formats import packed_tensors
 from llmcompress.compress.grid import proxy_loss
-from llmcompress.compress.head import head_input
+from llmcompress.compress.head import head_input, logits_reader
 from llmcompress.compress.journal import CommitRecord, Journal
 from llmcompress.compress.output import specs_of
 from llmcompress.compress.rewriting.hints import Hints
@@ -94,11 +94,14 @@ class Chain:
         """Nothing reads the batches any more; the probe goes on."""
         self.hidden[:-1], self.full = [torch.empty(0) for _ in self.hidden[:-1]], []
 
-    def streams(self, index: int, *, leads: bool) -> Streams:
-        """The batches as they enter block `index`; `leads` says whether anything comes after it."""
+    def streams(self, index: int, job: ApplyJob) -> Streams:
+        """The batches as they enter block `index`."""
         batches = len(self.calls) - 1
         calls = [call[index] for call in self.calls[:batches]]
-        return Streams(self.hidden[:batches], list(self.full) or None, calls, leads)
+        learns, last = job.method.learner is not None, index + 1 == len(job.trace.blocks)
+        logits = logits_reader(self.stream, job.batches) if learns and last else None
+        leads = learns or index + 1 < len(job.parts)
+        return Streams(self.hidden[:batches], list(self.full) or None, calls, leads, logits)
 
 
 def apply(job: ApplyJob, journal: Journal) -> Iterator[BlockOutcome]:
@@ -192,14 +195,18 @@ def quantize_block(job: ApplyJob, chain: Chain, info: BlockTrace, journal: Journ
     began = time.monotonic()
     block = job.skeleton.load_block(info.index)
     outcomes, fallbacks, packed = [], [], {}
-    leads = info.index + 1 < len(job.parts)
-    rounds = BlockRounds(job.method, block, info, specs_of(job.plan), chain.streams(info.index, leads=leads))
+    streams = chain.streams(info.index, job)
+    if streams.logits is not None:
+        job.skeleton.load_rest()
+    rounds = BlockRounds(job.method, block, info, specs_of(job.plan), streams)
     for rounded in rounds.rounded():
         linear, result = rounded.linear, rounded.result
         packed[linear.tensor] = packed_tensors(job.plan, linear, result.codes)
         outcomes.append(_outcome(rounded))
         fallbacks += [Fallback(where=linear.name, reason=note) for note in result.fallbacks]
     chain.advance(info.index, rounds)
+    if streams.logits is not None:
+        job.skeleton.free_rest()
     job.skeleton.free(block)
     shard, digest = _write_shard(job, info.index + 1, packed, journal)
     seconds = time.monotonic() - began

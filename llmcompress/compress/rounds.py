@@ -12,7 +12,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from llmcompress.compress.learning import Learned, Lesson, learn_block
+from llmcompress.compress.learning import Learned, Lesson, Logits, learn_block
 from llmcompress.compress.observe import GroupWatch, InputSums, groups_of, install_weight, local_name, weight_of
 from llmcompress.compress.replay import Replay, call_block
 from llmcompress.compress.rewriting.hints import Hints
@@ -60,12 +60,14 @@ class Streams:
     full    the same under the full-precision model; None where it is not needed
     calls   how the model calls the block at hand
     leads   whether anything reads what leaves the block at hand
+    logits  what they become, where the block at hand is the last and is to be learned
     """
 
     stored: Sequence[Tensor]
     full: Sequence[Tensor] | None
     calls: Sequence[BlockCall]
     leads: bool = True
+    logits: Logits | None = None
 
 
 @dataclass(frozen=True)
@@ -194,7 +196,7 @@ def _learn(method: Method, rounds: BlockRounds, rounded: list[Rounded]) -> Itera
         yield from (replace(x, result=replace(x.result, fallbacks=(*x.result.fallbacks, note))) for x in rounded)
         return
     outputs = [rounds.leave_full(place) for place in range(len(streams.calls))]
-    lesson = Lesson(block, info, streams.stored, outputs, streams.calls)
+    lesson = Lesson(block, info, streams.stored, outputs, streams.calls, streams.logits)
     learned = {
         x.linear.name: (x.linear, method.learner(x.wanted, x.result.codes, options=method.options)) for x in rounded
     }
