@@ -98,7 +98,7 @@ class Chain:
         """The batches as they enter block `index`."""
         batches = len(self.calls) - 1
         calls = [call[index] for call in self.calls[:batches]]
-        learns, last = job.method.learner is not None, index + 1 == len(job.trace.blocks)
+        learns, last = bool(job.method.learners), index + 1 == len(job.trace.blocks)
         logits = logits_reader(self.stream, job.batches) if learns and last else None
         leads = learns or index + 1 < len(job.parts)
         return Streams(self.hidden[:batches], list(self.full) or None, calls, leads, logits)

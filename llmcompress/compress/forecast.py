@@ -129,7 +129,7 @@ def _peak_memory(opened: Opened, recipe: Recipe, hidden: int) -> int:
     method = _method(recipe)
     models = 2 if method.compares else 1  # hidden states, what left the attention, and the copy being written
     applying = block * (1 + models) * FLOAT_BYTES + hessians * FLOAT_BYTES * 3 * models + hidden * 3 * models
-    if method.learner is not None:  # what is learned and its gradients, logits of a batch and theirs
+    if method.learners:  # what is learned and its gradients, logits of a batch and theirs
         applying += 4 * block * FLOAT_BYTES + 2 * min(logits, 3 * LOGITS * FLOAT_BYTES)
     rewriting = 0
     if recipe.rewrite.methods:  # float64, and a copy to go back to, of the model or of a block

@@ -1,10 +1,10 @@
 """Learn the rounding of a whole block: the driver that block-level quantizers share.
 
-Such a quantizer is a file that, besides `quantize`, has `learn(weight, codes, *, options)`: it begins from codes
-already found and returns a Learned. The driver runs the block on what the stored model gives it, compares what
-leaves with what leaves the full-precision model's block, and steps. The last block is compared by the logits that
-come of it. Codes are taken over only where they lower that difference on sequences that were not trained on, so the
-answer is never worse there than the one begun from.
+Such a quantizer is a file that, besides `quantize`, has `LEARNERS`, functions of a weight, codes and options: each
+begins from codes already found and returns a Learned, and the best of the answers is kept. The driver runs the block
+on what the stored model gives it, compares what leaves with what leaves the full-precision model's block, and steps.
+The last block is compared by the logits that come of it. Codes are taken over only where they lower that difference
+on sequences that were not trained on, so the answer is never worse there than the one begun from.
 """
 
 from collections.abc import Callable, Mapping, Sequence

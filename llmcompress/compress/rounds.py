@@ -43,13 +43,12 @@ class Method:
     def compares(self) -> bool:
         """Whether the full-precision model has to run beside the one that will be stored."""
         aims = self.options.target != "layer" and self.options.alpha != 0
-        return bool(self.quantizer.NEEDS_HESSIAN and (aims or self.learner))
+        return bool(self.quantizer.NEEDS_HESSIAN and (aims or self.learners))
 
     @property
-    def learner(self) -> Learner | None:
-        """What the quantizer learns with once a whole block is rounded, where it does and is to."""
-        found: Learner | None = getattr(self.quantizer, "learn", None)
-        return found if self.learns else None
+    def learners(self) -> tuple[Learner, ...]:
+        """The ways in which the quantizer learns once a whole block is rounded, where it does and is to."""
+        return getattr(self.quantizer, "LEARNERS", ()) if self.learns else ()
 
 
 @dataclass
@@ -107,10 +106,10 @@ class BlockRounds:
                 look = self._look(place)
             pairs = [(x, self.specs[x.name]) for x in members]
             found = _round_group(self.method, self.stored.block, self.info, members=pairs, look=look)
-            if self.method.learner is None:
+            if not self.method.learners:
                 yield from found
             rounded += found
-        if self.method.learner is not None and self.full is not None:
+        if self.method.learners and self.full is not None:
             yield from _learn(self.method, self, rounded)
 
     def _look(self, group: int) -> Look:
@@ -187,9 +186,7 @@ def _round_group(
 
 
 def _learn(method: Method, rounds: BlockRounds, rounded: list[Rounded]) -> Iterator[Rounded]:
-    """Learn the rounding of a block from what was found linear by linear."""
-    if method.learner is None:
-        return
+    """Learn the rounding of a block from what was found linear by linear; of several ways the best is kept."""
     streams, block, info = rounds.streams, rounds.stored.block, rounds.info
     if len(streams.calls) < FEWEST_BATCHES:
         note = f"{FEWEST_BATCHES} batches of calibration text are needed to learn and to hold some out: not learned"
@@ -197,10 +194,11 @@ def _learn(method: Method, rounds: BlockRounds, rounded: list[Rounded]) -> Itera
         return
     outputs = [rounds.leave_full(place) for place in range(len(streams.calls))]
     lesson = Lesson(block, info, streams.stored, outputs, streams.calls, streams.logits)
-    learned = {
-        x.linear.name: (x.linear, method.learner(x.wanted, x.result.codes, options=method.options)) for x in rounded
-    }
-    best, _ = learn_block(lesson, learned, options=method.options, dtype=method.dtype)
+    found = []
+    for learner in method.learners:
+        learned = {x.linear.name: (x.linear, learner(x.wanted, x.result.codes, method.options)) for x in rounded}
+        found.append(learn_block(lesson, learned, options=method.options, dtype=method.dtype))
+    best, _ = min(found, key=lambda one: one[1].after)
     rounds.stored.forget()
     for x in rounded:
         install_weight(block, info, x.linear, best[x.linear.name].dequantize())

@@ -42,7 +42,7 @@ def measure_allocations(job: MeasureJob, allocations: Sequence[BitAllocation], t
     for info in job.trace.blocks:
         here = [call[info.index] for call in calls[:cut]]
         logits = None
-        if job.method.learner is not None and info is job.trace.blocks[-1]:
+        if job.method.learners and info is job.trace.blocks[-1]:
             job.skeleton.load_rest()
             logits = logits_reader(stream, text.calibration)
         for specs, hidden in zip(tables, chains, strict=True):

@@ -50,7 +50,7 @@ def nearest(lesson: Lesson) -> dict[str, Any]:
 def test_learning_lowers_the_error_of_the_block_on_text_it_did_not_see(name: str, llama: Path) -> None:
     lesson, _ = lesson_of(llama)
     options = QuantizerOptions(iterations=100)
-    learned = {n: (x, LEARNERS[name].learn(w, c, options=options)) for n, (x, w, c) in nearest(lesson).items()}
+    learned = {n: (x, LEARNERS[name].learn(w, c, options)) for n, (x, w, c) in nearest(lesson).items()}
     best, lessons = learn_block(lesson, learned, options=options, dtype=torch.bfloat16)
     assert lessons.after < 0.9 * lessons.before
     for linear, codes in best.items():
@@ -65,7 +65,7 @@ def test_what_does_not_help_is_not_kept(name: str, llama: Path) -> None:
     lesson, _ = lesson_of(llama)
     options = QuantizerOptions(iterations=10, rate=50.0)
     start = nearest(lesson)
-    learned = {n: (x, LEARNERS[name].learn(w, c, options=options)) for n, (x, w, c) in start.items()}
+    learned = {n: (x, LEARNERS[name].learn(w, c, options)) for n, (x, w, c) in start.items()}
     best, lessons = learn_block(lesson, learned, options=options, dtype=torch.bfloat16)
     assert lessons.after == lessons.before
     for linear, codes in best.items():
@@ -82,7 +82,7 @@ def test_learning_begins_at_the_codes_given(name: str, bits: int) -> None:
     codes = round_weight(weight, find_scale(weight, spec, torch.float32), spec)
     moved = codes.codes.int() + torch.randint(-1, 2, codes.codes.shape, generator=generator)
     codes = type(codes)(moved.clamp(0, 2**bits - 1).to(torch.uint8), codes.scale, spec)
-    learned = LEARNERS[name].learn(weight, codes, options=QuantizerOptions())
+    learned = LEARNERS[name].learn(weight, codes, QuantizerOptions())
     found = learned.codes(torch.float32)
     assert torch.equal(found.codes, codes.codes)
     assert torch.equal(found.scale, codes.scale)
@@ -92,7 +92,7 @@ def test_signround_travels_at_most_half_a_step_at_its_own_rate() -> None:
     weight = torch.randn(4, 32, generator=torch.Generator().manual_seed(2))
     codes = round_weight(weight, find_scale(weight, SPEC, torch.float32), SPEC)
     options = QuantizerOptions(iterations=50)
-    learned = signround.learn(weight, codes, options=options)
+    learned = signround.learn(weight, codes, options)
     begin = learned.latent.detach().clone()
     for step in range(50):
         learned.latent.grad = torch.ones_like(begin)
@@ -111,7 +111,7 @@ def test_the_gradient_goes_straight_through_the_rounding() -> None:
     generator = torch.Generator().manual_seed(3)
     weight, probe = torch.randn(4, 64, generator=generator), torch.randn(4, 64, generator=generator)
     codes = round_weight(weight, find_scale(weight, SPEC, torch.float32), SPEC)
-    learned = signround.learn(weight, codes, options=QuantizerOptions())
+    learned = signround.learn(weight, codes, QuantizerOptions())
     (learned.weight() * probe).sum().backward()
     assert learned.latent.grad is not None
     assert torch.allclose(learned.latent.grad, slow_step(probe, learned.latent.detach(), codes.scale))
@@ -160,7 +160,7 @@ def test_the_last_block_is_learned_by_the_logits_that_come_of_it(llama: Path) ->
         outputs = [stream.run_block(info.index, state, call) for state, call in zip(hidden, here, strict=True)]
     lesson = Lesson(block, info, hidden, outputs, here, logits_reader(stream, tokens))
     options = QuantizerOptions(iterations=60)
-    learned = {n: (x, signround.learn(w, c, options=options)) for n, (x, w, c) in nearest(lesson).items()}
+    learned = {n: (x, signround.learn(w, c, options)) for n, (x, w, c) in nearest(lesson).items()}
     best, lessons = learn_block(lesson, learned, options=options, dtype=torch.bfloat16)
     for x in info.linears:
         install_weight(block, info, x, best[x.name].dequantize())
