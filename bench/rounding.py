@@ -40,7 +40,7 @@ ROWS: tuple[tuple[str, str, QuantizerOptions], ...] = (
     ("residual target, sweeps", "gptq", PLAIN.model_copy(update={"target": "residual", "sweeps": 2})),
     ("residual target, group order, sweeps (balanced)", "gptq", OURS),
     ("AdaRound from there, 200 steps", "adaround", OURS),
-    ("SignRound from there, 200 steps (best)", "signround", OURS),
+    ("SignRound from there, twice 100 steps (best)", "signround", OURS.model_copy(update={"iterations": 100})),
 )
 
 

@@ -60,6 +60,17 @@ class StreamWriter(Noun):
     after: tuple[str, ...] = ()
 
 
+class ChildEnd(Noun):
+    """A child of a block (attention, MLP) that returns the output of a linear inside it as it is.
+
+    `beside` is how many Nones it returns after that in a tuple; 0 is a bare tensor.
+    """
+
+    child: str
+    linear: str
+    beside: int = 0
+
+
 class BlockTrace(Noun):
     """What one forward of a block showed: its linears in call order, the norms that feed them, what they write to."""
 
@@ -68,6 +79,7 @@ class BlockTrace(Noun):
     linears: tuple[LinearInfo, ...]
     norms: tuple[NormFeed, ...]
     writers: tuple[StreamWriter, ...] = ()
+    ends: tuple[ChildEnd, ...] = ()
 
 
 class ModelTrace(Noun):

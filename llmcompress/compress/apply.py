@@ -3,26 +3,24 @@
 Law: advance with what was stored. The next block sees exactly the weights a reader of the file will see.
 """
 
-import hashlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 
 from llmcompress.compress.attention import attention_stems
 from llmcompress.compress.formats import packed_tensors
 from llmcompress.compress.grid import proxy_loss
-from llmcompress.compress.head import head_input
+from llmcompress.compress.head import head_input, logits_reader
 from llmcompress.compress.journal import CommitRecord, Journal
 from llmcompress.compress.output import specs_of
 from llmcompress.compress.rewriting.hints import Hints
 from llmcompress.compress.rounds import BlockRounds, Method, Rounded, Streams, round_head
 from llmcompress.compress.shards import ShardMap, write_shard
-from llmcompress.files import commit_bytes
-from llmcompress.model.checkpoint import TORCH_DTYPES, read_tensor
+from llmcompress.model.checkpoint import DTYPE_NAMES, TORCH_DTYPES, read_tensor
 from llmcompress.model.skeleton import Skeleton
 from llmcompress.model.stream import BlockCall, BlockStream
 from llmcompress.plugins import find
@@ -77,17 +75,36 @@ class Chain:
     @torch.no_grad()
     def advance(self, index: int, rounds: BlockRounds) -> None:
         """Every batch through block `index` as it will be stored, and as it was where that runs beside."""
-        for place in range(len(self.full)):
-            self.full[place] = rounds.leave_full(place)
-        for place, call in enumerate(rounds.streams.calls):
-            self.hidden[place] = rounds.leave_stored(place, call)
+        if rounds.streams.leads:
+            for place in range(len(self.full)):
+                self.full[place] = rounds.leave_full(place)
+            for place, call in enumerate(rounds.streams.calls):
+                self.hidden[place] = rounds.leave_stored(place, call)
+        else:
+            self.end()
         self.hidden[-1] = self.stream.run_block(index, self.hidden[-1], self.calls[-1][index])
 
-    def streams(self, index: int) -> Streams:
+    @torch.no_grad()
+    def catch_up(self, done: Sequence[BlockTrace]) -> None:
+        """Run the full-precision model, where it runs beside, through blocks that are finished."""
+        for info in done if self.full else ():
+            block = self.stream.skeleton.load_block(info.index)
+            for place, hidden in enumerate(self.full):
+                self.full[place] = self.stream.run_block(info.index, hidden, self.calls[place][info.index])
+            self.stream.skeleton.free(block)
+
+    def end(self) -> None:
+        """Nothing reads the batches any more; the probe goes on."""
+        self.hidden[:-1], self.full = [torch.empty(0) for _ in self.hidden[:-1]], []
+
+    def streams(self, index: int, job: ApplyJob) -> Streams:
         """The batches as they enter block `index`."""
         batches = len(self.calls) - 1
         calls = [call[index] for call in self.calls[:batches]]
-        return Streams(self.hidden[:batches], list(self.full) or None, calls)
+        learns, last = bool(job.method.learners), index + 1 == len(job.trace.blocks)
+        logits = logits_reader(self.stream, job.batches) if learns and last else None
+        leads = learns or index + 1 < len(job.parts)
+        return Streams(self.hidden[:batches], list(self.full) or None, calls, leads, logits)
 
 
 def apply(job: ApplyJob, journal: Journal) -> Iterator[BlockOutcome]:
@@ -108,14 +125,14 @@ def apply(job: ApplyJob, journal: Journal) -> Iterator[BlockOutcome]:
         return
     chain = start_chain(job)
     if first:
-        kept = load_hidden(journal, first, job.skeleton.device)
-        chain.hidden, chain.full = kept[: len(chain.calls)], kept[len(chain.calls) :]
+        chain.hidden = load_hidden(journal, first, job.skeleton.device)
+        chain.catch_up(job.trace.blocks[:first])
     for step, part in enumerate(job.parts[first:], first + 1):
         if isinstance(part, BlockTrace):
             outcome, shard_digest = quantize_block(job, chain, part, journal)
         else:
             outcome, shard_digest = quantize_head(job, chain, part, journal)
-        hidden_digest = save_hidden(journal, step, [*chain.hidden, *chain.full])
+        hidden_digest = save_hidden(journal, step, chain.hidden)
         record = CommitRecord(
             step=step,
             shard=outcome.shard,
@@ -165,9 +182,9 @@ def _commit_rest(job: ApplyJob, journal: Journal) -> str:
 
 def save_hidden(journal: Journal, step: int, hidden: list[Tensor]) -> str:
     """Keep the live hidden states, verbatim, beside the commit of a step; returns their digest."""
-    data = save({f"{place:06d}": tensor.cpu().contiguous() for place, tensor in enumerate(hidden)})
-    commit_bytes(journal.hidden_path(step), data)
-    return hashlib.sha256(data).hexdigest()
+    tensors = {f"{place:06d}": tensor for place, tensor in enumerate(hidden)}
+    layout = {name: (DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
+    return write_shard(journal.hidden_path(step), layout, tensors)
 
 
 def load_hidden(journal: Journal, step: int, device: torch.device) -> list[Tensor]:
@@ -181,13 +198,18 @@ def quantize_block(job: ApplyJob, chain: Chain, info: BlockTrace, journal: Journ
     began = time.monotonic()
     block = job.skeleton.load_block(info.index)
     outcomes, fallbacks, packed = [], [], {}
-    rounds = BlockRounds(job.method, block, info, specs_of(job.plan), chain.streams(info.index))
+    streams = chain.streams(info.index, job)
+    if streams.logits is not None:
+        job.skeleton.load_rest()
+    rounds = BlockRounds(job.method, block, info, specs_of(job.plan), streams)
     for rounded in rounds.rounded():
         linear, result = rounded.linear, rounded.result
         packed[linear.tensor] = packed_tensors(job.plan, linear, result.codes)
         outcomes.append(_outcome(rounded))
         fallbacks += [Fallback(where=linear.name, reason=note) for note in result.fallbacks]
     chain.advance(info.index, rounds)
+    if streams.logits is not None:
+        job.skeleton.free_rest()
     packed[ATTENTION] = {}
     for name, stem in attention_stems(block, info).items() if rounds.attention else ():
         packed[ATTENTION] |= tensors_of(stem, rounds.attention[name], job.method.dtype)
@@ -218,7 +240,8 @@ def quantize_head(job: ApplyJob, chain: Chain, head: LinearInfo, journal: Journa
     codes = rounded.result.codes
     target.copy_(codes.dequantize())
     probe = chain.stream.leave(job.probe, chain.hidden[-1])
-    chain.hidden, chain.full = [*(torch.empty(0) for _ in job.batches), probe], []
+    chain.end()
+    chain.hidden[-1] = probe
     job.skeleton.free_rest()
     step = len(job.parts)
     shard, digest = _write_shard(job, step, {head.tensor: packed_tensors(job.plan, head, codes)}, journal)

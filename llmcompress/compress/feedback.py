@@ -15,6 +15,7 @@ INNER_COLUMNS = 32
 DAMP_RETRIES = 3
 
 Scales = Callable[[int, int, Tensor], Tensor]  # (start, stop, left): a block of columns as it stands
+Nearest = Callable[[int, Tensor], tuple[Tensor, Tensor]]  # (column, its values as they stand): codes, stored values
 
 
 @dataclass(frozen=True)
@@ -85,18 +86,40 @@ def drift_factor(drift: Tensor, factor: Factor, alpha: float) -> Tensor:
 class Loop:
     """What the loop is told besides the weights.
 
-    half    (rows,)             half the number of codes of each row
-    scales  gives the steps `(rows, stop - start)` of a block of columns, from the block as it stands, same shape
-    block   columns between two questions for scales
-    extra   (columns, columns)  GPTAQ's `P`, or None
-    pull    FOEM's: how strongly compensated weights are drawn back to where they began, 0 is not at all
+    nearest  rounds one column: codes `(rows,)`, below 256, and what they stand for
+    enter    is told of a block of columns as it stands, `(start, stop, left)`, before its first is rounded
+    block    columns of such a block
+    extra    (columns, columns)  GPTAQ's `P`, or None
+    pull     FOEM's: how strongly compensated weights are drawn back to where they began, 0 is not at all
     """
 
-    half: Tensor
-    scales: Scales
+    nearest: Nearest
+    enter: Callable[[int, int, Tensor], None] | None = None
     block: int = BLOCK_COLUMNS
     extra: Tensor | None = None
     pull: float = 0.0
+
+
+class Integers:
+    """Rounds to symmetric integers.
+
+    half    (rows,)  half the number of codes of each row
+    scales  gives the steps `(rows, stop - start)` of a block of columns, from the block as it stands, same shape
+    """
+
+    def __init__(self, half: Tensor, scales: Scales) -> None:
+        self._half, self._top, self._scales = half, 2 * half - 1, scales
+        self._start, self._steps = 0, half
+
+    def enter(self, start: int, stop: int, left: Tensor) -> None:
+        """Choose the steps of a block."""
+        self._start, self._steps = start, self._scales(start, stop, left).T.contiguous()
+
+    def nearest(self, column: int, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes, as floats, and what they stand for."""
+        step = self._steps[column - self._start]
+        code = torch.minimum(torch.round(values / step).add_(self._half).clamp_(min=0), self._top)
+        return code, (code - self._half) * step
 
 
 def round_columns(weight: Tensor, upper: Tensor, loop: Loop) -> Tensor:
@@ -110,7 +133,8 @@ def round_columns(weight: Tensor, upper: Tensor, loop: Loop) -> Tensor:
     columns = weight.shape[1]
     for start in range(0, columns, loop.block):
         stop = min(start + loop.block, columns)
-        rounds.steps[start:stop] = loop.scales(start, stop, rounds.left[start:stop].T).T
+        if loop.enter is not None:
+            loop.enter(start, stop, rounds.left[start:stop].T)
         for inner in range(start, stop, INNER_COLUMNS):
             end = min(inner + INNER_COLUMNS, stop)
             for column in range(inner, end):
@@ -127,17 +151,15 @@ class _Rounds:
         self.left, self.upper, self.loop = weight.T.contiguous(), upper, loop
         self.raw = self.left.clone() if loop.pull else self.left
         self.codes = torch.empty(self.left.shape, dtype=torch.uint8, device=weight.device)
-        self.steps, self.errors = torch.empty_like(self.left), torch.empty_like(self.left)
+        self.errors = torch.empty_like(self.left)
         self.before = torch.empty_like(self.left) if loop.extra is not None else self.left
         self.diagonal = upper.diagonal().tolist()
-        self.top = 2 * loop.half - 1
 
     def column(self, column: int, end: int) -> None:
         """Round one column and correct those before `end`."""
-        row, step, half = self.left[column], self.steps[column], self.loop.half
-        code = torch.minimum(torch.round(row / step).add_(half).clamp_(min=0), self.top)
-        self.codes[column] = code
-        error = row - (code - half) * step
+        row = self.left[column]
+        self.codes[column], values = self.loop.nearest(column, row)
+        error = row - values
         if self.loop.pull:
             error -= self.loop.pull * (row - self.raw[column])
         torch.div(error, self.diagonal[column], out=self.errors[column])

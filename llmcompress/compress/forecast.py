@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from llmcompress.compress.allocate.budget import Budget
+from llmcompress.compress.head import LOGITS
 from llmcompress.compress.pipeline import QUANTIZERS, Opened
 from llmcompress.compress.rewrite import check_methods
 from llmcompress.compress.rounds import Method
@@ -78,7 +79,7 @@ def forecast(opened: Opened, recipe: Recipe, budget: Budget) -> Forecast:
         bits_per_weight=spent / max(weights, 1),
         file_bits_per_weight=output * 8 / opened.trace.parameters,
         peak_memory_bytes=_peak_memory(opened, recipe, hidden),
-        disk_bytes=output + 2 * hidden * _models(recipe) + _rewritten_bytes(opened, recipe),
+        disk_bytes=output + 2 * hidden + _rewritten_bytes(opened, recipe),
         hidden_bytes=hidden,
     )
 
@@ -109,10 +110,8 @@ def _rewritten_bytes(opened: Opened, recipe: Recipe) -> int:
     return opened.source_bytes * (2 if check_methods(recipe.rewrite.methods) else 1)
 
 
-def _models(recipe: Recipe) -> int:
-    """How many models run side by side while blocks are quantized: one, or the full-precision one as well."""
-    method = Method(find(QUANTIZERS, recipe.quantizer), recipe.quantize, torch.float32, learns=True)
-    return 2 if method.compares else 1
+def _method(recipe: Recipe) -> Method:
+    return Method(find(QUANTIZERS, recipe.quantizer), recipe.quantize, torch.float32, learns=True)
 
 
 def _peak_memory(opened: Opened, recipe: Recipe, hidden: int) -> int:
@@ -127,8 +126,11 @@ def _peak_memory(opened: Opened, recipe: Recipe, hidden: int) -> int:
     stored = hidden * recipe.calibration.score_samples // recipe.calibration.samples * len(opened.trace.blocks)
     vocabulary = int(opened.skeleton.config.get_text_config().vocab_size)
     logits = recipe.calibration.batch_size * recipe.calibration.sequence_length * vocabulary * FLOAT_BYTES * 3
-    models = _models(recipe)  # hidden states, what left the attention, and the copy that is being written
+    method = _method(recipe)
+    models = 2 if method.compares else 1  # hidden states, what left the attention, and the copy being written
     applying = block * (1 + models) * FLOAT_BYTES + hessians * FLOAT_BYTES * 3 * models + hidden * 3 * models
+    if method.learners:  # what is learned and its gradients, logits of a batch and theirs
+        applying += 4 * block * FLOAT_BYTES + 2 * min(logits, 3 * LOGITS * FLOAT_BYTES)
     rewriting = 0
     if recipe.rewrite.methods:  # float64, and a copy to go back to, of the model or of a block
         parameters = opened.trace.parameters if check_methods(recipe.rewrite.methods) else block

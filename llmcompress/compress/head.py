@@ -1,16 +1,20 @@
 """The output head while something is measured: its Hessian, and its weight under a change."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from llmcompress.compress.learning import Logits
 from llmcompress.compress.measuring import Change, Changes, MeasureJob, changed_weight
-from llmcompress.compress.observe import DriftSums, Reading
+from llmcompress.compress.observe import InputSums, Reading
 from llmcompress.compress.rounding import Seen
 from llmcompress.compress.rounds import aim
 from llmcompress.model.stream import BlockStream
+
+LOGITS = 1 << 24  # of one batch at a time, while the last block is learned
 
 
 def head_input(
@@ -25,7 +29,7 @@ def head_input(
     `hidden` are the states `(batch, tokens, hidden)` that left the last block, `full` those of the full-precision
     model, where the two are to be compared.
     """
-    sums = DriftSums()
+    sums = InputSums()
     read: list[Tensor] = []
     handle = head.register_forward_pre_hook(lambda _, args: read.append(args[0].detach().flatten(0, -2).float()))
     try:
@@ -38,6 +42,20 @@ def head_input(
     finally:
         handle.remove()
     return sums.means()[0] if sums.tokens else None
+
+
+def logits_reader(stream: BlockStream, tokens: Sequence[Tensor]) -> Logits:
+    """From hidden states of a batch that left the last block to logits, at positions evenly spaced.
+
+    At all of them where they are at most `LOGITS` numbers. The rest of the model must be loaded.
+    """
+    vocabulary = int(stream.skeleton.config.get_text_config().vocab_size)
+
+    def read(place: int, hidden: Tensor) -> Tensor:
+        every = min(math.ceil(tokens[place].numel() * vocabulary / LOGITS), tokens[place].shape[1])
+        return stream.logits_of(tokens[place][:, every - 1 :: every], hidden[:, every - 1 :: every])
+
+    return read
 
 
 class HeadView:

@@ -1,12 +1,13 @@
 """Learn the rounding of a whole block: the driver that block-level quantizers share.
 
-Such a quantizer is a file that, besides `quantize`, has `learn(weight, codes, *, options)`: it begins from codes
-already found and returns a Learned. The driver runs the block on what the stored model gives it, compares what
-leaves with what leaves the full-precision model's block, and steps. Codes are taken over only where they lower that
-difference on sequences that were not trained on, so the answer is never worse there than the one begun from.
+Such a quantizer is a file that, besides `quantize`, has `LEARNERS`, functions of a weight, codes and options: each
+begins from codes already found and returns a Learned, and the best of the answers is kept. The driver runs the block
+on what the stored model gives it, compares what leaves with what leaves the full-precision model's block, and steps.
+The last block is compared by the logits that come of it. Codes are taken over only where they lower that difference
+on sequences that were not trained on, so the answer is never worse there than the one begun from.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,6 +22,8 @@ from llmcompress.types import BlockTrace, LinearInfo, QuantizerOptions
 
 LOOK_EVERY = 10  # steps between two looks at held-out sequences
 HELD_OUT = 8  # one sequence in so many is held out
+
+Logits = Callable[[int, Tensor], Tensor]  # of a batch, from the hidden states that left the last block
 
 
 class Learned(Protocol):
@@ -41,18 +44,25 @@ class Learned(Protocol):
 
 @dataclass(frozen=True)
 class Lesson:
-    """One block, and what it is to do: `inputs` and `outputs` `(batch, tokens, hidden)`, a call for each."""
+    """One block, and what it is to do: `inputs` and `outputs` `(batch, tokens, hidden)`, a call for each.
+
+    `logits` is given for the last block.
+    """
 
     block: nn.Module
     info: BlockTrace
     inputs: Sequence[Tensor]
     outputs: Sequence[Tensor]
     calls: Sequence[BlockCall]
+    logits: Logits | None = None
 
 
 @dataclass(frozen=True)
 class Lessons:
-    """Losses on the held-out sequences, relative to the size of the block's output: before, and of what was kept."""
+    """Losses on the held-out sequences: before, and of what was kept.
+
+    Squared differences relative to the size of the block's output, or KL divergence in nats per token.
+    """
 
     before: float
     after: float
@@ -93,7 +103,8 @@ class _Course:
         places = range(len(lesson.inputs))
         self.held = [place for place in places if place % HELD_OUT == HELD_OUT - 1] or [places[-1]]
         self.taught = [place for place in places if place not in self.held]
-        self.size = sum(float(lesson.outputs[p].square().mean()) for p in self.held) / len(self.held)
+        size = sum(float(lesson.outputs[p].square().mean()) for p in self.held) / len(self.held)
+        self.size = max(size, 1e-30)
 
     def _forward(self, weights: Mapping[str, Tensor], place: int) -> Tensor:
         call = self.lesson.calls[place]
@@ -104,13 +115,21 @@ class _Course:
         output = functional_call(self.lesson.block, parameters, (self.lesson.inputs[place], *call.args), call.kwargs)
         return hidden_of(output)
 
+    def _error(self, leaving: Tensor, place: int) -> Tensor:
+        wanted, logits = self.lesson.outputs[place], self.lesson.logits
+        if logits is None:
+            return (leaving - wanted).square().mean() / self.size
+        with torch.no_grad():
+            p = torch.log_softmax(logits(place, wanted), -1)
+        q = torch.log_softmax(logits(place, leaving), -1)
+        return torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(-1).mean()
+
     def step(self, generator: torch.Generator, progress: float) -> None:
         """One step on one batch."""
         place = self.taught[int(torch.randint(len(self.taught), (1,), generator=generator))]
         with torch.enable_grad():
             leaving = self._forward({name: x.weight() for name, (_, x) in self.learned.items()}, place)
-            loss = (leaving - self.lesson.outputs[place]).square().mean() / self.size
-            loss = loss + sum(x.penalty(progress) for _, x in self.learned.values())
+            loss = self._error(leaving, place) + sum(x.penalty(progress) for _, x in self.learned.values())
             loss.backward()  # type: ignore[no-untyped-call]
         for _, x in self.learned.values():
             x.step(progress)
@@ -121,7 +140,7 @@ class _Course:
 
     @torch.no_grad()
     def loss(self, codes: Mapping[str, Codes]) -> float:
-        """Relative squared difference on the held-out batches."""
+        """Mean over the held-out batches."""
         weights = {name: found.dequantize() for name, found in codes.items()}
-        losses = [(self._forward(weights, p) - self.lesson.outputs[p]).square().mean() for p in self.held]
-        return float(sum(losses)) / len(losses) / max(self.size, 1e-30)
+        losses = [float(self._error(self._forward(weights, p), p)) for p in self.held]
+        return sum(losses) / len(losses)

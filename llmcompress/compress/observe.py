@@ -16,6 +16,8 @@ from llmcompress.compress.rounding import Seen
 from llmcompress.model.stream import linear_modules
 from llmcompress.types import BlockTrace, LinearInfo
 
+STRIPE = 128  # rows of a Hessian added at a time, up to its diagonal: it is symmetric
+
 
 def local_name(block: BlockTrace, linear: LinearInfo) -> str:
     """Name of a linear inside its block."""
@@ -65,36 +67,6 @@ def watching_inputs(block: nn.Module, info: BlockTrace, see: Callable[[int, Tens
             handle.remove()
 
 
-class HessianSums:
-    """Running sums of `x x^T`, float32 `(columns, columns)`, of each shared-input group."""
-
-    def __init__(self) -> None:
-        self._sums: dict[int, Tensor] = {}
-        self._tokens: dict[int, int] = {}
-
-    def add(self, number: int, inputs: Tensor) -> None:
-        """Add the inputs `(tokens, columns)` of group `number`."""
-        found = inputs.float()
-        if number in self._sums:
-            self._sums[number].addmm_(found.T, found)
-        else:
-            self._sums[number] = found.T @ found
-        self._tokens[number] = self._tokens.get(number, 0) + len(found)
-
-    def means(self) -> dict[int, Seen]:
-        """Mean over all tokens seen."""
-        return {n: Seen(total / self._tokens[n], self._tokens[n]) for n, total in self._sums.items()}
-
-
-def collect_hessians(block: nn.Module, info: BlockTrace, runs: Sequence[Callable[[], Any]]) -> dict[int, Seen]:
-    """Mean of `x x^T` over all tokens for each shared-input group; `runs` are forwards of the block, a batch each."""
-    sums = HessianSums()
-    with torch.no_grad(), watching_inputs(block, info, sums.add):
-        for run in runs:
-            run()
-    return sums.means()
-
-
 class Enough(Exception):  # not an error: it ends a forward early
     """Leaves a block's forward once what was looked for has been read."""
 
@@ -106,6 +78,7 @@ Run = Callable[[], Tensor]  # a block on the hidden states that enter it
 class Reading:
     """What one forward showed: the input of a group `(tokens, columns)`, and the stream each writer adds to.
 
+    `streams` holds what there is after the writers have added to it where the watch is `whole`, and before otherwise;
     `leaving` are the hidden states that left the block, where it was run to its end.
     """
 
@@ -117,14 +90,18 @@ class Reading:
 class GroupWatch:
     """Reads the input of one shared-input group and what its linears' outputs are added to, and no further.
 
-    `until`: the `input` has been read, the `child` of the block that holds the group has finished, or the `end`.
+    `until`: the `input` has been read (and what is written, where the watch is `whole`), the `child` of the block
+    that holds the group has finished, or the `end`. A watch is whole, if that is allowed, where all linears of the
+    group write to streams and have fewer rows than columns: their drift is then cheaper to sum up where it arrives.
     """
 
-    def __init__(self, info: BlockTrace, members: Sequence[LinearInfo]) -> None:
+    def __init__(self, info: BlockTrace, members: Sequence[LinearInfo], *, whole: bool) -> None:
         self._info = info
-        self._first = local_name(info, members[0])
+        self._first, self._last = local_name(info, members[0]), local_name(info, members[-1])
         names = {local_name(info, linear): linear.name for linear in members}
         self._writers = [(names[w.linear], w) for w in info.writers if w.linear in names]
+        narrow = sum(linear.rows for linear in members) < members[0].columns
+        self.whole = whole and narrow and len(self._writers) == len(members)
 
     @torch.no_grad()
     def read(self, block: nn.Module, hidden: Tensor, run: Run, *, until: str = "input") -> Reading:
@@ -134,7 +111,8 @@ class GroupWatch:
         leaving = None
         with self._hooks(block, seen, found, until), suppress(Enough):
             leaving = run()
-        streams = {name: seen[w.norm] + sum(seen[n] for n in w.after) for name, w in self._writers}
+        parts = {name: (*w.after, *([w.linear] if self.whole else [])) for name, w in self._writers}
+        streams = {name: seen[w.norm] + sum(seen[n] for n in parts[name]) for name, w in self._writers}
         flat = {name: stream.flatten(0, -2).float() for name, stream in streams.items()}
         return Reading(found[0].flatten(0, -2).float(), flat, leaving)
 
@@ -151,12 +129,14 @@ class GroupWatch:
 
         linears = linear_modules(block)
         norms = {w.norm for _, w in self._writers if w.norm}
-        before = {name for _, w in self._writers for name in w.after}
+        parts = {name for _, w in self._writers for name in (*w.after, *([w.linear] if self.whole else []))}
         handles = [block.get_submodule(name).register_forward_pre_hook(reads(name)) for name in norms]
-        handles += [linears[name].register_forward_hook(wrote(name)) for name in before]
+        handles += [linears[name].register_forward_hook(wrote(name)) for name in parts]
         first = linears[self._first]
         handles.append(first.register_forward_pre_hook(lambda _, args: found.append(args[0])))
-        if until == "input":
+        if until == "input" and self.whole:
+            handles.append(linears[self._last].register_forward_hook(enough))
+        elif until == "input":
             handles.append(first.register_forward_pre_hook(enough))
         elif until == "child":
             handles.append(block.get_submodule(self._first.partition(".")[0]).register_forward_hook(enough))
@@ -167,35 +147,54 @@ class GroupWatch:
                 handle.remove()
 
 
-class DriftSums:
-    """Running sums over tokens of everything that is asked about one group."""
+class InputSums:
+    """Running sums over tokens of everything that is asked about one group; `whole` as in its watch."""
 
-    def __init__(self) -> None:
-        self.tokens = 0
-        self._hessian: Tensor | None = None
+    def __init__(self, *, whole: bool = False) -> None:
+        self.tokens, self.whole = 0, whole
+        self._lower: Tensor | None = None  # of the Hessian; what is above the diagonal stays unfinished
         self._drift: Tensor | None = None
-        self._residuals: dict[str, Tensor] = {}
+        self._terms: dict[str, Tensor] = {}
 
     def add(self, stored: Reading, full: Reading | None = None) -> None:
         """One batch, in the stored model and, where it is run, in the full-precision one."""
         x = stored.inputs
         self.tokens += len(x)
-        self._hessian = _grown(self._hessian, x, x)
+        if self._lower is None:
+            self._lower = torch.zeros(x.shape[1], x.shape[1], device=x.device)
+        for start in range(0, x.shape[1], STRIPE):
+            stop = start + STRIPE
+            self._lower[start:stop, :stop].addmm_(x[:, start:stop].T, x[:, :stop])
         if full is None:
             return
-        self._drift = _grown(self._drift, full.inputs - x, x)
+        if not self.whole:
+            self._drift = _grown(self._drift, full.inputs - x, x)
         for name, stream in stored.streams.items():
-            self._residuals[name] = _grown(self._residuals.get(name), full.streams[name] - stream, x)
+            self._terms[name] = _grown(self._terms.get(name), full.streams[name] - stream, x)
 
     def means(self) -> tuple[Seen, dict[str, Tensor]]:
-        """What was seen, and the residual term `(rows, columns)` of every linear that writes to a stream."""
-        if self._hessian is None:
+        """What was seen, and for every linear that writes to a stream its term `(rows, columns)`, see `Targets.of`."""
+        if self._lower is None:
             raise ValueError("nothing was added")
-        count = self.tokens
+        count, lower = self.tokens, self._lower.tril()
         drift = None if self._drift is None else self._drift / count
-        residuals = {name: total / count for name, total in self._residuals.items()}
-        return Seen(self._hessian / count, count, drift), residuals
+        terms = {name: total / count for name, total in self._terms.items()}
+        return Seen((lower + lower.tril(-1).T) / count, count, drift), terms
 
 
 def _grown(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
     return left.T @ right if total is None else total.addmm_(left.T, right)
+
+
+def summing(sums: dict[int, InputSums]) -> Callable[[int, Tensor], None]:
+    """For `watching_inputs`: adds the inputs of each shared-input group to sums of its own."""
+    return lambda number, inputs: sums.setdefault(number, InputSums()).add(Reading(inputs.float(), {}))
+
+
+def collect_hessians(block: nn.Module, info: BlockTrace, runs: Sequence[Callable[[], Any]]) -> dict[int, Seen]:
+    """Mean of `x x^T` over all tokens for each shared-input group; `runs` are forwards of the block, a batch each."""
+    sums: dict[int, InputSums] = {}
+    with torch.no_grad(), watching_inputs(block, info, summing(sums)):
+        for run in runs:
+            run()
+    return {number: found.means()[0] for number, found in sums.items()}

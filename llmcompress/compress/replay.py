@@ -10,6 +10,8 @@ from llmcompress.compress.observe import local_name
 from llmcompress.model.stream import BlockCall, hidden_of
 from llmcompress.types import BlockTrace
 
+INPUT_BYTES = 1 << 30  # of inputs of last linears kept at a time: they can be several times as wide as hidden states
+
 
 def call_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
     """Hidden states leaving a block."""
@@ -17,11 +19,12 @@ def call_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
 
 
 class Replay:
-    """One copy of a block, and outputs of its children (attention, MLP) on batches it has already seen.
+    """One copy of a block, and what its children (attention, MLP) did with batches they have already seen.
 
-    A child's output is kept once the caller says its weights are final. Later runs on the same batch take it from
-    here, as long as what enters the block is the same. A child that is looked into from outside (what a linear's
-    output is added to is made in there) always runs.
+    A child's output is kept once the caller says its weights are final, and taken from here when the same batch
+    comes again. Before that, where only the linear is left whose output the child returns as it is, that linear's
+    input is kept, and the next run of the child is that linear alone. What enters the block must be the same. A
+    child that is looked into from outside (what a linear's output is added to is made in there) always runs.
     """
 
     def __init__(self, block: nn.Module, info: BlockTrace) -> None:
@@ -30,20 +33,27 @@ class Replay:
         for linear in info.linears:
             self.children.setdefault(local_name(info, linear).partition(".")[0], set()).add(linear.name)
         inside = {name.partition(".")[0] for w in info.writers for name in (w.norm, *w.after)}
-        self._keepable = set(self.children) - inside
-        self._kept: dict[tuple[str, int], Any] = {}
+        self._keepable = [name for name in self.children if name not in inside]
+        self._ends = {end.child: end for end in info.ends if end.child in self._keepable}
+        self._last = {end.child: f"{info.name}.{end.linear}" for end in self._ends.values()}
+        self._outputs: dict[tuple[str, int], Any] = {}
+        self._inputs: dict[tuple[str, int], Tensor] = {}
+        self._room = INPUT_BYTES
 
     @contextmanager
     def on(self, place: int, final: Collection[str], *, keep: bool = True) -> Iterator[None]:
-        """Runs inside are on batch `place`; the children named in `final` have their last weights."""
+        """Runs inside are on batch `place`; the linears named in `final` have their last weights."""
         handles, replaced = [], []
-        for name in self._keepable & set(final):
-            child = self.block.get_submodule(name)
-            if (name, place) in self._kept:
-                child.forward = self._again(name, place)
+        for name in self._keepable:
+            key, child, left = (name, place), self.block.get_submodule(name), self.children[name].difference(final)
+            if not left and (key in self._outputs or key in self._inputs):
+                child.forward = self._again(key, keep)
                 replaced.append(child)
-            elif keep:
-                handles.append(child.register_forward_hook(self._keeping(name, place)))
+            elif not left and keep:
+                handles.append(child.register_forward_hook(self._keeping(key)))
+            elif keep and left == {self._last.get(name)}:
+                last = self.block.get_submodule(self._ends[name].linear)
+                handles.append(last.register_forward_pre_hook(self._keeping_input(key)))
         try:
             yield
         finally:
@@ -52,20 +62,50 @@ class Replay:
             for child in replaced:
                 del child.forward  # the instance attribute; the class's own forward shows again
 
-    def _again(self, name: str, place: int) -> Any:
-        return lambda *_, **__: self._kept[name, place]
+    def _again(self, key: tuple[str, int], keep: bool) -> Any:
+        def forward(*_: Any, **__: Any) -> Any:
+            if key in self._outputs:
+                return self._outputs[key]
+            end = self._ends[key[0]]
+            output: Any = self.block.get_submodule(end.linear)(self._take(key))
+            if end.beside:
+                output = (output, *[None] * end.beside)
+            if keep:
+                self._outputs[key] = output
+            return output
 
-    def _keeping(self, name: str, place: int) -> Any:
+        return forward
+
+    def _take(self, key: tuple[str, int]) -> Tensor:
+        found = self._inputs.pop(key)
+        self._room += found.nbytes
+        return found
+
+    def _keeping(self, key: tuple[str, int]) -> Any:
         def after(_: nn.Module, __: Any, output: Any) -> None:
-            self._kept[name, place] = output
+            self._outputs[key] = output
 
         return after
 
+    def _keeping_input(self, key: tuple[str, int]) -> Any:
+        def before(_: nn.Module, args: Any) -> None:
+            if key in self._inputs:
+                self._take(key)
+            if args[0].nbytes <= self._room:
+                self._inputs[key] = args[0]
+                self._room -= args[0].nbytes
+
+        return before
+
     def drop(self, place: int) -> None:
         """Forget one batch."""
+        for key in [key for key in self._inputs if key[1] == place]:
+            self._take(key)
         for name in self.children:
-            self._kept.pop((name, place), None)
+            self._outputs.pop((name, place), None)
 
     def forget(self) -> None:
         """Forget everything: the weights have changed after all."""
-        self._kept.clear()
+        self._outputs.clear()
+        self._inputs.clear()
+        self._room = INPUT_BYTES

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress.compress.attention import round_attention
-from llmcompress.compress.learning import Learned, Lesson, learn_block
+from llmcompress.compress.learning import Learned, Lesson, Logits, learn_block
 from llmcompress.compress.observe import (
-    DriftSums,
     GroupWatch,
+    InputSums,
     groups_of,
     install_weight,
     local_name,
@@ -36,7 +36,7 @@ from llmcompress.types import BlockTrace, LinearInfo, LinearSpec, QuantizerOptio
 
 FEWEST_BATCHES = 2
 Learner = Callable[..., Learned]
-Look = tuple[Seen, dict[str, Tensor]]  # of one group: its input, and the residual term of each linear that has one
+Look = tuple[Seen, dict[str, Tensor]]  # of one group: its input, and the term of the target of each writer
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,12 @@ class Method:
     def compares(self) -> bool:
         """Whether the full-precision model has to run beside the one that will be stored."""
         aims = self.options.target != "layer" and self.options.alpha != 0
-        return bool(self.quantizer.NEEDS_HESSIAN and (aims or self.learner))
+        return bool(self.quantizer.NEEDS_HESSIAN and (aims or self.learners))
 
     @property
-    def learner(self) -> Learner | None:
-        """What the quantizer learns with once a whole block is rounded, where it does and is to."""
-        found: Learner | None = getattr(self.quantizer, "learn", None)
-        return found if self.learns else None
+    def learners(self) -> tuple[Learner, ...]:
+        """The ways in which the quantizer learns once a whole block is rounded, where it does and is to."""
+        return getattr(self.quantizer, "LEARNERS", ()) if self.learns else ()
 
 
 @dataclass
@@ -72,11 +71,15 @@ class Streams:
     stored  hidden states `(batch, tokens, hidden)` under everything stored so far
     full    the same under the full-precision model; None where it is not needed
     calls   how the model calls the block at hand
+    leads   whether anything reads what leaves the block at hand
+    logits  what they become, where the block at hand is the last and is to be learned
     """
 
     stored: Sequence[Tensor]
     full: Sequence[Tensor] | None
     calls: Sequence[BlockCall]
+    leads: bool = True
+    logits: Logits | None = None
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,7 @@ class BlockRounds:
             rounded += _round_group(self.method, self.stored.block, self.info, members=pairs, look=look)
             if not self.attention:  # keys and values are read from here on
                 self._round_attention()
-        if self.method.learner is not None and self.full is not None:
+        if self.method.learners and self.full is not None:
             rounded = list(_learn(self.method, self, rounded))
         for x in rounded:
             codes = replace(x.result.codes, inputs=self.quantizers.get(x.linear.name))
@@ -153,7 +156,7 @@ class BlockRounds:
 
     def _inputs(self, group: int) -> Iterator[Tensor]:
         """What the linears of a group read in the stored model, `(tokens, columns)` of each batch."""
-        watch, final = GroupWatch(self.info, self.groups[group]), self._final(group)
+        watch, final = GroupWatch(self.info, self.groups[group], whole=False), self._final(group)
         for place, call in enumerate(self.streams.calls):
             with self.stored.on(place, final):
                 run = partial(call_block, self.stored.block, self.streams.stored[place], call)
@@ -164,11 +167,15 @@ class BlockRounds:
         self._round_inputs(group)
         if not self.looks:
             return None
-        watch, sums, streams = GroupWatch(self.info, self.groups[group]), DriftSums(), self.streams
+        whole = self.full is not None and self.method.options.target == "residual"
+        watch = GroupWatch(self.info, self.groups[group], whole=whole)
+        sums, streams = InputSums(whole=watch.whole), self.streams
         coming = {x.name for members in self.groups[group + 1 :] for x in members}
         final = self._final(group)
-        settled = [name for name, linears in self.stored.children.items() if not linears & coming]
-        until = "end" if not coming else "child" if self._child(group) in settled else "input"
+        settled = self._settled(group + 1)
+        until = "input" if self.stored.children[self._child(group)] & coming else "child"
+        if not coming:
+            until = "end" if streams.leads else "input"
         for place, call in enumerate(streams.calls):
             full = None
             if self.full is not None and streams.full is not None:
@@ -186,17 +193,21 @@ class BlockRounds:
     def _child(self, group: int) -> str:
         return local_name(self.info, self.groups[group][0]).partition(".")[0]
 
-    def _final(self, group: int) -> list[str]:
-        """Children of the block whose every linear is as it will be stored when a group is reached."""
+    def _final(self, group: int) -> set[str]:
+        """Linears that are as they will be stored when a group is looked at."""
         if not self.method.options.true_sequential:
-            return []
-        done = {x.name for members in self.groups[:group] for x in members}
-        return [name for name, linears in self.stored.children.items() if not (linears & set(self.specs)) - done]
+            return set()
+        return self._settled(group)
+
+    def _settled(self, group: int) -> set[str]:
+        """Linears that are rounded before a group is, or not at all."""
+        left = {x.name for members in self.groups[group:] for x in members}
+        return {x.name for x in self.info.linears} - left
 
     @torch.no_grad()
     def leave_stored(self, place: int, call: BlockCall) -> Tensor:
         """Hidden states of batch `place` leaving the block as it will be stored."""
-        with self.stored.on(place, self.stored.children, keep=False):
+        with self.stored.on(place, self._settled(len(self.groups)), keep=False):
             return call_block(self.stored.block, self.streams.stored[place], call)
 
     @torch.no_grad()
@@ -221,8 +232,8 @@ def _round_group(
 ) -> list[Rounded]:
     wanted, seen = [weight_of(block, info, linear).contiguous() for linear, _ in members], None
     if look is not None:
-        seen, residuals = look
-        wanted, seen = aim(method.options, seen, wanted, [residuals.get(linear.name) for linear, _ in members])
+        seen, terms = look
+        wanted, seen = aim(method.options, seen, wanted, [terms.get(linear.name) for linear, _ in members])
     wanted = [method.hints.clamped(linear.name, weight) for weight, (linear, _) in zip(wanted, members, strict=True)]
     requests = [Request(weight, spec) for weight, (_, spec) in zip(wanted, members, strict=True)]
     results = method.quantizer.quantize(requests, seen, options=method.options, dtype=method.dtype)
@@ -234,20 +245,19 @@ def _round_group(
 
 
 def _learn(method: Method, rounds: BlockRounds, rounded: list[Rounded]) -> Iterator[Rounded]:
-    """Learn the rounding of a block from what was found linear by linear."""
-    if method.learner is None:
-        return
+    """Learn the rounding of a block from what was found linear by linear; of several ways the best is kept."""
     streams, block, info = rounds.streams, rounds.stored.block, rounds.info
     if len(streams.calls) < FEWEST_BATCHES:
         note = f"{FEWEST_BATCHES} batches of calibration text are needed to learn and to hold some out: not learned"
         yield from (replace(x, result=replace(x.result, fallbacks=(*x.result.fallbacks, note))) for x in rounded)
         return
     outputs = [rounds.leave_full(place) for place in range(len(streams.calls))]
-    lesson = Lesson(block, info, streams.stored, outputs, streams.calls)
-    learned = {
-        x.linear.name: (x.linear, method.learner(x.wanted, x.result.codes, options=method.options)) for x in rounded
-    }
-    best, _ = learn_block(lesson, learned, options=method.options, dtype=method.dtype)
+    lesson = Lesson(block, info, streams.stored, outputs, streams.calls, streams.logits)
+    found = []
+    for learner in method.learners:
+        learned = {x.linear.name: (x.linear, learner(x.wanted, x.result.codes, method.options)) for x in rounded}
+        found.append(learn_block(lesson, learned, options=method.options, dtype=method.dtype))
+    best, _ = min(found, key=lambda one: one[1].after)
     rounds.stored.forget()
     for x in rounded:
         install_weight(block, info, x.linear, best[x.linear.name].dequantize())
@@ -264,12 +274,12 @@ def round_head(method: Method, head: LinearInfo, weight: Tensor, spec: LinearSpe
 
 
 def aim(
-    options: QuantizerOptions, seen: Seen, weights: Sequence[Tensor], residuals: Sequence[Tensor | None]
+    options: QuantizerOptions, seen: Seen, weights: Sequence[Tensor], terms: Sequence[Tensor | None]
 ) -> tuple[list[Tensor], Seen]:
     """The weights to round in place of the original ones, and what is left for the quantizer to know."""
-    if seen.drift is None or options.target in ("layer", "gptaq"):
+    known = terms if options.target == "residual" else [None] * len(weights)
+    if options.target in ("layer", "gptaq") or (seen.drift is None and all(term is None for term in known)):
         return list(weights), seen
     targets = Targets(seen, options.damp, options.alpha)
-    terms = residuals if options.target == "residual" else [None] * len(weights)
-    found = [targets.of(weight, term) for weight, term in zip(weights, terms, strict=True)]
+    found = [targets.of(weight, term) for weight, term in zip(weights, known, strict=True)]
     return found, replace(seen, drift=None)

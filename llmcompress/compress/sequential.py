@@ -12,6 +12,7 @@ from llmcompress.compress.descent import descend, metric_of
 from llmcompress.compress.feedback import (
     BLOCK_COLUMNS,
     Factor,
+    Integers,
     Loop,
     Scales,
     column_order,
@@ -82,9 +83,10 @@ class _Work:
         halves = [torch.full((len(r.weight),), float(1 << (r.spec.bits - 1))) for r in requests]
         chooser = _Chooser(self, requests)
         static = self.options.order != "group" or size == order.numel()
+        grid = Integers(torch.cat(halves).to(order.device), chooser.static() if static else chooser.entering)
         loop = Loop(
-            half=torch.cat(halves).to(order.device),
-            scales=chooser.static() if static else chooser.entering,
+            grid.nearest,
+            grid.enter,
             block=BLOCK_COLUMNS if static else size,
             extra=self.extra,
             pull=self.options.pull,

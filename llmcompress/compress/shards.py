@@ -120,15 +120,15 @@ def shard_bytes(layout: Layout) -> int:
     return len(shard_header(layout)[0]) + sum(_elements(shape) * DTYPE_BYTES[d] for d, shape in layout.values())
 
 
-def _raw(tensor: Tensor) -> bytes:
+def _raw(tensor: Tensor) -> memoryview:
     flat = tensor.detach().cpu().contiguous().flatten()
-    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def write_shard(path: Path, layout: Layout, tensors: Mapping[str, Tensor]) -> str:
     """Write the tensors of `layout` durably; returns the sha256 of the file."""
     header, order = shard_header(layout)
-    pieces = [header, *(_raw(tensors[name]) for name in order)]
+    pieces = [memoryview(header), *(_raw(tensors[name]) for name in order)]
     state = hashlib.sha256()
     for piece in pieces:
         state.update(piece)

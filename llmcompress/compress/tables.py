@@ -1,41 +1,14 @@
-"""Rounding onto anything: a feedback loop over columns with any stored values, and codebooks for rows."""
+"""Codebooks for rows: a table of values of its own for each."""
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from llmcompress.compress.grid import SHIFT_ROWS
 
-BLOCK_COLUMNS = 128
 LLOYD_STEPS = 60
 LARGEST_HALF = 65504.0
-
-Nearest = Callable[[int, Tensor], tuple[Tensor, Tensor]]  # (place, column as it stands) -> codes and stored values
-
-
-def feed_back(weight: Tensor, upper: Tensor, nearest: Nearest) -> Tensor:
-    """Round column by column, pushing each error onto the columns still unrounded (GPTQ, arXiv 2210.17323).
-
-    weight   (rows, columns)     float32, in processing order
-    upper    (columns, columns)  upper Cholesky factor of the inverse Hessian, in processing order
-    nearest  of a column's place in that order and its values `(rows,)`: uint8 codes, and what they stand for
-    returns  (rows, columns)     uint8 codes, in processing order
-    """
-    left = weight.T.contiguous()  # a column of the weight is contiguous
-    codes = torch.empty(left.shape, dtype=torch.uint8, device=weight.device)
-    columns, diagonal = len(left), upper.diagonal().tolist()
-    for start in range(0, columns, BLOCK_COLUMNS):
-        stop = min(start + BLOCK_COLUMNS, columns)
-        errors = torch.empty_like(left[start:stop])
-        for column in range(start, stop):
-            codes[column], values = nearest(column, left[column])
-            torch.div(left[column] - values, diagonal[column], out=errors[column - start])
-            rest = slice(column + 1, stop)
-            left[rest].addr_(upper[column, rest], errors[column - start], alpha=-1)
-        left[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
-    return codes.T
 
 
 def fit_codebooks(weight: Tensor, importance: Tensor, bits: int) -> Tensor:

@@ -30,7 +30,7 @@ class Targets:
         self.seen = seen
         self.alpha = alpha_for(seen.tokens, len(seen.hessian)) if alpha is None else alpha
         self._lower: Tensor | None = None
-        if seen.drift is None or not self.alpha or not seen.finite:
+        if not self.alpha or not seen.finite:
             return
         for _, full in dampings(seen.hessian, damp):
             lower, failed = torch.linalg.cholesky_ex(full)
@@ -38,17 +38,20 @@ class Targets:
                 self._lower = lower
                 return
 
-    def of(self, weight: Tensor, residual: Tensor | None = None) -> Tensor:
+    def of(self, weight: Tensor, term: Tensor | None = None) -> Tensor:
         """`W + alpha (W C + R) H^-1`, float32; the weight itself where there is nothing to correct.
 
-        weight    (rows, columns)  float32
-        residual  (rows, columns)  `R`, the mean of `(r' - r) x^T`
+        weight  (rows, columns)  float32
+        term    (rows, columns)  `R`, the mean of `(r' - r) x^T`; without a drift `W C + R`, the mean of
+                                 `((W x' + r') - (W x + r)) x^T`
         """
-        if self._lower is None or self.seen.drift is None:
+        if self._lower is None or (self.seen.drift is None and term is None):
             return weight
-        cross = weight.double() @ self.seen.drift.double()
-        if residual is not None:
-            cross = cross + residual.double()
+        cross = torch.zeros_like(weight, dtype=torch.float64)
+        if self.seen.drift is not None:
+            cross += weight.double() @ self.seen.drift.double()
+        if term is not None:
+            cross += term.double()
         if not bool(torch.isfinite(cross).all()):
             return weight
         return (weight + self.alpha * torch.cholesky_solve(cross.T, self._lower).T).float()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmcompress.compress.head import HeadView
+from llmcompress.compress.head import HeadView, logits_reader
 from llmcompress.compress.measuring import MeasureJob, Text, sequence_dnll, sequence_kld
 from llmcompress.compress.rounds import BlockRounds, Streams
 from llmcompress.model.stream import BlockCall, BlockStream
@@ -41,9 +41,13 @@ def measure_allocations(job: MeasureJob, allocations: Sequence[BitAllocation], t
     tables = [{a.linear: a.spec for a in allocation.assigned} for allocation in allocations]
     for info in job.trace.blocks:
         here = [call[info.index] for call in calls[:cut]]
+        logits = None
+        if job.method.learners and info is job.trace.blocks[-1]:
+            job.skeleton.load_rest()
+            logits = logits_reader(stream, text.calibration)
         for specs, hidden in zip(tables, chains, strict=True):
             block = job.skeleton.load_block(info.index)
-            streams = Streams(hidden[:cut], full[:cut] if compares else None, here)
+            streams = Streams(hidden[:cut], full[:cut] if compares else None, here, logits=logits)
             rounds = BlockRounds(job.method, block, info, specs, streams)
             for _ in rounds.rounded():
                 pass

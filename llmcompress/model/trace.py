@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from llmcompress.model.skeleton import Skeleton
 from llmcompress.model.stream import BlockStream, hidden_of, linear_modules
-from llmcompress.types import BlockTrace, LinearInfo, ModelTrace, NormFeed, StreamWriter
+from llmcompress.types import BlockTrace, ChildEnd, LinearInfo, ModelTrace, NormFeed, StreamWriter
 
 PROBE_TOKENS = 8
 CLOSE = 1e-4  # relative difference of two tensors taken for the same, in float32
@@ -30,11 +30,12 @@ class Watched:
     outputs: list[tuple[str, Tensor]] = field(default_factory=list)
     norms: list[tuple[str, Tensor]] = field(default_factory=list)
     norm_inputs: list[tuple[str, Tensor]] = field(default_factory=list)
+    children: list[tuple[str, Any]] = field(default_factory=list)
     leaving: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
 def watch(block: nn.Module, run: Callable[[], Tensor], entering: Tensor | None = None) -> Watched:
-    """Run a block, on `entering`, and keep what its linears and norms were given and gave back, in call order."""
+    """Run a block, on `entering`, and keep what its parts were given and gave back, in call order."""
     seen = Watched(torch.empty(0) if entering is None else entering)
     handles = []
     for name, module in linear_modules(block).items():
@@ -55,6 +56,9 @@ def watch(block: nn.Module, run: Callable[[], Tensor], entering: Tensor | None =
                 seen.norm_inputs.append((name, args[0]))
 
             handles.append(module.register_forward_hook(after))
+    for name, module in block.named_children():
+        keep = lambda _, __, output, name=name: seen.children.append((name, output))  # noqa: E731
+        handles.append(module.register_forward_hook(keep))
     try:
         seen.leaving = run()
     finally:
@@ -74,6 +78,7 @@ class _Pattern:
     linears: tuple[tuple[str, int], ...]  # name, shared-input group, in call order
     norms: tuple[tuple[int, str], ...]
     writers: tuple[StreamWriter, ...]
+    ends: tuple[ChildEnd, ...]
 
 
 def _pattern(seen: Watched) -> _Pattern:
@@ -85,7 +90,20 @@ def _pattern(seen: Watched) -> _Pattern:
     for name, tensor in seen.norms:
         if id(tensor) in groups:
             norms.append((groups[id(tensor)], name))
-    return _Pattern(tuple(linears), tuple(norms), _writers(seen))
+    return _Pattern(tuple(linears), tuple(norms), _writers(seen), _ends(seen))
+
+
+def _ends(seen: Watched) -> tuple[ChildEnd, ...]:
+    found = []
+    for child, returned in seen.children:
+        several = returned if isinstance(returned, tuple) else (returned,)
+        if any(other is not None for other in several[1:]):
+            continue
+        for name, output in seen.outputs:
+            if output is several[0] and name.startswith(child + "."):
+                beside = len(several) - 1 if isinstance(returned, tuple) else 0
+                found.append(ChildEnd(child=child, linear=name, beside=beside))
+    return tuple(found)
 
 
 def _writers(seen: Watched) -> tuple[StreamWriter, ...]:
@@ -169,7 +187,8 @@ def trace(skeleton: Skeleton) -> ModelTrace:
         name = skeleton.block_name(index)
         known = {info.name.removeprefix(name + ".") for info in infos}
         writers = tuple(writer for writer in patterns[kind].writers if {writer.linear, *writer.after} <= known)
-        blocks.append(BlockTrace(index=index, name=name, linears=infos, norms=norms, writers=writers))
+        ends = tuple(end for end in patterns[kind].ends if end.linear in known)
+        blocks.append(BlockTrace(index=index, name=name, linears=infos, norms=norms, writers=writers, ends=ends))
     head = _head(skeleton, stream, tokens, hidden[0])
     skeleton.free_rest()
     return _model_trace(skeleton, tuple(blocks), head)

@@ -5,12 +5,12 @@ import torch
 from test_quantizers import OPTIONS, PACKAGE, problem, quantized, slow_gptq
 from torch import Tensor
 
-from llmcompress.compress.feedback import Loop, column_order, damped, inverse_factor, round_columns
+from llmcompress.compress.feedback import Integers, Loop, Nearest, column_order, damped, inverse_factor, round_columns
 from llmcompress.compress.formats import exporter_of, maker, widths_of_maker
 from llmcompress.compress.grid import Codes, expand_scale, find_scale, gaussian_distortion, proxy_loss, round_to_grid
 from llmcompress.compress.quantizers import codebook, hqq, twotier
 from llmcompress.compress.rounding import Request, Seen
-from llmcompress.compress.tables import feed_back, fit_codebooks, nearest_entries
+from llmcompress.compress.tables import fit_codebooks, nearest_entries
 from llmcompress.kernels import stored
 from llmcompress.plugins import available, find
 from llmcompress.spec import INPUTS
@@ -114,7 +114,7 @@ def test_what_is_made_and_what_holds_it() -> None:
 # feedback and codebooks
 
 
-def integer_nearest(scale: Tensor, bits: int) -> object:
+def integer_nearest(scale: Tensor, bits: int) -> Nearest:
     half = 1 << (bits - 1)
 
     def nearest(place: int, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,9 +129,9 @@ def test_feedback_onto_integers_is_gptq() -> None:
     scale = expand_scale(find_scale(weight, LinearSpec(bits=3, group_size=64), torch.float32), 192)
     factor, _ = inverse_factor(hessian, column_order(hessian.diagonal(), "plain", 64), OPTIONS.damp)
     assert factor is not None
-    found = feed_back(weight, factor.upper, integer_nearest(scale, 3))
-    loop = Loop(torch.full((48,), 4.0), lambda start, stop, left: scale[:, start:stop])
-    theirs = round_columns(weight, factor.upper, loop)
+    found = round_columns(weight, factor.upper, Loop(integer_nearest(scale, 3)))
+    grid = Integers(torch.full((48,), 4.0), lambda start, stop, left: scale[:, start:stop])
+    theirs = round_columns(weight, factor.upper, Loop(grid.nearest, grid.enter))
     slow = slow_gptq(weight, scale, damped(hessian, OPTIONS.damp), 3)
     assert float((found != theirs).float().mean()) < 2e-3  # a tie may fall either way in float32
     assert float((found != slow).float().mean()) < 2e-3

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmcompress.compress.feedback import Loop, inverse_factor, round_columns
+from llmcompress.compress.feedback import Integers, Loop, inverse_factor, round_columns
 from llmcompress.compress.grid import expand_scale, find_scale, proxy_loss, round_weight
 from llmcompress.compress.rounding import Quantized, Request, Seen
 from llmcompress.plugins import available, find
@@ -110,8 +110,8 @@ def test_gptq_equals_exact_least_squares_feedback() -> None:
     assert factor is not None
     assert notes == ()
     steps = expand_scale(scale, 192)
-    loop = Loop(torch.full((len(weight),), 4.0), lambda start, stop, _: steps[:, start:stop])
-    codes = round_columns(weight, factor.upper, loop)
+    grid = Integers(torch.full((len(weight),), 4.0), lambda start, stop, _: steps[:, start:stop])
+    codes = round_columns(weight, factor.upper, Loop(grid.nearest, grid.enter))
     slow = slow_gptq(weight, expand_scale(scale, 192), damped, 3)
     assert float((codes != slow).float().mean()) < 2e-3  # a tie may fall either way in float32
 

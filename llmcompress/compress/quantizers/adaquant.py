@@ -2,8 +2,10 @@
 
 The published objective, `min over V, s of mean (y - x Q(W + V; s)^T)^2` by gradient steps through the rounding,
 needs only the second moments of `x` when activations stay at full precision: it is `tr(dW H dW^T)`. So every
-step here is a full-batch step over all calibration tokens, and the result is deterministic. Layers are
-independent ("parallel AdaQuant"). Weights may move by more than one step of the grid, unlike AdaRound's.
+step here is a full-batch step over all calibration tokens, and the result is deterministic. In scores layers are
+independent, each on the full-precision model's inputs ("parallel AdaQuant"); where a plan is carried out inputs are
+those the stored model gives and the output asked for is the full-precision model's (`quantize.target`), which is
+"sequential AdaQuant". Weights may move by more than one step of the grid, unlike AdaRound's.
 """
 
 from collections.abc import Sequence

@@ -73,6 +73,9 @@ class _AdaRound:
         return Codes(level.to(torch.uint8), self.scale, self.spec)
 
 
-def learn(weight: Tensor, codes: Codes, *, options: QuantizerOptions) -> _AdaRound:
+def learn(weight: Tensor, codes: Codes, options: QuantizerOptions) -> _AdaRound:
     """Begin from codes; `weight` `(rows, columns)` says which neighbour each of them may become."""
     return _AdaRound(weight, codes, options)
+
+
+LEARNERS = (learn,)

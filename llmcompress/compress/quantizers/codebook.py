@@ -10,10 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from llmcompress.compress.feedback import Factor, column_order, inverse_factor
+from llmcompress.compress.feedback import Factor, Loop, column_order, inverse_factor, round_columns
 from llmcompress.compress.grid import Codes
 from llmcompress.compress.rounding import Quantized, Request, Seen
-from llmcompress.compress.tables import feed_back, fit_codebooks, nearest_entries
+from llmcompress.compress.tables import fit_codebooks, nearest_entries
 from llmcompress.types import LinearSpec, QuantizerOptions
 
 NEEDS_HESSIAN = True
@@ -56,5 +56,5 @@ def codebook_codes(weight: Tensor, spec: LinearSpec, factor: Factor | None) -> C
             return found[:, 0], stored[:, 0]
 
         codes = torch.empty((rows, columns), dtype=torch.uint8, device=weight.device)
-        codes[:, factor.order] = feed_back(weight[:, factor.order], factor.upper, nearest)
+        codes[:, factor.order] = round_columns(weight[:, factor.order], factor.upper, Loop(nearest))
     return Codes(codes, torch.empty((rows, 0), device=weight.device), spec, codebook=table)

@@ -5,6 +5,7 @@ group's scale. Where nothing is learned (scores, trials) the answer is GPTQ's.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from llmcompress.compress.sequential import round_with_feedback
 from llmcompress.types import QuantizerOptions
 
 NEEDS_HESSIAN = True
-EDGE = 0.25  # of a step from its code: how far a weight may begin, so that no choice is given up at once
+EDGES = (0.25, 0.49)  # of a step from its code: how far a weight may begin; some blocks want room, some do not
 SCALE_SHARE = 0.2  # relative change of a scale, per unit of travel of an offset
 
 
@@ -29,12 +30,12 @@ def quantize(
 class _SignRound:
     """A latent code for each weight, and a factor for each group's scale."""
 
-    def __init__(self, weight: Tensor, codes: Codes, options: QuantizerOptions) -> None:
+    def __init__(self, weight: Tensor, codes: Codes, options: QuantizerOptions, edge: float) -> None:
         self.spec, self.scale = codes.spec, codes.scale.float()
         self.half = 1 << (codes.spec.bits - 1)
         level = codes.codes.float() - self.half
         wanted = weight / expand_scale(codes.scale, weight.shape[1])
-        self.latent = torch.clamp(wanted, level - EDGE, level + EDGE).requires_grad_(True)
+        self.latent = torch.clamp(wanted, level - edge, level + edge).requires_grad_(True)
         self.factor = torch.ones_like(self.scale).requires_grad_(True)
         self.rate = options.rate or 1 / options.iterations
 
@@ -65,6 +66,12 @@ class _SignRound:
         return Codes(level.to(torch.uint8), scale, self.spec)
 
 
-def learn(weight: Tensor, codes: Codes, *, options: QuantizerOptions) -> _SignRound:
-    """Begin from codes; `weight` `(rows, columns)` says which way each of them is most easily moved."""
-    return _SignRound(weight, codes, options)
+def learn(weight: Tensor, codes: Codes, options: QuantizerOptions, *, edge: float = EDGES[0]) -> _SignRound:
+    """Begin from codes; `weight` `(rows, columns)` says which way each of them is most easily moved.
+
+    At an `edge` near 0.5 a choice of GPTQ that is not the nearest code is given up at the first steps.
+    """
+    return _SignRound(weight, codes, options, edge)
+
+
+LEARNERS = tuple(partial(learn, edge=edge) for edge in EDGES)

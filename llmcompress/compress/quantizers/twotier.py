@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from llmcompress.compress.feedback import column_order, inverse_factor
+from llmcompress.compress.feedback import Loop, column_order, inverse_factor, round_columns
 from llmcompress.compress.grid import (
     CLIPS,
     SHIFT_ROWS,
@@ -25,7 +25,6 @@ from llmcompress.compress.grid import (
     stored_scale,
 )
 from llmcompress.compress.rounding import Quantized, Request, Seen
-from llmcompress.compress.tables import feed_back
 from llmcompress.spec import HIGH_BITS
 from llmcompress.types import LinearSpec, QuantizerOptions
 
@@ -85,7 +84,7 @@ def _together(
         return codes[:, 0], stored[:, 0]
 
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-    codes[:, order] = feed_back(weight[:, order], factor.upper, nearest)
+    codes[:, order] = round_columns(weight[:, order], factor.upper, Loop(nearest))
     return Quantized(tiers.pack(codes, scale), notes)
 
 

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from torch import nn
 
 from llmcompress.compress.grid import proxy_loss
-from llmcompress.compress.observe import HessianSums, groups_of, watching_inputs, weight_of
+from llmcompress.compress.observe import InputSums, groups_of, summing, watching_inputs, weight_of
 from llmcompress.compress.scoring import Measured, Observer, ScoreJob, rounding_errors
 from llmcompress.types import BlockTrace, Candidate, LayerScore, Unit
 
@@ -24,11 +24,11 @@ class _ProxyLoss(Observer):
         self.layers: list[LayerScore] = []
 
     def open(self, block: nn.Module, info: BlockTrace) -> AbstractContextManager[object]:
-        self.sums = HessianSums()
-        return watching_inputs(block, info, self.sums.add)
+        self.sums: dict[int, InputSums] = {}
+        return watching_inputs(block, info, summing(self.sums))
 
     def close(self, block: nn.Module, info: BlockTrace) -> None:
-        known = self.sums.means()
+        known = {number: sums.means()[0] for number, sums in self.sums.items()}
         found: dict[str, list[Candidate]] = {x.name: [] for x in info.linears if x.name in self.job.candidates}
         for number, members in groups_of(info).items():
             weights = {x.name: weight_of(block, info, x).contiguous() for x in members if x.name in found}
