@@ -6,8 +6,8 @@ from torch import Tensor
 
 from llmcompress.kernels import ops, stored
 from llmcompress.kernels.codes import Codes
+from llmcompress.kernels.samples import random_codes
 from llmcompress.spec import LinearSpec
-from tests.kernels.test_stored import random_codes
 
 FORMATS = {
     spec.label + (f"-g{spec.group_size}" if spec.group_size else "") + ("-double" if spec.double else ""): spec

@@ -54,6 +54,24 @@ WIDE __m512 of_lanes(const float *from, __m512i lanes) {
     return _mm512_permutexvar_ps(lanes, _mm512_loadu_ps(from));
 }
 
+/* Scales of one row that are 8-bit codes, sixteen at a time; `to` has room for LANES more, which become zero. */
+WIDE_ENTRY void wide_scales(const Job *job, int64_t row, float *to) {
+    int64_t groups = groups_of(job), base = row * groups;
+    const uint8_t *codes = (const uint8_t *)job->scale + base;
+    const __m512i counting = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    for (int64_t g = 0; g < groups; g += LANES) {
+        __mmask16 there = groups - g < LANES ? (__mmask16)((1u << (groups - g)) - 1) : 0xffff;
+        __m512i code = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(there, codes + g));
+        int64_t first = (base + g) >> 8, inside = (base + g) & 255;
+        __m512i block = _mm512_srli_epi32(_mm512_add_epi32(counting, _mm512_set1_epi32((int)inside)), 8);
+        __m512 value = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), there, code, job->nested_map, 4);
+        __m512 largest = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), there, block, job->nested_absmax + first, 4);
+        __m512 scale = _mm512_add_ps(_mm512_mul_ps(value, largest), _mm512_set1_ps(*job->nested_offset));
+        _mm512_storeu_ps(to + g, _mm512_maskz_mov_ps(there, scale));
+    }
+    memset(to + groups, 0, LANES * sizeof(float));
+}
+
 /* Four rows times `count` tokens. One token: scale after the sum over a block; more: scale the weights, once for all. */
 WIDE void quad_tokens(const Job *job, const Quad *quad, const Inputs *x, int64_t token, int bits, int swapped, int zeros,
                       int count) {
@@ -77,8 +95,8 @@ WIDE void quad_tokens(const Job *job, const Quad *quad, const Inputs *x, int64_t
             scale[r] = of_lanes(quad->scale[r] + place, lanes);
             if (zeros) zero[r] = of_lanes(quad->zero[r] + place, lanes);
             part[r] = _mm512_setzero_ps();
-            _mm_prefetch((const char *)(quad->codes[r] + block * size + AHEAD), _MM_HINT_T0);
-            if (bits == 8) _mm_prefetch((const char *)(quad->codes[r] + block * size + AHEAD + 64), _MM_HINT_T0);
+            _mm_prefetch((const char *)(quad->codes[r] + block * size + AHEAD), _MM_HINT_NTA);
+            if (bits == 8) _mm_prefetch((const char *)(quad->codes[r] + block * size + AHEAD + 64), _MM_HINT_NTA);
         }
         UNROLL
         for (int j = 0; j < FIELDS; j++) {

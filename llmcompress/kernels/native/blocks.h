@@ -28,52 +28,55 @@ static inline int64_t scale_place(const Quad *quad, int64_t block) {
     return quad->blocks == 1 ? block * quad->per_block : block / quad->blocks;
 }
 
+/* How the scales of a row are read; as `row_scales`. */
+typedef void (*Scales)(const Job *, int64_t row, float *to);
+
 /* Tokens from `token` on, at most four, of four rows. */
 typedef void (*Kernel)(const Job *, const Quad *, const Inputs *, int64_t token);
 
-static void integer_table(const Job *job, Quad *quad, int r) {
-    float largest = 0.0f, *table = quad->table[r];
+/* What the codes of a row stand for, in the places of row r of the quad. */
+static void fill_tables(const Job *job, Quad *quad, int r) {
+    float *table = quad->table[r], largest = 0.0f;
+    int mask = (1 << job->bits) - 1;
+    row_table(job, quad->row[r], table);
     for (int entry = 0; entry < LANES; entry++) {
+        table[entry] = table[entry & mask];
         float size = table[entry] < 0 ? -table[entry] : table[entry];
         if (size > largest) largest = size;
     }
     int exact = job->format == INT || job->format == ASYMMETRIC || largest == 0.0f;
+    float inverse = exact ? 1.0f : TABLE_MOST / largest;
     quad->step[r] = exact ? 1.0f : largest / TABLE_MOST;
-    for (int entry = 0; entry < 2 * LANES; entry++) {
-        float value = table[entry % LANES] / quad->step[r];
+    for (int entry = 0; entry < LANES; entry++) {
+        float value = table[entry] * inverse;
         quad->integers[r][entry] = (int16_t)(value < 0 ? value - 0.5f : value + 0.5f);
     }
+    memcpy(quad->integers[r] + LANES, quad->integers[r], LANES * sizeof(int16_t));
 }
 
 static void quad_rows(const Job *job, Quad *quad, const float *scales, int64_t first, int64_t last, int64_t row) {
-    int64_t room = groups_of(job) + LANES, count = job->bits < 8 ? 1 << job->bits : 0;
+    int64_t room = groups_of(job) + LANES;
     for (int r = 0; r < ROWS; r++) {  /* past the last row, the last one again */
         int64_t mine = row + r < last ? row + r : last - 1;
         quad->row[r] = mine;
         quad->codes[r] = job->codes + mine * job->stride;
         quad->scale[r] = scales + (mine - first) * room;
         quad->zero[r] = quad->scale[r] + (last - first) * room;
-        quad->step[r] = 1.0f;
-        if (!count) continue;
-        if (r == 0 || job->format == CODEBOOK) row_table(job, mine, quad->table[r]);
-        else memcpy(quad->table[r], quad->table[0], sizeof quad->table[0]);
-        for (int64_t entry = count; entry < LANES; entry++) quad->table[r][entry] = quad->table[r][entry & (count - 1)];
-        if (r == 0 || job->format == CODEBOOK) integer_table(job, quad, r);
-        else {
-            memcpy(quad->integers[r], quad->integers[0], sizeof quad->integers[0]);
-            quad->step[r] = quad->step[0];
-        }
+        if (job->format == CODEBOOK) fill_tables(job, quad, r);
     }
 }
 
 /* Rows [first, last) of all tokens; `scratch` has room for the scales and the zero-points of as many rows. */
-static void rows_blocks(const Job *job, const Inputs *x, int64_t first, int64_t last, float *scratch, Kernel kernel) {
+static void rows_blocks(const Job *job, const Inputs *x, int64_t first, int64_t last, float *scratch, Kernel kernel,
+                        Scales scales) {
     int64_t room = groups_of(job) + LANES;
     for (int64_t row = first; row < last; row++) {
-        row_scales(job, row, scratch + (row - first) * room);
+        scales(job, row, scratch + (row - first) * room);
         if (job->format == ASYMMETRIC) row_zeros(job, row, scratch + (last - first + row - first) * room);
     }
-    Quad quad;
+    Quad quad = {.step = {1.0f, 1.0f, 1.0f, 1.0f}};
+    if (job->bits < 8 && job->format != CODEBOOK)
+        for (int r = 0; r < ROWS; r++) fill_tables(job, &quad, r);
     int64_t group = groups_of(job) == 1 ? job->columns + 2 * BLOCK : job->group;  /* one for all: more than there are */
     quad.per_block = group < BLOCK ? BLOCK / group : 1;
     quad.blocks = group < BLOCK ? 1 : group / BLOCK;

@@ -77,6 +77,15 @@ static Kernel kernel_of(const Job *job, int level) {
 #endif
 }
 
+static Scales scales_of(const Job *job, int level) {
+#if defined(__x86_64__)
+    if (level >= AVX512 && job->group && job->scale_dtype == DOUBLE) return wide_scales;
+#else
+    (void)job, (void)level;
+#endif
+    return row_scales;
+}
+
 static void rows_some(void *data) {
     Work *work = data;
     const Job *job = work->job;
@@ -88,7 +97,7 @@ static void rows_some(void *data) {
             return;
         }
         if (work->level == SCALAR) rows_scalar(job, work->x.values, row, last, scratch);
-        else rows_blocks(job, &work->x, row, last, scratch, kernel_of(job, work->level));
+        else rows_blocks(job, &work->x, row, last, scratch, kernel_of(job, work->level), scales_of(job, work->level));
     }
     free(scratch);
 }

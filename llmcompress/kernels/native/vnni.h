@@ -112,8 +112,8 @@ DEEP void deep_block(const Job *job, const Quad *quad, const Inputs *x, int64_t 
     for (int r = is.begin; r < is.end; r++) {
         const uint8_t *codes = quad->codes[r] + block * size;
         words[r] = quarter_words(codes, is.bits, rest);
-        _mm_prefetch((const char *)(codes + AHEAD), _MM_HINT_T0);
-        if (is.bits == 8) _mm_prefetch((const char *)(codes + AHEAD + 64), _MM_HINT_T0);
+        _mm_prefetch((const char *)(codes + AHEAD), _MM_HINT_NTA);
+        if (is.bits == 8) _mm_prefetch((const char *)(codes + AHEAD + 64), _MM_HINT_NTA);
         UNROLL
         for (int t = 0; t < is.count; t++) part[r][t] = _mm512_setzero_si512();
     }
