@@ -65,7 +65,11 @@ class PackedLinear(nn.Module):
         else:
             if self._settled is None and x.device.type != "cpu":
                 self.settle(x)
-            names, tensors = self._working()
+            stored = self._buffers
+            names, tensors = self._settled or (
+                self._names,
+                [t for name in self._buffer_names if (t := stored[name]) is not None],
+            )
             out = ops.run(x, tensors, names, self._form, self._size)
         return out if self.bias is None else out + self.bias.to(out.dtype)
 

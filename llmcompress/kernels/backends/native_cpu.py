@@ -8,12 +8,14 @@ from torch import Tensor
 
 from llmcompress.errors import MachineError
 from llmcompress.kernels import compiled, stored
-from llmcompress.spec import FOUR_BIT, LinearSpec
+from llmcompress.spec import FOUR_BIT, WORD_BITS, LinearSpec
 
 JOB = struct.Struct("@24q")  # the fields of `Job` in native/job.h, in their order
 FORMATS = {"int": 0, "asymmetric": 1, "nf4": 2, "fp4": 2, "codebook": 3}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
 OFFSET = ".offset"
+MAP, ABSMAX, HIGHER = stored.NESTED_MAP, stored.NESTED_ABSMAX, stored.PACKED_HIGH
+WORD_BYTES = WORD_BITS // 8
 BEST = -1
 LEVELS = {"scalar": 0, "avx2": 1, "avx512": 2, "vnni": 3, "best": BEST}
 
@@ -44,11 +46,11 @@ def linear(
     library, why = compiled.library()
     if library is None:
         raise MachineError(f"no native kernels: {why}", "use another backend")
-    x = x.detach().contiguous()
+    x = x.contiguous()
     out = torch.empty((x.shape[0], rows), dtype=x.dtype)
     job = JOB.pack(
         rows, columns, x.shape[0],
-        *_weight(prepared, spec, rows, columns),
+        *_weight(prepared, spec, columns),
         x.data_ptr(), out.data_ptr(), DTYPES[x.dtype], torch.get_num_threads(), level, compiled.team(),
     )  # fmt: skip
     if library.llmcompress_linear(job):
@@ -56,27 +58,22 @@ def linear(
     return out
 
 
-def _weight(prepared: Mapping[str, Tensor], spec: LinearSpec, rows: int, columns: int) -> tuple[int, ...]:
+def _weight(prepared: Mapping[str, Tensor], spec: LinearSpec, columns: int) -> tuple[int, ...]:
     """The fields of a job from `format` to `high_stride`."""
-    fourbit = spec.kind in FOUR_BIT
-    codes = prepared[stored.WEIGHT if fourbit else stored.PACKED]
-    scale = prepared.get(stored.ABSMAX if fourbit else stored.SCALE)
-    table = prepared.get(stored.MAP if fourbit else stored.CODEBOOK)
-    high = prepared.get(stored.PACKED_HIGH)
-
-    def place(name: str) -> int:
-        tensor = prepared.get(name)
-        return 0 if tensor is None else tensor.data_ptr()
-
+    scale, zero, table, high = (prepared.get(name) for name in (stored.SCALE, stored.ZERO, stored.CODEBOOK, HIGHER))
+    nested = (0, 0, 0)
+    if spec.kind in FOUR_BIT:
+        scale = prepared[stored.ABSMAX]
+        codes, stride, table = prepared[stored.WEIGHT], columns // 2, prepared[stored.MAP]
+        if spec.double:
+            nested = (prepared[MAP].data_ptr(), prepared[ABSMAX].data_ptr(), prepared[OFFSET].data_ptr())
+    else:
+        codes = prepared[stored.PACKED]
+        stride = codes.shape[1] * WORD_BYTES
     return (
-        FORMATS[spec.kind], spec.bits, spec.group_size,
-        columns // 2 if fourbit else codes.shape[1] * codes.element_size(),
-        codes.data_ptr(),
-        0 if scale is None else scale.data_ptr(),
-        0 if scale is None else DTYPES[scale.dtype],
-        place(stored.ZERO),
-        0 if table is None else table.data_ptr(),
-        place(stored.NESTED_MAP), place(stored.NESTED_ABSMAX), place(OFFSET),
-        place(stored.HIGH), place(stored.PACKED_HIGH),
-        0 if high is None else high.shape[1] * high.element_size(),
+        FORMATS[spec.kind], spec.bits, spec.group_size, stride, codes.data_ptr(),
+        0 if scale is None else scale.data_ptr(), 0 if scale is None else DTYPES[scale.dtype],
+        0 if zero is None else zero.data_ptr(), 0 if table is None else table.data_ptr(), *nested,
+        0 if high is None else prepared[stored.HIGH].data_ptr(), 0 if high is None else high.data_ptr(),
+        0 if high is None else high.shape[1] * WORD_BYTES,
     )  # fmt: skip
