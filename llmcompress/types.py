@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from llmcompress.spec import INPUTS, InputsWord
+from llmcompress.options import QuantizerOptions as QuantizerOptions
 from llmcompress.spec import InputSpec as InputSpec
 from llmcompress.spec import LinearSpec as LinearSpec
 from llmcompress.spec import Noun as Noun
@@ -202,56 +202,6 @@ class BitAllocation(Noun):
         """Relative distance between the choice and the proven bound."""
         span = max(abs(self.expected_damage), 1e-30)
         return max(self.expected_damage - self.lower_bound, 0.0) / span
-
-
-class QuantizerOptions(Noun):
-    """What a quantizer may be told; each ignores what it has no use for.
-
-    `target` is what a linear's output is brought close to: its own full-precision output on the same input
-    (`layer`), the full-precision model's output there (`asymmetric`), the same with the error already present in
-    what the output is added to (`residual`), or GPTAQ's approximation of the second (`gptaq`). `alpha` is how much
-    of the difference is corrected; where not given, as much as the number of calibration tokens supports.
-    `iterations` and `rate` are those of methods that learn; the rate is the method's own where not given.
-    `true_sequential`: inputs of a linear are seen with the linears before it in its block already quantized.
-    `inputs`: what the linears of the blocks read is rounded too, to integers or float8; with one scale from calibration
-    (and for plain `int8` and `int4` a zero-point), or `-token`, a scale for each token. 8-bit weights then have one
-    scale per row. `input_clip`: ranges from calibration reach to the extremes, or to the least squared error of a grid.
-    `kv_cache`: keys and values are rounded as a cache would keep them, under one scale each per block.
-    `softmax`: attention weights become codes of `softmax_bits` bits that count half octaves (`log2`).
-    """
-
-    damp: float = Field(default=0.01, gt=0, le=1)
-    order: Literal["act", "group", "plain"] = "act"
-    clip: bool = True
-    target: Literal["layer", "gptaq", "asymmetric", "residual"] = "residual"
-    alpha: float | None = Field(default=None, ge=0, le=1)
-    true_sequential: bool = True
-    sweeps: int = Field(default=0, ge=0)
-    pull: float = Field(default=0.0, ge=0, lt=1)
-    iterations: int = Field(default=200, ge=1)
-    rate: float | None = Field(default=None, gt=0)
-    double: bool = True  # nf4 and fp4: scales in 8 bits
-    high_share: float = Field(default=0.0625, gt=0, lt=1)  # twotier: of the columns, with two bits more
-    inputs: InputsWord = "none"
-    input_clip: Literal["none", "grid"] = "grid"
-    kv_cache: Literal["none", "int8", "fp8"] = "none"
-    softmax: Literal["none", "log2"] = "none"
-    softmax_bits: int = Field(default=4, ge=2, le=8)
-
-    @property
-    def input_spec(self) -> InputSpec | None:
-        """The format of the inputs."""
-        return INPUTS.get(self.inputs)
-
-    @property
-    def cache_spec(self) -> InputSpec | None:
-        """The format of keys and values."""
-        return INPUTS.get("int8-symmetric" if self.kv_cache == "int8" else self.kv_cache)
-
-    @property
-    def rounds_attention(self) -> bool:
-        """Whether anything inside attention is rounded."""
-        return self.kv_cache != "none" or self.softmax != "none"
 
 
 class Trial(Noun):

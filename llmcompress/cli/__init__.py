@@ -9,6 +9,7 @@ from typing import Any, Self
 import click
 
 from llmcompress import __version__
+from llmcompress.cli.bench import bench_command
 from llmcompress.cli.judge import eval_command, verify_command
 from llmcompress.cli.look import env_command, inspect_command, list_command
 from llmcompress.cli.planning import plan_command
@@ -28,6 +29,7 @@ COMMANDS = (
     plan_command,
     verify_command,
     eval_command,
+    bench_command,
     inspect_command,
     list_command,
     env_command,

@@ -37,15 +37,19 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
-    """Inverse of `pack`: int32 `(rows, words)` to uint8 codes `(rows, columns)`."""
-    rows = packed.shape[0]
-    source = numpy.ascontiguousarray(packed.cpu().numpy()).view(numpy.uint8)
-    codes = numpy.empty((rows, columns), dtype=numpy.uint8)
-    weights = (1 << numpy.arange(bits)).astype(numpy.uint8)
+    """Inverse of `pack`: int32 `(rows, words)` to uint8 codes `(rows, columns)`, on the device of `packed`."""
+    rows, octets = packed.shape[0], -(-columns // 8)  # eight codes take `bits` bytes
+    wide = torch.int32 if bits <= 4 else torch.int64
+    into = torch.arange(bits, dtype=wide, device=packed.device) * 8
+    out_of = torch.arange(8, dtype=wide, device=packed.device) * bits
+    codes = torch.empty((rows, columns), dtype=torch.uint8, device=packed.device)
     for chunk in _row_chunks(rows, columns):
-        stream = numpy.unpackbits(source[chunk], axis=1, count=columns * bits, bitorder="little")
-        numpy.matmul(stream.reshape(-1, columns, bits), weights, out=codes[chunk])
-    return torch.from_numpy(codes)
+        source = packed[chunk].contiguous().view(torch.uint8)
+        source = torch.nn.functional.pad(source, (0, max(octets * bits - source.shape[1], 0)))[:, : octets * bits]
+        together = (source.reshape(-1, octets, bits).to(wide) << into).sum(2, dtype=wide)
+        apart = (together[:, :, None] >> out_of) & ((1 << bits) - 1)
+        codes[chunk] = apart.view(source.shape[0], -1)[:, :columns].to(torch.uint8)
+    return codes
 
 
 def dequantize(codes: Tensor, scale: Tensor, bits: int) -> Tensor:

@@ -15,7 +15,7 @@ and where inputs are rounded under a scale from calibration, .input_scale 16-bit
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy
@@ -221,11 +221,11 @@ def _weight_codes(stem: str, spec: LinearSpec, read: Read) -> Codes:
     packed = tensors[PACKED].to(torch.int32)
     high = None
     if HIGH in tensors:
-        bits = numpy.unpackbits(tensors[HIGH].numpy(), bitorder="little", count=columns)
-        high = torch.from_numpy(bits.astype(bool))
+        bits = numpy.unpackbits(tensors[HIGH].cpu().numpy(), bitorder="little", count=columns)
+        high = torch.from_numpy(bits.astype(bool)).to(packed.device)
         if int(high.sum()) != spec.high_columns(columns):
             raise InputError(f"{stem}{HIGH}: not {spec.high_columns(columns)} columns", "the file is damaged")
-        codes = torch.empty((rows, columns), dtype=torch.uint8)
+        codes = torch.empty((rows, columns), dtype=torch.uint8, device=packed.device)
         codes[:, ~high] = reference.unpack(packed, spec.bits, columns - int(high.sum()))
         codes[:, high] = reference.unpack(tensors[PACKED_HIGH], spec.bits + HIGH_BITS, int(high.sum()))
     else:
@@ -243,7 +243,7 @@ def _read_four_bit(stem: str, spec: LinearSpec, read: Read) -> Codes:
     codes = fourbit.unpack_nibbles(tensors[WEIGHT], rows, columns)
     if not spec.double:
         return Codes(codes, tensors[ABSMAX], spec)
-    offset = torch.tensor(_record(stem, spec.kind, read).offset, dtype=torch.float32)
+    offset = nested_offset(spec.kind, tensors)
     double = fourbit.DoubleScale(tensors[ABSMAX], tensors[NESTED_ABSMAX], offset)
     return Codes(codes, double.decode(), spec, double=double)
 
@@ -270,7 +270,7 @@ def _record(stem: str, kind: str, read: Read) -> _Record:
     """The JSON record of a 4-bit weight. Raises InputError when it is damaged."""
     name = stem + STATE + kind
     try:
-        document = json.loads(read(name).numpy().tobytes())
+        document = json.loads(read(name).cpu().numpy().tobytes())
         rows, columns = document["shape"]
         offset = float(document.get("nested_offset", 0.0))
         found = _Record(int(rows), int(columns), int(document["blocksize"]), offset)
@@ -279,6 +279,12 @@ def _record(stem: str, kind: str, read: Read) -> _Record:
     if min(found.rows, found.columns, found.block) < 1:
         raise InputError(f"{name}: sizes that are not positive", "the file is damaged")
     return found
+
+
+def nested_offset(kind: str, tensors: Mapping[str, Tensor]) -> Tensor:
+    """What is added to each scale of a doubly quantized linear, float32 `()`; tensors by the ends of their names."""
+    offset = _record("", kind, lambda name: tensors[name]).offset
+    return torch.tensor(offset, dtype=torch.float32, device=tensors[WEIGHT].device)
 
 
 def size_of(stem: str, kind: str | None, read: Read) -> tuple[int, int]:

@@ -93,9 +93,12 @@ class PackedReader:
         }
         self._by_weight = {f"{stem}.weight": stem for stem in (*stems, *self._four_bit)}
         self.row_major = frozenset(self._by_weight)
-        self._attention = {n.removesuffix(part): None for part in PARTS for n in names if n.endswith(part)}
+        self.attention: dict[str, tuple[str, ...]] = {}  # scales inside attention: what their names end with, by stem
+        for part in PARTS:
+            for stem in [n.removesuffix(part) for n in names if n.endswith(part)]:
+                self.attention[stem] = (*self.attention.get(stem, ()), part)
         hidden = {part for stem in self._by_weight.values() for part in self.parts(stem)} | self.row_major
-        hidden |= {stem + part for stem in self._attention for part in PARTS}
+        hidden |= {stem + part for stem in self.attention for part in PARTS}
         self._names = (*(name for name in names if name not in hidden), *self._by_weight)
 
     def _read_config(self, config: Mapping[str, Any]) -> None:
@@ -180,15 +183,23 @@ class PackedReader:
 
     def prepare(self, model: nn.Module, module_of: Mapping[str, str]) -> None:
         """Let the attention of a model round what the checkpoint says; `module_of` gives parameters by tensor name."""
-        if self._attention:
+        if self.attention:
             install(model)
-        for stem in self._attention:
-            weight = next((name for name in module_of if name.startswith(stem + ".")), None)
-            if weight is None:
-                raise InputError(f"{stem}: scales of an attention that is not there", "the files are damaged")
-            name = module_of[weight].removesuffix(weight.removeprefix(stem))
+        names = {weight.removesuffix(".weight"): name.removesuffix(".weight") for weight, name in module_of.items()}
+        for stem in self.attention:
             rounding = rounding_of(stem, self._cache, self._softmax_bits, self._base.read)
-            set_rounding(model.get_submodule(name), rounding)
+            set_rounding(model.get_submodule(self.attention_name(stem, names)), rounding)
+
+    @staticmethod
+    def attention_name(stem: str, names: Mapping[str, str]) -> str:
+        """The attention module that scales named `stem` belong to; `names` gives modules of linears by stem.
+
+        Raises InputError where none of them is inside it.
+        """
+        linear = next((name for name in names if name.startswith(stem + ".")), None)
+        if linear is None:
+            raise InputError(f"{stem}: scales of an attention that is not there", "the files are damaged")
+        return names[linear].removesuffix(linear.removeprefix(stem))
 
     def detach(self, root: nn.Module) -> None:
         """Take back what `attach` did to a module and to all inside it."""

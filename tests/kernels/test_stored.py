@@ -13,6 +13,7 @@ from llmcompress.errors import InputError
 from llmcompress.kernels import fourbit, stored
 from llmcompress.kernels.codes import Codes
 from llmcompress.kernels.inputs import InputQuantizer
+from llmcompress.kernels.samples import random_codes
 from llmcompress.model.checkpoint import TORCH_DTYPES
 from llmcompress.spec import INPUTS, InputSpec, LinearSpec
 
@@ -28,31 +29,6 @@ SPECS = (
     *(LinearSpec(bits=bits, group_size=32, high_share=share) for bits in (2, 3, 6) for share in (0.001, 0.125, 0.95)),
 )
 SIZES = [(48, 192), (7, 64), (128, 512)]
-
-
-def random_codes(spec: LinearSpec, rows: int, columns: int) -> Codes:
-    """Codes of a format with no quantizer behind them."""
-    generator = torch.Generator().manual_seed(spec.bits)
-    codes = torch.randint(1 << spec.bits, (rows, columns), generator=generator).to(torch.uint8)
-    if spec.kind in ("nf4", "fp4"):
-        absmax = torch.rand(-(-rows * columns // spec.group_size), generator=generator) + 0.1
-        double = fourbit.double_quantize(absmax) if spec.double else None
-        return Codes(codes, absmax if double is None else double.decode(), spec, double=double)
-    if spec.kind == "codebook":
-        book = torch.randn(rows, 1 << spec.bits, generator=generator).to(torch.float16)
-        return Codes(codes, torch.empty(rows, 0), spec, codebook=book)
-    groups = columns // spec.group_size
-    scale = torch.randn(rows, groups, generator=generator).to(torch.bfloat16)
-    if spec.kind == "asymmetric":
-        zero = torch.randint(256, (rows, groups), generator=generator).to(torch.uint8)
-        return Codes(codes, scale, spec, zero=zero)
-    count = spec.high_columns(columns)
-    if not count:
-        return Codes(codes, scale, spec)
-    high = torch.zeros(columns, dtype=torch.bool)
-    high[torch.randperm(columns, generator=generator)[:count]] = True
-    fine = torch.randint(1 << (spec.bits + 2), (rows, columns), generator=generator).to(torch.uint8)
-    return Codes(torch.where(high, fine, codes), scale, spec, high=high)
 
 
 def slow_weights(codes: Codes) -> Tensor:

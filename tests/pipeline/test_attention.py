@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import SMALL, save_model
 from safetensors.torch import load_file, save_file
-from test_layouts import TOKENS, logits_of, quantized, section_of
+from test_layouts import TOKENS, logits_of, quantized, section_of, strangers_stop
 from torch import Tensor
 
 import llmcompress
@@ -93,8 +93,7 @@ def test_rounded_attention_weights_are_ours_alone(family: str, llama: Path, text
     section = section_of(out)
     assert section["quant_method"] == "llmcompress"
     assert section["attention"]["softmax_bits"] == 4
-    with pytest.raises((RuntimeError, ValueError), match="mismatch"):
-        transformers.AutoModelForCausalLM.from_pretrained(out)
+    strangers_stop(out)
     model = llmcompress.load(out, dtype=torch.float32)
     rounded = logits_of(model)
     assert float((rounded - probe_logits(out, TOKENS, "cpu")).abs().amax(-1).median()) < 1e-4

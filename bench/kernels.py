@@ -1,0 +1,136 @@
+"""Linears on CPU: every format and backend against torch and bitsandbytes, in turn, in one run.
+
+    python bench/kernels.py --threads 2 --json bench/results/kernels-cpu.json
+
+Prints, for each shape and number of tokens, the fastest tenth and the median of the times, bytes of weights per
+second, and the error against float64 arithmetic on the weights that each really stores. `--realtime` keeps other
+programs of the machine from running in between (needs the right to do so); caches have forgotten the weights of one
+call before its next turn.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llmcompress.kernels import backends, stored
+from llmcompress.kernels.samples import random_codes
+from llmcompress.runtime.timing import Contender, dense, packed, race, read_gigabytes_per_second
+from llmcompress.spec import LinearSpec
+
+SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008))
+FORGOTTEN = 160 << 20  # bytes that pass before a copy has its turn again
+NF4 = LinearSpec(bits=4, group_size=64, kind="nf4")
+OURS: dict[str, tuple[LinearSpec, tuple[str, ...]]] = {
+    **{f"int{b}": (LinearSpec(bits=b, group_size=128), ("native_cpu", "torch_cpu")) for b in (4, 3, 2, 8)},
+    "asymmetric4": (LinearSpec(bits=4, group_size=128, kind="asymmetric"), ("native_cpu",)),
+    "nf4": (NF4, ("native_cpu",)),
+    "nf4 double": (LinearSpec(bits=4, group_size=64, kind="nf4", double=True), ("native_cpu",)),
+    "codebook4": (LinearSpec(bits=4, group_size=0, kind="codebook"), ("native_cpu",)),
+    "int2+2": (LinearSpec(bits=2, group_size=128, high_share=0.1), ("native_cpu",)),
+}
+
+
+def copies_of(spec: LinearSpec, size: tuple[int, int]) -> list[dict[str, Tensor]]:
+    """One random linear as often as the caches need to forget it."""
+    tensors = stored.tensors_of("", random_codes(spec, *size))
+    count = max(2, FORGOTTEN // sum(t.numel() * t.element_size() for t in tensors.values()))
+    return [{name: tensor.clone() for name, tensor in tensors.items()} for _ in range(count)]
+
+
+def forced(name: str, contender: Contender) -> Contender:
+    """The same with one backend, whatever else could do it."""
+
+    def call(inner: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def run(x: Tensor) -> Tensor:
+            os.environ[backends.VARIABLE] = name
+            return inner(x)
+
+        return run
+
+    return Contender(contender.label, tuple(map(call, contender.calls)), contender.weight_bytes, contender.error)
+
+
+def int4pack(size: tuple[int, int], x: Tensor) -> Contender:
+    """torch's own 4-bit kernel in groups of 128, bfloat16."""
+    rows, columns = size
+    codes = torch.randint(16, size, dtype=torch.int32)
+    scale = torch.rand(columns // 128, rows, dtype=torch.float32).bfloat16()
+    both = torch.stack([scale, torch.zeros_like(scale)], dim=2).contiguous()
+    base = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 2)
+    every = [base.clone() for _ in range(max(2, FORGOTTEN // base.numel()))]
+    run = torch.ops.aten._weight_int4pack_mm_for_cpu
+    calls = tuple((lambda x, w=w: run(x, w, 128, both)) for w in every)
+    weight = (codes.float() - 8) * scale.float().T.repeat_interleave(128, dim=1)
+    exact = x.double() @ weight.double().T
+    error = float((calls[0](x).double() - exact).norm() / exact.norm())
+    return Contender("torch int4pack", calls, base.numel() + both.numel() * 2, error)
+
+
+def bitsandbytes(size: tuple[int, int], x: Tensor) -> Contender:
+    """bitsandbytes' packed kernel for nf4, bfloat16."""
+    with backends.use("bnb"):
+        found = packed("bitsandbytes nf4", NF4, copies_of(NF4, size), x)
+    return forced("bnb", found)
+
+
+def contenders(size: tuple[int, int], tokens: int, labels: list[str]) -> list[Contender]:
+    """Everything that is to be timed at one shape and number of tokens."""
+    x = torch.randn(tokens, size[1]).bfloat16()
+    found = []
+    for label in labels:
+        spec, names = OURS[label]
+        for name in names:
+            if name == "torch_cpu" and (tokens > 16 or label == "int8"):
+                continue
+            with backends.use(name):
+                ours = packed(f"{label} {name}", spec, copies_of(spec, size), x)
+            found.append(forced(name, ours))
+    weight = [torch.randn(size) for _ in range(2)]
+    found += [dense(f"F.linear {str(d)[6:]}", [w.to(d) for w in weight], x) for d in (torch.float32, torch.bfloat16)]
+    return [*found, int4pack(size, x), bitsandbytes(size, x)]
+
+
+def main() -> None:
+    """Run and print, and write JSON where asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 16, 128])
+    parser.add_argument("--formats", nargs="+", choices=list(OURS), default=list(OURS))
+    parser.add_argument("--shapes", type=int, default=2, help="how many of the shapes")
+    parser.add_argument("--seconds", type=float, default=3.0)
+    parser.add_argument("--realtime", action="store_true")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    rows = []
+    if options.realtime:
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
+    for size in SHAPES[: options.shapes]:
+        for tokens in options.tokens:
+            x = torch.randn(tokens, size[1]).bfloat16()
+            print(f"\n{size[0]} x {size[1]}, {tokens} token(s)\n{'':28} µs  median   GB/s  error", flush=True)
+            for t in race(contenders(size, tokens, options.formats), x, options.seconds):
+                print(f"{t.label:24} {t.low:8.0f} {t.microseconds:7.0f} {t.gigabytes_per_second:6.1f}  {t.error:.1e}")
+                rows.append({"rows": size[0], "columns": size[1], "tokens": tokens, **asdict(t)})
+            os.environ.pop(backends.VARIABLE, None)
+    if options.json:
+        facts = {name: importlib.metadata.version(name) for name in ("torch", "bitsandbytes")}
+        facts |= {
+            "threads": options.threads,
+            "machine": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
+        }
+        facts["read_gigabytes_per_second"] = read_gigabytes_per_second()
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps({**facts, "cells": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

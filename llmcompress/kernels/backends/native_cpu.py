@@ -1,0 +1,81 @@
+"""The C library of `kernels/native`, on CPU: codes are read where the file has them, results are exact to float32."""
+
+import struct
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from llmcompress.errors import MachineError
+from llmcompress.kernels import compiled, stored
+from llmcompress.spec import FOUR_BIT, PER_ROW, WORD_BITS, LinearSpec
+
+JOB = struct.Struct("@24q")  # the fields of `Job` in native/job.h, in their order
+FORMATS = {"int": 0, "asymmetric": 1, "nf4": 2, "fp4": 2, "codebook": 3}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
+OFFSET = ".offset"
+MAP, ABSMAX, HIGHER = stored.NESTED_MAP, stored.NESTED_ABSMAX, stored.PACKED_HIGH
+WORD_BYTES = WORD_BITS // 8
+BEST = -1
+LEVELS = {"scalar": 0, "avx2": 1, "avx512": 2, "vnni": 3, "best": BEST}
+
+
+def why_not(spec: LinearSpec, rows: int, columns: int, *, tokens: int, dtype: torch.dtype, device: str) -> str | None:
+    """Why it cannot do a case, or None."""
+    if str(device).partition(":")[0] != "cpu":
+        return f"it is for CPU, not {device}"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"inputs are {dtype}"
+    if spec.kind in PER_ROW:
+        return "one byte a weight is torch's business"
+    if spec.kind in FOUR_BIT and (columns % 2 or columns % spec.group_size):
+        return f"rows of {columns} weights are not whole blocks of {spec.group_size}"
+    return compiled.library()[1] or None
+
+
+def prepare(tensors: Mapping[str, Tensor], spec: LinearSpec) -> dict[str, Tensor]:
+    """The tensors of the file, and what the record of a doubly quantized one says."""
+    found = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    if spec.double:
+        found[OFFSET] = stored.nested_offset(spec.kind, tensors)
+    return found
+
+
+def linear(
+    x: Tensor, prepared: Mapping[str, Tensor], spec: LinearSpec, rows: int, columns: int, *, level: int = BEST
+) -> Tensor:
+    """Inputs `(tokens, columns)` times the weight, `(tokens, rows)`; `level` keeps to simpler instructions."""
+    library, why = compiled.library()
+    if library is None:
+        raise MachineError(f"no native kernels: {why}", "use another backend")
+    x = x.contiguous()
+    out = torch.empty((x.shape[0], rows), dtype=x.dtype)
+    job = JOB.pack(
+        rows, columns, x.shape[0],
+        *_weight(prepared, spec, columns),
+        x.data_ptr(), out.data_ptr(), DTYPES[x.dtype], torch.get_num_threads(), level, compiled.team(),
+    )  # fmt: skip
+    if library.llmcompress_linear(job):
+        raise MachineError("out of memory", "give fewer tokens at a time")
+    return out
+
+
+def _weight(prepared: Mapping[str, Tensor], spec: LinearSpec, columns: int) -> tuple[int, ...]:
+    """The fields of a job from `format` to `high_stride`."""
+    scale, zero, table, high = (prepared.get(name) for name in (stored.SCALE, stored.ZERO, stored.CODEBOOK, HIGHER))
+    nested = (0, 0, 0)
+    if spec.kind in FOUR_BIT:
+        scale = prepared[stored.ABSMAX]
+        codes, stride, table = prepared[stored.WEIGHT], columns // 2, prepared[stored.MAP]
+        if spec.double:
+            nested = (prepared[MAP].data_ptr(), prepared[ABSMAX].data_ptr(), prepared[OFFSET].data_ptr())
+    else:
+        codes = prepared[stored.PACKED]
+        stride = codes.shape[1] * WORD_BYTES
+    return (
+        FORMATS[spec.kind], spec.bits, spec.group_size, stride, codes.data_ptr(),
+        0 if scale is None else scale.data_ptr(), 0 if scale is None else DTYPES[scale.dtype],
+        0 if zero is None else zero.data_ptr(), 0 if table is None else table.data_ptr(), *nested,
+        0 if high is None else prepared[stored.HIGH].data_ptr(), 0 if high is None else high.data_ptr(),
+        0 if high is None else high.shape[1] * WORD_BYTES,
+    )  # fmt: skip

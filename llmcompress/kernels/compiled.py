@@ -1,0 +1,96 @@
+"""The C library of `native/`: compiled when first needed, once for each user, compiler and version of its sources.
+
+There is nothing to install: where no C compiler is found, or it fails, there is no library, and the reason is kept.
+"""
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import stat
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+SOURCES = Path(__file__).parent / "native"
+FLAGS = ("-O2", "-ftree-vectorize", "-std=gnu11", "-fno-math-errno", "-fPIC", "-shared")
+LIBRARIES = ("-lpthread", "-lm")
+COMPILERS = ("cc", "gcc", "clang")
+SECONDS = 120
+
+
+def compiler() -> str | None:
+    """The C compiler that CC names, or the first there is."""
+    named = os.environ.get("CC")
+    return next((path for name in ((named,) if named else COMPILERS) if (path := shutil.which(name))), None)
+
+
+def cache_folder() -> Path:
+    """Where compiled libraries of this user lie."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "llmcompress" / "native"
+
+
+def _digest(program: str) -> str:
+    """What a library depends on: sources, flags, compiler and machine."""
+    words = [*FLAGS, *LIBRARIES, program, platform.machine()]
+    words.append(subprocess.run([program, "--version"], capture_output=True, text=True, timeout=SECONDS).stdout)
+    whole = hashlib.sha256("\0".join(words).encode())
+    for path in sorted(SOURCES.glob("*.[ch]")):
+        whole.update(path.read_bytes())
+    return whole.hexdigest()[:32]
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether nobody else can put a library there."""
+    found = folder.stat()
+    return found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+def build(program: str, folder: Path) -> Path:
+    """Compile into `folder`, or find what was compiled there before. Raises OSError or subprocess.SubprocessError."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not _is_ours(folder):
+        raise PermissionError(f"{folder.name}: others may write to the cache folder")
+    library = folder / f"{_digest(program)}.so"
+    if not library.is_file():
+        handle, aside = tempfile.mkstemp(suffix=".so", dir=folder)
+        os.close(handle)
+        try:
+            words = [program, *FLAGS, str(SOURCES / "linear.c"), "-o", aside, *LIBRARIES]
+            subprocess.run(words, check=True, capture_output=True, timeout=SECONDS)
+            Path(aside).replace(library)  # whole or not at all, also when two compile at once
+        finally:
+            Path(aside).unlink(missing_ok=True)
+    return library
+
+
+@cache
+def library() -> tuple[ctypes.CDLL | None, str]:
+    """The library, or None and why there is none. Silent but for a line at level DEBUG."""
+    program = compiler()
+    if program is None:
+        why = "there is no C compiler (cc, gcc, clang, or what CC names)"
+    else:
+        try:
+            found = ctypes.CDLL(str(build(program, cache_folder())))
+            found.llmcompress_linear.argtypes = (ctypes.c_char_p,)
+            found.llmcompress_linear.restype = ctypes.c_int
+        except (OSError, subprocess.SubprocessError) as error:
+            why = f"{Path(program).name} did not compile it: {type(error).__name__}"
+        else:
+            return found, ""
+    logging.getLogger("llmcompress").debug("no native kernels on CPU: %s", why)
+    return None, why
+
+
+@cache
+def team() -> int:
+    """Address of the function that runs work on the OpenMP threads torch already has, or 0."""
+    try:
+        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value or 0
+    except (AttributeError, OSError):
+        return 0

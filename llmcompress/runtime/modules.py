@@ -1,0 +1,119 @@
+"""A linear that keeps its weight as the file stores it, and multiplies with it through one operator."""
+
+from collections.abc import Callable, Mapping
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from llmcompress.kernels import backends, ops, stored
+from llmcompress.kernels.inputs import InputQuantizer
+from llmcompress.kernels.integers import IntegerWeight
+from llmcompress.spec import LinearSpec
+
+
+def buffer_name(part: str) -> str:
+    """What a module calls the tensor whose name in the file ends with `part`: `.weight.absmax` is `weight_absmax`."""
+    return part.lstrip(".").replace(".", "_")
+
+
+class PackedLinear(nn.Module):
+    """`x Wᵀ + bias` with W in codes; takes the place of `nn.Linear` and of `Conv1D`.
+
+    Its buffers are the tensors of the file, in the dtypes of the file: `.to(dtype)`, `.half()` and the like change the
+    bias alone. On accelerators a backend may need another layout; then that is what lies on the device, and the
+    buffers stay on the host, so that they can be saved. There are gradients for inputs, not for weights.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self, spec: LinearSpec, tensors: Mapping[str, Tensor], size: tuple[int, int], bias: nn.Parameter | None = None
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        self.out_features, self.in_features = self._size = size
+        weights = [part for part in tensors if part not in stored.INPUT_PARTS]
+        self._form = spec.model_copy(update={"inputs": None}).model_dump_json()  # inputs are rounded here
+        self._names = ops.names_of(ops.FILE, tuple(weights))
+        self._buffer_names = tuple(buffer_name(part) for part in weights)
+        self._sums: Tensor | None = None  # of each row of 8-bit integers, once they were needed
+        self._settled: tuple[str, list[Tensor]] | None = None
+        for part, tensor in tensors.items():
+            self.register_buffer(buffer_name(part), tensor)
+        self.register_parameter("bias", bias)
+
+    def _working(self) -> tuple[str, list[Tensor]]:
+        """What the operator gets: names and tensors."""
+        return self._settled or (self._names, [getattr(self, name) for name in self._buffer_names])
+
+    def settle(self, x: Tensor) -> None:
+        """Keep only what the backend for one such token needs on the device, and the buffers on the host."""
+        names, tensors = self._working()
+        form, parts = self._form, names.partition(":")[2].split(",")
+        backend = backends.choose(form, self.out_features, self.in_features, x.reshape(-1, self.in_features)[:1])
+        prepared = backend.prepare(dict(zip(parts, tensors, strict=True)), self.spec)
+        if all(any(mine is known for known in tensors) for mine in prepared.values()):
+            return
+        name = backend.__name__.rpartition(".")[2]
+        self._settled = (ops.names_of(name, tuple(prepared)), list(prepared.values()))
+        for buffer in self._buffer_names:
+            self._buffers[buffer] = getattr(self, buffer).cpu()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Inputs `(..., in_features)` to outputs `(..., out_features)` of the same dtype."""
+        if self.spec.inputs is not None:
+            quantizer = InputQuantizer(
+                self.spec.inputs, self._input(stored.INPUT_SCALE), self._input(stored.INPUT_ZERO)
+            )
+            if self.spec.integer and not x.requires_grad:
+                return self._with_bias(self._integers().multiply(x, quantizer)).to(x.dtype)
+            x = quantizer(x)
+        if torch.compiler.is_compiling() or type(x) is not Tensor or x.requires_grad:
+            out: Tensor = torch.ops.llmcompress.linear(
+                x, self._working()[1], self._working()[0], self._form, self._size
+            )
+        else:
+            if self._settled is None and x.device.type != "cpu":
+                self.settle(x)
+            own = self._buffers
+            names, tensors = self._settled or (
+                self._names,
+                [t for name in self._buffer_names if (t := own[name]) is not None],
+            )
+            out = ops.run(x, tensors, names, self._form, self._size)
+        return self._with_bias(out)
+
+    def _with_bias(self, out: Tensor) -> Tensor:
+        return out if self.bias is None else out + self.bias.to(out.dtype)
+
+    def _input(self, part: str) -> Tensor | None:
+        return self._buffers.get(buffer_name(part))
+
+    def _integers(self) -> IntegerWeight:
+        """The weight as 8-bit integers: the buffers themselves, and the sums of rows."""
+        codes = self.get_buffer(buffer_name(stored.WEIGHT)).view(self._size)
+        scale = self.get_buffer(buffer_name(stored.SCALE))
+        if self._sums is None:
+            self._sums = codes.sum(1, dtype=torch.int64)
+        return IntegerWeight(codes, scale.float().flatten(), self._sums)
+
+    def dequantize(self) -> Tensor:
+        """The weight it stands for, float32 `(out_features, in_features)`."""
+        names, tensors = self._working()
+        return ops.weight_of(tensors, names, self._form, self._size)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        known = {id(self._buffers[name]) for name in self._buffers}
+        self._settled = self._sums = None
+
+        def moved(tensor: Tensor) -> Tensor:
+            found = fn(tensor)
+            return found if id(tensor) not in known or found.dtype == tensor.dtype else tensor.to(found.device)
+
+        super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def extra_repr(self) -> str:
+        """Sizes and format, for `print(model)`."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self.spec.label}"
