@@ -96,8 +96,9 @@ def test_blocks_that_do_nothing_are_found_and_leave_no_trace(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "source"]
     names = {p.name for p in out.iterdir()}
     assert {"tokenizer.json", "README.md", "pruning.json", "config.json"} <= names
-    again = run("quantize", "out", "--budget", "4bits", "--recipe", "fast", "-o", "small")
-    assert again.returncode == 0, again.stderr
+    if family == "gemma3":
+        again = run("quantize", "out", "--budget", "4bits", "--recipe", "fast", "-o", "small")
+        assert again.returncode == 0, again.stderr
 
 
 @torch.no_grad()

