@@ -1,0 +1,101 @@
+"""KL against the number of blocks removed, for every way to choose them: by a score alone, at random, and by search.
+
+    python bench/depth.py demo
+    python bench/depth.py MODEL --calibration TEXT --data OTHER_TEXT --most 3
+
+A score removes its least important blocks, whatever that does together; `search` is what `llmcompress prune` does,
+from the ranking by voids. All choose on calibration text and are judged on other text; random choices are five seeds.
+KL in nats per token with its standard error over sequences.
+"""
+
+import argparse
+import json
+import platform
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import transformers
+
+import llmcompress
+from llmcompress.compress.pipeline import calibration, open_model, score_job
+from llmcompress.compress.prune.choose import Chooser, Search, choose
+from llmcompress.compress.prune.measure import removal_damage
+from llmcompress.compress.prune.run import block_importance
+from llmcompress.compress.scoring import run_scorers
+from llmcompress.compress.statistics import mean, standard_error
+from llmcompress.model.hub import resolve
+from llmcompress.model.text import TextRequest, token_batches
+from llmcompress.recipes import load_recipe
+
+SEEDS = 5
+SCORERS = ("voids", "block_influence", "lim", "rdp", "fisher")
+
+
+def arguments() -> argparse.Namespace:
+    """Options of this benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default="demo")
+    parser.add_argument("--calibration", default="builtin")
+    parser.add_argument("--data", default="builtin")
+    parser.add_argument("--samples", type=int, default=32, help="sequences to choose by, and to judge by")
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--most", type=int, default=4, help="blocks removed at most")
+    parser.add_argument("--json", type=Path, help="also write the table here")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Print the table."""
+    options = arguments()
+    settings = {"source": options.calibration, "samples": options.samples, "score_samples": options.samples}
+    changes = [f"calibration.{key}={value}" for key, value in settings.items()]
+    recipe = load_recipe("balanced", (*changes, f"calibration.sequence_length={options.length}"))
+    source = resolve(options.model)
+    opened = open_model(source, recipe, "cpu")
+    batches = calibration(opened, recipe)
+    skeleton, blocks = opened.skeleton, len(opened.trace.blocks)
+    choosing = batches.split(8)
+    request = TextRequest(options.data, options.samples, options.length, 0, "evaluation")
+    judging = token_batches(request, source.path).split(8)
+    singles = removal_damage(skeleton, [frozenset({block}) for block in range(blocks)], choosing).kld.mean(1).tolist()
+    found = run_scorers(SCORERS, score_job(opened, recipe, batches))
+    linears = [[linear.name for linear in info.linears] for info in opened.trace.blocks]
+    ranks = {name: list(block_importance(found[name], linears, name)) for name in SCORERS} | {"single KL": singles}
+
+    def measured(sets: Sequence[frozenset[int]]) -> torch.Tensor:
+        return removal_damage(skeleton, sets, choosing).kld
+
+    steps = choose(Chooser(measured, ranks["voids"], Search()), count=options.most, max_kld=None)
+    ways: dict[str, Callable[[int], frozenset[int]]] = {
+        name: lambda count, values=values: frozenset(sorted(range(blocks), key=lambda b: (values[b], b))[:count])
+        for name, values in ranks.items()
+    }
+    ways["last blocks"] = lambda count: frozenset(range(blocks - count, blocks))
+    for seed in range(SEEDS):
+        order = random.Random(seed).sample(range(blocks), blocks)
+        ways[f"random {seed}"] = lambda count, order=order: frozenset(order[:count])
+    ways["search"] = lambda count: frozenset(steps[count - 1].removed)
+    rows = []
+    for name, way in ways.items():
+        sets = [way(count) for count in range(1, options.most + 1)]
+        damage = removal_damage(skeleton, sets, judging)
+        cells = [(mean(klds), standard_error(klds)) for klds in damage.kld.tolist()]
+        ratios = [float(torch.tensor(mean(values)).exp()) for values in damage.dnll.tolist()]
+        removed = [sorted(some) for some in sets]
+        rows.append({"way": name, "removed": removed, "kld": cells, "perplexity_ratio": ratios})
+        print(f"{name:<16}" + "  ".join(f"{kld:8.4f} ± {error:.4f}" for kld, error in cells) + f"  {removed[-1]}")
+    if options.json is not None:
+        facts = {
+            "model": source.name, "calibration": Path(options.calibration).name, "data": Path(options.data).name,
+            "samples": options.samples, "length": options.length, "seed": 0, "llmcompress": llmcompress.__version__,
+            "torch": torch.__version__, "transformers": transformers.__version__, "threads": torch.get_num_threads(),
+            "machine": f"{platform.machine()}, CPU",
+        }  # fmt: skip
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(facts | {"rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
