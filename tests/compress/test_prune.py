@@ -14,12 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from llmcompress.compress.pipeline import calibration, open_model
 from llmcompress.compress.prune.choose import Chooser, Search, choose
 from llmcompress.compress.prune.measure import removal_damage
+from llmcompress.compress.prune.run import Pruned, PruneRequest, prune
 from llmcompress.compress.prune.write import pruned_config, renumbered
 from llmcompress.compress.statistics import mean
 from llmcompress.errors import InputError
+from llmcompress.model.hub import resolve
 from llmcompress.model.skeleton import Skeleton, find_blocks
+from llmcompress.recipes import load_recipe
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 SMALL = (
@@ -202,24 +206,27 @@ def test_what_depends_on_the_number_of_a_block_is_refused(run: Run, text_file: P
 
 
 def test_what_cannot_be_asked_for(llama: Path, run: Run, text_file: Path, tmp_path: Path) -> None:
-    for flags, word in (
-        (("--blocks", "3"), "1 to 2"),
-        (("--blocks", "1", "--keep", "0.5"), "twice"),
-        (("--exclude", "9"), "no such block"),
-        (("--by", "voidz"), "voids"),
-        (("--max-kld", "0"), "--blocks 1"),
-    ):
-        found = run("prune", llama, "-o", "out", "--calibration", text_file, *SMALL, *flags)
-        assert found.returncode == 2, (flags, found.stderr)
-        assert word in found.stderr
+    source, recipe = resolve(str(llama)), load_recipe("balanced", (f"calibration.source={text_file}", *SMALL[1::2]))
+    asked: list[tuple[dict[str, Any], str]] = [
+        ({"count": 3}, "1 to 2"),
+        ({"exclude": (9,)}, "blocks are numbered"),
+        ({"by": "voidz"}, "voids"),
+        ({"max_kld": 0.0}, "--blocks 1"),
+    ]
+    for more, word in asked:
+        with pytest.raises(InputError) as refusal:
+            list(prune(PruneRequest(source, tmp_path / "out", recipe, "cpu", "", **more)))
+        assert word in str(refusal.value.what) + str(refusal.value.hint)
+    found = run("prune", llama, "-o", "out", "--blocks", "1", "--keep", "0.5")
+    assert found.returncode == 2
+    assert "twice" in found.stderr
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("by", ["kl", "block_influence", "voids"])
 def test_one_and_two_blocks_of_a_trained_model_cost_no_more_than_the_best_there_are(by: str, shared: Path) -> None:
     """Exhaustively, on one text: the search may not miss the best single block or pair by more than 5 %."""
-    from llmcompress.compress.pipeline import calibration, open_model
-    from llmcompress.compress.prune.run import Pruned, PruneRequest, prune
+    from llmcompress.compress.prune.run import PruneRequest, prune
     from llmcompress.model.hub import resolve
     from llmcompress.recipes import load_recipe
 

@@ -12,8 +12,12 @@ import torch
 from conftest import SMALL, llama_config, program, save_model
 from torch import Tensor
 
+from llmcompress.compress.pipeline import rewrite_model
 from llmcompress.compress.rewriting.clipping import ActivationQuantizer
 from llmcompress.compress.rewriting.hints import Hints
+from llmcompress.errors import InputError
+from llmcompress.model.hub import resolve
+from llmcompress.recipes import load_recipe
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 TEXT = ("--set", "calibration.samples=4", "--set", "calibration.sequence_length=32")
@@ -77,17 +81,21 @@ def test_plain_transformers_opens_a_rewritten_model_and_computes_the_same(
 
 def test_what_cannot_be_stored_or_is_unknown_is_refused(llama: Path, run: Run, text_file: Path, tmp_path: Path) -> None:
     cases = [
-        (("--repquant", "--set", "rewrite.repquant.bias=true"), "bias"),
-        (("--rmsnorm",), "RMSNorm"),
-        (("--awq", "--set", "rewrite.awq.clip=true", "--smooth"), "name awq last"),
-        ((), "--smooth"),
-        (("--set", "rewrite.methods=[smoth]"), "did you mean smooth"),
+        (("rewrite.methods=[repquant]", "rewrite.repquant.bias=true"), "bias"),
+        (("rewrite.methods=[rmsnorm]",), "RMSNorm"),
+        (("rewrite.methods=[awq, smooth]", "rewrite.awq.clip=true"), "name awq last"),
+        (("rewrite.methods=[smoth]",), "did you mean smooth"),
     ]
-    for flags, word in cases:
-        found = run("rewrite", llama, "-o", "out", "--calibration", text_file, *TEXT, *flags)
-        assert found.returncode == 2, (flags, found.stderr)
-        assert word in found.stderr
+    for changes, word in cases:
+        recipe = load_recipe("balanced", (f"calibration.source={text_file}", *TEXT[1::2], *changes))
+        with pytest.raises(InputError) as refusal:
+            rewrite_model(resolve(str(llama)), recipe, tmp_path / "out", device="cpu")
+        assert word in f"{refusal.value.what} {refusal.value.hint}"
         assert not list(tmp_path.iterdir())
+    found = run("rewrite", llama, "-o", "out")
+    assert found.returncode == 2
+    assert "--smooth" in found.stderr
+    assert not list(tmp_path.iterdir())
 
 
 REWRITING = (
