@@ -178,7 +178,8 @@ class _BlockRewriter:
                 yield _outcome(name, index, result)
                 self._keep_hints(index, name, result, last=place == len(methods) - 1)
             self._write(index + 1, self._stored(index, block, before))
-            hidden = [stream.run_block(index, *pair) for pair in zip(hidden, here, strict=True)]
+            with torch.no_grad():  # not around all of it: a generator would leave gradients off for its caller
+                hidden = [stream.run_block(index, *pair) for pair in zip(hidden, here, strict=True)]
             self.skeleton.free(block)
 
     def _keep_hints(self, index: int, method: str, result: Rewritten, *, last: bool) -> None:
