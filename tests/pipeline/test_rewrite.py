@@ -17,6 +17,7 @@ from llmcompress.compress.rewriting.clipping import ActivationQuantizer
 from llmcompress.compress.rewriting.hints import Hints
 from llmcompress.errors import InputError
 from llmcompress.model.hub import resolve
+from llmcompress.model.stream import BlockCall, BlockStream
 from llmcompress.recipes import load_recipe
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -164,3 +165,21 @@ def test_hints_come_back_and_limits_hold(tmp_path: Path) -> None:
             bound = float(limits[row, column // 4])
             assert float(clamped[row, column]) == max(-bound, min(bound, float(weight[row, column])))
     assert found.clamped("b", weight) is weight
+
+
+def test_hidden_states_carry_no_gradients_from_block_to_block(
+    llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise every block that was left behind stays in memory."""
+    genuine, seen = BlockStream.run_block, []
+
+    def watched(self: BlockStream, index: int, hidden: Tensor, call: BlockCall) -> Tensor:
+        found = genuine(self, index, hidden, call)
+        seen.append(found.requires_grad)
+        return found
+
+    monkeypatch.setattr(BlockStream, "run_block", watched)
+    changes = (f"calibration.source={text_file}", *TEXT[1::2], "rewrite.methods=[equalize]")
+    rewrite_model(resolve(str(llama)), load_recipe("balanced", changes), tmp_path / "out", device="cpu")
+    assert seen
+    assert not any(seen)
