@@ -16,11 +16,7 @@ typedef struct { __m512i low, high; } Words;
 WIDE Words block_words(const uint8_t *codes, int bits, int64_t size) {
     Words words = {_mm512_setzero_si512(), _mm512_setzero_si512()};
     uint8_t tail[BLOCK];
-    if (size < LANES * bits) {
-        memset(tail, 0, sizeof tail);
-        memcpy(tail, codes, (size_t)size);
-        codes = tail;
-    }
+    codes = whole_block(codes, bits, size, tail);
     if (bits == 4) {
         words.low = _mm512_loadu_si512(codes);
     } else if (bits == 2) {

@@ -23,6 +23,14 @@ typedef struct {
     int lanes[LANES];                       /* which scale of those of a block a lane takes */
 } Quad;
 
+/* Where a block of `bits` bits can be read as a whole: in place, or in `tail` where the row ends within it. */
+static inline __attribute__((always_inline))
+const uint8_t *whole_block(const uint8_t *codes, int bits, int64_t size, uint8_t tail[BLOCK]) {
+    if (size >= LANES * bits) return codes;
+    memset(tail, 0, BLOCK);
+    return memcpy(tail, codes, (size_t)size);
+}
+
 /* The first scale of a block. */
 static inline int64_t scale_place(const Quad *quad, int64_t block) {
     return quad->blocks == 1 ? block * quad->per_block : block / quad->blocks;

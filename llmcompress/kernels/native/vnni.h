@@ -18,11 +18,7 @@ typedef struct { __m512i low, high; } Quarters;
 DEEP Quarters quarter_words(const uint8_t *codes, int bits, int64_t size) {
     Quarters words = {_mm512_setzero_si512(), _mm512_setzero_si512()};
     uint8_t tail[BLOCK];
-    if (size < LANES * bits) {
-        memset(tail, 0, sizeof tail);
-        memcpy(tail, codes, (size_t)size);
-        codes = tail;
-    }
+    codes = whole_block(codes, bits, size, tail);
     if (bits == 4) {
         words.low = _mm512_loadu_si512(codes);
     } else if (bits == 2) {
