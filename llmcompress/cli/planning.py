@@ -154,7 +154,7 @@ def _from_model(model: str, budget: Any, flags: dict[str, Any], frontier: bool, 
 
     source = resolve(model)
     reads = pipeline.needs_data(recipe)
-    whole_file = budget.kind in ("file", "bytes")
+    whole_file = budget.whole_file
     opened = pipeline.open_model(source, recipe, pick_device(flags["device"]), whole_file=whole_file)
     batches = pipeline.calibration(opened, recipe) if reads or frontier else pipeline.NO_DATA
     rewritten = pipeline.rewritten(opened, recipe, batches, whole_file=whole_file)

@@ -58,7 +58,6 @@ def prune_command(model: str, speaker: Speaker, **flags: Any) -> None:
 
 def _request(model: str, flags: dict[str, Any]) -> Any:
     from llmcompress.errors import InputError
-    from llmcompress.model.skeleton import Skeleton
 
     given = [name for name in ("blocks", "keep", "max_kld") if flags[name] is not None]
     if "blocks" in given and "keep" in given:
@@ -70,20 +69,15 @@ def _request(model: str, flags: dict[str, Any]) -> Any:
     from llmcompress.compress.prune.run import PruneRequest
     from llmcompress.model.hub import resolve
 
-    source, count = resolve(model), flags["blocks"]
-    if flags["keep"] is not None:
-        blocks = len(Skeleton.open(source.path).blocks)
-        count = int(blocks * (1 - flags["keep"]) + 1e-9)
-        if not count:
-            raise InputError(f"--keep {flags['keep']:g} of {blocks} blocks removes none", "keep less")
     return PruneRequest(
-        source=source,
+        source=resolve(model),
         output=flags["output"],
         recipe=recipe,
         device=pick_device(flags["device"]),
         command=command_line(),
         by=flags["by"] or "voids",
-        count=count,
+        count=flags["blocks"],
+        keep=flags["keep"],
         max_kld=flags["max_kld"],
         exclude=flags["exclude"],
         search=Search(flags["beam"], flags["shortlist"]),

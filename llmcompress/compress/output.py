@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Self
 
 import yaml
 
 from llmcompress.compress.formats import exporter_of
 from llmcompress.compress.shards import INDEX_NAME, ShardMap, index_document
 from llmcompress.files import commit_bytes, commit_json, file_digest, to_json
+from llmcompress.model.hub import Source
 from llmcompress.types import BlockOutcome, LinearSpec, ModelTrace, Noun, Plan, RewriteRecord
 
 RECORD_NAME = "llmcompress.json"
@@ -68,6 +69,17 @@ class Origin(Noun):
     license: str | None
     model_digest: str
 
+    @classmethod
+    def of(cls, source: Source, model_digest: str) -> Self:
+        """The origin of a model; `model_digest` is that of its weights and config."""
+        return cls(
+            name=source.name,
+            repository=source.repository,
+            revision=source.revision,
+            license=source.license,
+            model_digest=model_digest,
+        )
+
 
 class RunRecord(Noun):
     """`llmcompress.json`: what was asked, decided and done, and a digest of every file beside it."""
@@ -112,6 +124,13 @@ def side_files(source: Path) -> list[Path]:
     return sorted(path.relative_to(source) for path in found)
 
 
+def copy_side_files(source: Path, folder: Path) -> None:
+    """Copy them, durably."""
+    for relative in side_files(source):
+        (folder / relative).parent.mkdir(exist_ok=True)
+        commit_bytes(folder / relative, (source / relative).read_bytes())
+
+
 def specs_of(plan: Plan) -> dict[str, LinearSpec]:
     """The format of every quantized linear, by name."""
     return {a.linear: a.spec for a in plan.allocation.assigned}
@@ -119,9 +138,7 @@ def specs_of(plan: Plan) -> dict[str, LinearSpec]:
 
 def write_small_files(folder: Path, source: Path, shards: ShardMap, story: Story, heads: tuple[str, ...]) -> None:
     """Everything but the shards and the record; the index, without which the shards are nothing, comes last."""
-    for relative in side_files(source):
-        (folder / relative).parent.mkdir(exist_ok=True)
-        commit_bytes(folder / relative, (source / relative).read_bytes())
+    copy_side_files(source, folder)
     original = json.loads((source / "config.json").read_bytes())
     document = story.exporter.config_document(original, story.plan, story.trace, heads)
     commit_json(folder / "config.json", document)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress.compress.measuring import sequence_kld
-from llmcompress.compress.output import side_files
+from llmcompress.compress.output import copy_side_files
 from llmcompress.compress.rewriting.clipping import ActivationQuantizer
 from llmcompress.compress.rewriting.hints import Hints
 from llmcompress.compress.rewriting.work import Call, Rewritten, Subject
@@ -75,9 +75,7 @@ def rewrite(job: RewriteJob, folder: Path) -> Iterator[RewriteOutcome]:
         for outcome in _BlockRewriter(replace(job, source=source), staging).run():
             outcomes.append(outcome)
             yield outcome
-        for relative in side_files(job.source):
-            (staging / relative).parent.mkdir(exist_ok=True)
-            commit_bytes(staging / relative, (job.source / relative).read_bytes())
+        copy_side_files(job.source, staging)
         record = RewriteRecord(outcomes=tuple(outcomes), storing_kld=_storing_kld(job, staging))
         commit_json(staging / RECORD_NAME, record.model_dump(mode="json"))
         sync_folder(staging)

@@ -122,8 +122,7 @@ def quantize(request: QuantizeRequest) -> Iterator[Event]:
     published = None if request.force else journal.published_request()
     check_output(request.output, request.source.path, request.force or published is not None)
     yield "opening"
-    whole_file = request.budget.kind in ("file", "bytes")
-    opened = open_model(request.source, request.recipe, request.device, whole_file=whole_file)
+    opened = open_model(request.source, request.recipe, request.device, whole_file=request.budget.whole_file)
     needed = forecast(opened, request.recipe, request.budget)
     check_disk(needed, request.output)
     yield needed
@@ -196,7 +195,7 @@ def _rewritten(request: QuantizeRequest, journal: Journal, opened: Opened, batch
     if not folder.is_dir():
         for _ in rewrite(rewrite_job(opened, request.recipe, batches), folder):
             pass
-    return reopen(opened, request.recipe, folder, whole_file=request.budget.kind in ("file", "bytes"))
+    return reopen(opened, request.recipe, folder, whole_file=request.budget.whole_file)
 
 
 def _plan(request: QuantizeRequest, journal: Journal, opened: Opened, *, batches: Batches, model: str) -> Plan:
@@ -227,16 +226,8 @@ def _given(request: QuantizeRequest, batches: Batches, digest: str) -> Scores | 
 
 def _story(request: QuantizeRequest, opened: Opened, plan: Plan, *, text_digest: str, asked: dict[str, str]) -> Story:
     """What the small files will tell."""
-    source = request.source
-    origin = Origin(
-        name=source.name,
-        repository=source.repository,
-        revision=source.revision,
-        license=source.license,
-        model_digest=asked["model"],
-    )
     return Story(
-        origin=origin,
+        origin=Origin.of(request.source, asked["model"]),
         recipe=request.recipe.model_dump(mode="json"),
         plan=plan,
         trace=opened.trace,

@@ -210,6 +210,7 @@ def test_what_cannot_be_asked_for(llama: Path, run: Run, text_file: Path, tmp_pa
     asked: list[tuple[dict[str, Any], str]] = [
         ({"count": 3}, "1 to 2"),
         ({"exclude": (9,)}, "blocks are numbered"),
+        ({"keep": 0.9}, "of 3 blocks removes none"),
         ({"by": "voidz"}, "voids"),
         ({"max_kld": 0.0}, "--blocks 1"),
     ]

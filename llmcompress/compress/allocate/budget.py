@@ -37,6 +37,11 @@ class Budget:
     amount: float
 
     @property
+    def whole_file(self) -> bool:
+        """Whether every byte of the checkpoint counts, so that its head may be quantized as well."""
+        return self.kind in ("file", "bytes")
+
+    @property
     def measured(self) -> bool:
         """Whether this is a limit of damage: no size can be computed from it without the model."""
         return self.kind in ("kld", "ppl")

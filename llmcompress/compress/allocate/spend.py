@@ -239,7 +239,7 @@ def spend_by(program: Program, trace: ModelTrace, scores: Scores, budget: Budget
     solution = spent.solution
     return BitAllocation(
         assigned=tuple(Assigned(linear=name, spec=spec) for name, spec in spent.specs.items()),
-        kept=_kept(trace, allowed, group_size=ground.group_size, whole_file=budget.kind in ("file", "bytes")),
+        kept=_kept(trace, allowed, group_size=ground.group_size, whole_file=budget.whole_file),
         fallbacks=(*_fallbacks(spent.specs, trace, ground.group_size), *_unscored(units, spent.specs, scores.scorer)),
         budget=budget.text,
         budget_bits=spent.account.available,

@@ -1,7 +1,7 @@
 """`prune`: trace, rank, choose by measured KL, write, reopen and compare, publish by one rename."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llmcompress import __version__
 from llmcompress.compress.journal import Journal, check_output
-from llmcompress.compress.output import Origin, side_files
+from llmcompress.compress.output import Origin, copy_side_files
 from llmcompress.compress.pipeline import Opened, calibration, open_model, probe_tokens, score_job
 from llmcompress.compress.prune.card import model_card
 from llmcompress.compress.prune.choose import Chooser, Measure, Search, choose
@@ -38,7 +38,7 @@ class PruneRequest:
     """Everything `prune` was told.
 
     by           a scorer, or `kl`
-    count        blocks to remove; None removes as many as `max_kld` lets
+    count, keep  blocks to remove, or the share that stays; neither removes as many as `max_kld` lets
     max_kld      limit of the KL's upper bound, nats per token
     exclude      blocks that stay
     output       None to look only
@@ -51,6 +51,7 @@ class PruneRequest:
     command: str
     by: str = VOIDS
     count: int | None = None
+    keep: float | None = None
     max_kld: float | None = None
     exclude: tuple[int, ...] = ()
     search: Search = field(default_factory=Search)
@@ -118,7 +119,7 @@ def prune(request: PruneRequest) -> Iterator[Event]:
     yield "opening"
     opened = open_model(request.source, request.recipe, request.device)
     blocks = len(opened.trace.blocks)
-    _check_counts(request, blocks)
+    request = _counted(request, blocks)
     digest = opened.digest()
     batches = calibration(opened, request.recipe)
     rows = batches.tokens
@@ -161,12 +162,19 @@ def _rank(request: PruneRequest, opened: Opened, batches: Batches, measure: Meas
     return Ranked(block_importance(found, names, request.by), found)
 
 
-def _check_counts(request: PruneRequest, blocks: int) -> None:
+def _counted(request: PruneRequest, blocks: int) -> PruneRequest:
+    """The request with a count in place of a share. Raises InputError where it does not fit the model."""
+    if request.keep is not None:
+        count = int(blocks * (1 - request.keep) + 1e-9)
+        if not count:
+            raise InputError(f"--keep {request.keep:g} of {blocks} blocks removes none", "keep less")
+        request = replace(request, count=count, keep=None)
     if request.count is not None and not 0 < request.count <= blocks - 1 - len(set(request.exclude)):
         raise InputError(f"cannot remove {request.count} of {blocks} blocks", f"ask for 1 to {blocks - 1}")
     wrong = [block for block in request.exclude if not 0 <= block < blocks]
     if wrong:
         raise InputError(f"--exclude {wrong[0]}: there is no such block", f"blocks are numbered 0 to {blocks - 1}")
+    return request
 
 
 def _split(rows: Tensor, request: PruneRequest) -> list[Tensor]:
@@ -191,17 +199,11 @@ def _record(
     ranked: Ranked,
     facts: _Facts,
 ) -> PruneRecord:
-    source, klds = request.source, final.kld[0].tolist()
+    klds = final.kld[0].tolist()
     single = {next(iter(s)): mean(klds) for s, klds in chooser.measured.items() if len(s) == 1}
     return PruneRecord(
         llmcompress=__version__,
-        origin=Origin(
-            name=source.name,
-            repository=source.repository,
-            revision=source.revision,
-            license=source.license,
-            model_digest=facts.model_digest,
-        ),
+        origin=Origin.of(request.source, facts.model_digest),
         command=request.command,
         by=request.by,
         importance=ranked.importance,
@@ -229,9 +231,7 @@ def _publish(request: PruneRequest, output: Path, skeleton: Skeleton, record: Pr
         folder = journal.partial
         write_pruned(skeleton, removed, folder)
         check_pruned(skeleton, removed, folder, probe)
-        for relative in side_files(request.source.path):
-            (folder / relative).parent.mkdir(exist_ok=True)
-            commit_bytes(folder / relative, (request.source.path / relative).read_bytes())
+        copy_side_files(request.source.path, folder)
         commit_json(folder / RECORD_NAME, record.model_dump(mode="json"))
         commit_bytes(folder / "README.md", model_card(record).encode())
         size = folder_bytes(folder)
