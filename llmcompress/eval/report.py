@@ -97,6 +97,15 @@ class Footprint(Noun):
     file_bits_per_weight: float
 
 
+class TaskDocuments(Noun):
+    """One public task, document by document: what each model scored, paired by position (0 or 1, or a value)."""
+
+    metric: str
+    doc_ids: tuple[int | str, ...]
+    reference: tuple[float, ...]
+    candidate: tuple[float, ...]
+
+
 class EvalReport(Noun):
     """The whole of report.json. `tasks` has the shape of lm-evaluation-harness `results`."""
 
@@ -109,6 +118,7 @@ class EvalReport(Noun):
     per_sequence: PerSequence
     footprint: Footprint
     tasks: dict[str, dict[str, float | str]] = Field(default_factory=dict)
+    documents: dict[str, TaskDocuments] = Field(default_factory=dict)
     plan: dict[str, Any] | None = None
     environment: dict[str, str]
     command: str
