@@ -32,7 +32,7 @@ def clock(work, copies):
 tune.multiply = product
 linears = [(LinearSpec(bits=4, group_size=64), 96, 512), (LinearSpec(bits=4, group_size=64), 96, 512),
            (LinearSpec(bits=5, group_size=64), 96, 512)]
-found = list(tune.tune(linears, torch.float16, torch.device("cpu"), clock))
+found = list(tune.tune(linears, torch.float16, torch.device("cpu"), timer=clock, workers=0))
 json.dump([[f.key, f.tokens, f.config, f.microseconds, f.before] for f in found], sys.stdout)
 """
 

@@ -74,9 +74,9 @@ def error(found: Tensor, wanted: Tensor) -> float:
     return float((found.cpu().double() - wanted).norm() / wanted.norm())
 
 
-def products(device: str, dtypes: tuple[torch.dtype, ...]) -> Iterator[Case]:
-    """The backend's own choice, for all formats."""
-    for number, (spec, columns) in enumerate(formats()):
+def products(device: str, dtypes: tuple[torch.dtype, ...], share: tuple[int, int]) -> Iterator[Case]:
+    """The backend's own choice, for all formats, or the n-th of m shares of them."""
+    for number, (spec, columns) in [*enumerate(formats())][share[0] :: share[1]]:
         codes = random_codes(spec, ROWS, columns)
         weight = codes.dequantize().double()
         tensors = {name: tensor.to(device) for name, tensor in stored.tensors_of("", codes).items()}
@@ -135,11 +135,12 @@ def integer_products(device: str) -> Iterator[Case]:
                    "error": error(found, rounded @ (codes.double() * scales.double()).T)}  # fmt: skip
 
 
-def errors(device: str, dtypes: tuple[torch.dtype, ...]) -> list[Case]:
-    """Every case, with poison where memory is fresh."""
+def errors(device: str, dtypes: tuple[torch.dtype, ...], share: tuple[int, int] = (0, 1)) -> list[Case]:
+    """Every case, or one of several shares of the formats, with poison where memory is fresh."""
     torch.empty = poisoned
+    others = (shared_tiles(device), integer_products(device)) if share[0] == 0 else ()
     try:
-        return [*products(device, dtypes), *shared_tiles(device), *integer_products(device)]
+        return [*products(device, dtypes, share), *(case for cases in others for case in cases)]
     finally:
         torch.empty = allocate
 

@@ -59,7 +59,7 @@ def prepare(tensors: Mapping[str, Tensor], spec: LinearSpec) -> dict[str, Tensor
     table     float32 `(1 or rows, 2**bits)`
     counters  int32 zeros; kernels leave zeros behind
     """
-    codes = stored.codes_of("", spec, lambda name: tensors[name].cpu())
+    codes = stored.codes_of("", spec, tensors.__getitem__)
     rows, columns = codes.codes.shape
     packing = packing_of(spec, columns)
     device = next(iter(tensors.values())).device
@@ -67,7 +67,7 @@ def prepare(tensors: Mapping[str, Tensor], spec: LinearSpec) -> dict[str, Tensor
     if packing.planar is None:
         found["words"] = tensors[stored.PACKED].contiguous()
     else:
-        found["words"] = planar_words(codes.codes.to(device), packing.planar)
+        found["words"] = planar_words(codes.codes, packing.planar)
     if codes.scale.numel():
         found["scale"] = codes.scale.view(rows, -1).T.contiguous()
     if codes.zero is not None:

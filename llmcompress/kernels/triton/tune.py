@@ -1,7 +1,15 @@
-"""Measure tile sizes on the GPU at hand, for the linears of one checkpoint."""
+"""Measure tile sizes on the GPU at hand, for the linears of one checkpoint.
 
+Compiling takes far longer than measuring, so kernels are compiled by several processes first; Triton's cache on disk
+hands them over.
+"""
+
+import functools
+import multiprocessing
+import os
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +32,7 @@ Timer = Callable[[Work, int], float]
 class Tuned:
     """The fastest of the configurations tried for one linear and up to `tokens` tokens, in microseconds a product.
 
-    `before` is the time of what would have been used otherwise.
+    `before` is the time of what would have been used otherwise, `tried` has the times of all.
     """
 
     key: str
@@ -32,6 +40,7 @@ class Tuned:
     config: Config
     microseconds: float
     before: float
+    tried: Mapping[Config, float]
 
 
 def random_weight(packing: Packing, rows: int, device: torch.device) -> dict[str, Tensor]:
@@ -98,26 +107,64 @@ def copies_for(weight: Mapping[str, Tensor], cache: int) -> int:
 
 
 def tune(
-    linears: Iterable[tuple[LinearSpec, int, int]], dtype: torch.dtype, device: torch.device, timer: Timer = graph_timer
-) -> Iterator[Tuned]:
+    linears: Iterable[tuple[LinearSpec, int, int]], dtype: torch.dtype, device: torch.device, *,
+    timer: Timer = graph_timer, most_tokens: Iterable[int] = BUCKETS, workers: int | None = None,
+) -> Iterator[Tuned]:  # fmt: skip
     """The best configuration of each `(spec, rows, columns)` and number of tokens; those that cannot run lose.
 
-    Linears whose codes have no planar order are passed over: they are multiplied in strips.
+    Linears whose codes have no planar order are passed over: they are multiplied in strips. `workers` processes
+    compile beforehand: as many as there are processors, where it is None; 0 for none.
     """
+    packings = dict.fromkeys((packing_of(spec, columns), rows) for spec, rows, columns in linears)
+    planar, buckets = [pair for pair in packings if pair[0].planar is not None], tuple(most_tokens)
+    compile_ahead(planar, buckets, (dtype, device), (os.cpu_count() or 1) if workers is None else workers)
     cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
-    for packing, rows in dict.fromkeys((packing_of(spec, columns), rows) for spec, rows, columns in linears):
-        if packing.planar is None:
-            continue
+    for packing, rows in planar:
         first = random_weight(packing, rows, device)
         weights = [first, *(random_weight(packing, rows, device) for _ in range(copies_for(first, cache) - 1))]
-        for most in BUCKETS:
+        for most in buckets:
             x = torch.randn((most, packing.columns), device=device).to(dtype)
-            times = {}
             usual = choose(packing, rows, most, device)
-            for config in dict.fromkeys((usual, *candidates(packing, most))):
-                times[config] = _time(timer, weights, x, (packing, rows, config))
+            configs = dict.fromkeys((usual, *candidates(packing, most)))
+            times = {config: _time(timer, weights, x, (packing, rows, config)) for config in configs}
             best = min(times, key=times.__getitem__)
-            yield Tuned(f"{packing.label} {rows}x{packing.columns}", most, best, times[best], times[usual])
+            key = f"{packing.label} {rows}x{packing.columns}"
+            yield Tuned(key, most, best, times[best], times[usual], times)
+
+
+def compile_ahead(
+    linears: Iterable[tuple[Packing, int]],
+    buckets: Iterable[int],
+    where: tuple[torch.dtype, torch.device],
+    workers: int,
+) -> None:
+    """Compile every kernel that `tune` will try, in `workers` processes; `where` is the dtype of inputs and the GPU."""
+    if not workers:
+        return
+    jobs = [
+        (packing, rows, most, config, *where)
+        for packing, rows in linears
+        for most in buckets
+        for config in dict.fromkeys((choose(packing, rows, most, where[1]), *candidates(packing, most)))
+    ]
+    with ProcessPoolExecutor(min(workers, len(jobs) or 1), multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(_compile, jobs, chunksize=4))
+
+
+_kept = functools.lru_cache(maxsize=1)(random_weight)
+
+
+def _compile(job: tuple[Packing, int, int, Config, torch.dtype, torch.device]) -> None:
+    """Run one configuration once."""
+    packing, rows, most, config, dtype, device = job
+    x = torch.zeros((most, packing.columns), device=device).to(dtype)
+    _time(_once, [_kept(packing, rows, device)], x, (packing, rows, config))
+
+
+def _once(work: Work, copies: int) -> float:
+    for copy in range(copies):
+        work(copy)
+    return 0.0
 
 
 def _time(timer: Timer, weights: list[dict[str, Tensor]], x: Tensor, what: tuple[Packing, int, Config]) -> float:
