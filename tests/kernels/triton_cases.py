@@ -87,6 +87,10 @@ def products(device: str, dtypes: tuple[torch.dtype, ...], share: tuple[int, int
             name = f"{spec.label} group {spec.group_size} of {columns}, {len(x)} tokens, {dtype}"
             yield {"name": name, "dtype": str(dtype), "error": error(found, x.double() @ weight.T),
                    "counters": int(prepared["counters"].abs().max())}  # fmt: skip
+        x = torch.randn(backend.LARGE + 1, columns, generator=GENERATOR).to(dtypes[number % len(dtypes)])
+        found = backend.linear(x.to(device), prepared, spec, ROWS, columns)
+        yield {"name": f"{spec.label} group {spec.group_size} of {columns}, many tokens", "dtype": str(x.dtype),
+               "error": error(found, x.double() @ weight.T)}  # fmt: skip
 
 
 def shared_tiles(device: str) -> Iterator[Case]:

@@ -56,12 +56,15 @@ def linear(x: Tensor, prepared: Mapping[str, Tensor], spec: LinearSpec, rows: in
     prepared  what `prepare` returned
     returns   (M, rows)     in the dtype of `x`
     """
+    from llmcompress.kernels.nvrtc import small as nvrtc
     from llmcompress.kernels.triton import large, small  # lazy: triton is an extra
 
     x, packing = x.detach().contiguous(), packing_of(spec, columns)
     if not len(x):
         return x.new_empty((0, rows))
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+        if len(x) <= nvrtc.MOST_TOKENS and nvrtc.fits(packing, x.dtype, x.device):
+            return nvrtc.multiply(x, prepared, packing, rows)
         if packing.planar is None or len(x) > LARGE:
             return large.multiply(x, prepared, packing, rows)
         return small.multiply(x, prepared, packing, rows)

@@ -9,6 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
+from llmcompress.kernels.nvrtc import small as nvrtc
 from llmcompress.kernels.triton.jit.dequantize import dequantize_dense, dequantize_planar
 from llmcompress.kernels.triton.layout import Packing
 
@@ -31,6 +32,8 @@ def multiply(x: Tensor, prepared: Mapping[str, Tensor], packing: Packing, rows: 
 
 def dequantize(prepared: Mapping[str, Tensor], packing: Packing, span: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """Rows `span[0] ... span[1] - 1` of the weight, `(rows, columns)`."""
+    if nvrtc.fits(packing, dtype, prepared["words"].device):
+        return nvrtc.dequantize(prepared, packing, span, dtype)
     first, last = span
     words, none, columns = prepared["words"], prepared["counters"], packing.columns
     out = torch.empty((last - first, columns), dtype=dtype, device=words.device)

@@ -1,0 +1,1 @@
+"""CUDA C++ kernels, compiled when first needed by the NVRTC library that CUDA builds of PyTorch bring along."""

@@ -1,0 +1,115 @@
+"""From CUDA C++ to a function that can be launched: NVRTC and the driver, through their C interfaces.
+
+Compiled code is kept under `~/.cache/llmcompress/kernels/nvrtc`, by a digest of source and definitions.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from llmcompress.errors import MachineError
+from llmcompress.files import commit_bytes
+
+OPTIONS = ("-std=c++17", "-diag-suppress=177")
+Definitions = tuple[tuple[str, int], ...]
+Given = ctypes.c_void_p | ctypes.c_int
+
+
+@functools.lru_cache(maxsize=1)
+def library() -> ctypes.CDLL | None:
+    """NVRTC, of the CUDA release PyTorch was built for; None where there is none."""
+    release = torch.version.cuda
+    if release is None:
+        return None
+    name = f"libnvrtc.so.{release.partition('.')[0]}"
+    folders = sorted((Path(torch.__file__).parent.parent / "nvidia").glob(f"*/lib/{name}"))
+    for path in [*map(str, folders), name]:
+        for builtins in sorted(Path(path).parent.glob("libnvrtc-builtins.so.*")) if "/" in path else []:
+            ctypes.CDLL(str(builtins), mode=ctypes.RTLD_GLOBAL)  # NVRTC looks for it by its bare name
+        try:
+            return ctypes.CDLL(path)
+        except OSError:
+            continue
+    return None
+
+
+def compiled(source: bytes, definitions: Mapping[str, int], architecture: str, nvrtc: ctypes.CDLL) -> bytes:
+    """Machine code of `source` for `sm_90` or another. Raises MachineError with the compiler's words where it fails."""
+    program = ctypes.c_void_p()
+    _check(nvrtc, nvrtc.nvrtcCreateProgram(ctypes.byref(program), source, b"kernel.cu", 0, None, None))
+    try:
+        options = [*OPTIONS, f"--gpu-architecture={architecture}", *(f"-D{k}={v}" for k, v in definitions.items())]
+        listed = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+        if nvrtc.nvrtcCompileProgram(program, len(options), listed):
+            said = _text(nvrtc, program, "ProgramLog").decode(errors="replace")
+            raise MachineError(f"a kernel does not compile: {said[:500]}", "LLMCOMPRESS_NVRTC=0 does without it")
+        return _text(nvrtc, program, "CUBIN")
+    finally:
+        nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def _text(nvrtc: ctypes.CDLL, program: ctypes.c_void_p, what: str) -> bytes:
+    size = ctypes.c_size_t()
+    _check(nvrtc, getattr(nvrtc, f"nvrtcGet{what}Size")(program, ctypes.byref(size)))
+    found = ctypes.create_string_buffer(size.value)
+    _check(nvrtc, getattr(nvrtc, f"nvrtcGet{what}")(program, found))
+    return found.raw
+
+
+def _check(nvrtc: ctypes.CDLL, code: int) -> None:
+    if code:
+        nvrtc.nvrtcGetErrorString.restype = ctypes.c_char_p
+        raise MachineError(f"NVRTC: {nvrtc.nvrtcGetErrorString(code).decode()}", "LLMCOMPRESS_NVRTC=0 does without it")
+
+
+def cached(source: bytes, definitions: Mapping[str, int], architecture: str, nvrtc: ctypes.CDLL) -> bytes:
+    """The same, from the cache where it is there."""
+    given = repr((OPTIONS, sorted(definitions.items()), architecture, torch.version.cuda)).encode()
+    name = hashlib.sha256(source + given).hexdigest()[:32]
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    path = Path(base) / "llmcompress" / "kernels" / "nvrtc" / f"{name}.cubin"
+    if path.is_file():
+        return path.read_bytes()
+    made = compiled(source, definitions, architecture, nvrtc)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        commit_bytes(path, made)
+    except (OSError, MachineError):
+        pass  # a cache that cannot be written is compiled for again
+    return made
+
+
+class Function:
+    """One kernel on one device."""
+
+    def __init__(self, code: bytes, name: str) -> None:
+        self._driver = ctypes.CDLL("libcuda.so.1")
+        self._module, self._handle = ctypes.c_void_p(), ctypes.c_void_p()
+        self._do("cuModuleLoadData", ctypes.byref(self._module), code)
+        self._do("cuModuleGetFunction", ctypes.byref(self._handle), self._module, name.encode())
+
+    def _do(self, what: str, *given: object) -> None:
+        code = getattr(self._driver, what)(*given)
+        if code:
+            raise MachineError(f"the GPU's driver: {what} returned {code}", "LLMCOMPRESS_NVRTC=0 does without it")
+
+    def launch(self, grid: tuple[int, int], threads: int, given: list[Given]) -> None:
+        """On PyTorch's current stream of the current device."""
+        places = (ctypes.c_void_p * len(given))(*(ctypes.addressof(value) for value in given))
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        self._do("cuLaunchKernel", self._handle, *grid, 1, threads, 1, 1, 0, stream, places, None)
+
+
+@functools.lru_cache(maxsize=1024)
+def function(path: Path, name: str, definitions: Definitions, device: int) -> Function:
+    """A kernel of the file `path`, compiled for a device, which is the current one."""
+    major, minor = torch.cuda.get_device_capability(device)
+    nvrtc = library()
+    if nvrtc is None:
+        raise MachineError("NVRTC is not there", "install a CUDA build of PyTorch")
+    return Function(cached(path.read_bytes(), dict(definitions), f"sm_{major}{minor}", nvrtc), name)

@@ -1,0 +1,98 @@
+"""Products of few tokens, and rows of a weight in floating point, by the kernels of `decode.cu`.
+
+They read what `triton/layout.py` prepares, so that either language can have the next call.
+"""
+
+import ctypes
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llmcompress.kernels.nvrtc.compiler import Definitions, Function, Given, function, library
+from llmcompress.kernels.triton.layout import TABLE_PER_ROW, Packing
+
+SOURCE = Path(__file__).with_name("decode.cu")
+VARIABLE = "LLMCOMPRESS_NVRTC"
+TILE, MOST_TOKENS, ROWS = 8, 16, 16
+EXPAND_WARPS = 4
+VECTOR = 8  # of 16-bit inputs, in one load
+SCALES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def fits(packing: Packing, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the kernels know this order of codes and this type of inputs, and can be compiled here."""
+    order = packing.planar
+    if order is None or device.type != "cuda" or os.environ.get(VARIABLE) == "0":
+        return False
+    if dtype not in (torch.bfloat16, torch.float16) or packing.table == TABLE_PER_ROW or order.words < 32:
+        return False
+    whole = packing.group == 0 or (
+        packing.group % order.block == 0 if packing.group >= order.block else order.block % packing.group == 0
+    )
+    return whole and packing.columns % VECTOR == 0 and library() is not None
+
+
+def definitions(packing: Packing, dtype: torch.dtype, scale: torch.dtype, *, tiles: int, warps: int) -> Definitions:
+    """What `decode.cu` is compiled with."""
+    order = packing.planar
+    words, fields, planes, block = (order.words, order.fields, order.planes, order.block) if order else (0, 0, 0, 1)
+    found = {
+        "BITS": packing.bits, "WORDS": words, "FIELDS": fields, "PLANES": planes, "GROUP": packing.group,
+        "ZERO": int(packing.zero), "TABLE": int(bool(packing.table)), "EVEN": int(packing.columns % block == 0),
+        "TILES": tiles, "WARPS": warps, "BFLOAT": int(dtype == torch.bfloat16), "SCALE": SCALES[scale],
+    }  # fmt: skip
+    return tuple(found.items())
+
+
+def warps_for(packing: Packing, rows: int) -> int:
+    """Warps that share 16 rows."""
+    blocks = packing.planar.blocks(packing.columns) if packing.planar else 1
+    return 16 if blocks >= 16 and rows <= 4096 else 8
+
+
+def multiply(x: Tensor, prepared: Mapping[str, Tensor], packing: Packing, rows: int, warps: int = 0) -> Tensor:
+    """`x` (M, columns) of up to 16 tokens times the transposed weight, (M, rows)."""
+    warps = warps or warps_for(packing, rows)
+    x = x if x.data_ptr() % 16 == 0 else x.clone()
+    out = torch.empty((len(x), rows), dtype=x.dtype, device=x.device)
+    tiles = -(-len(x) // TILE)
+    made = definitions(packing, x.dtype, prepared["scale"].dtype, tiles=tiles, warps=warps)
+    numbers = _numbers(packing, prepared["words"], len(x), rows)
+    given: list[Given] = [*_pointers(x), *_weight(prepared), *_pointers(out), *numbers]
+    _function("decode", made, x.device).launch((-(-rows // ROWS), 1), 32 * warps, given)
+    return out
+
+
+def dequantize(prepared: Mapping[str, Tensor], packing: Packing, span: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """Rows `span[0] ... span[1] - 1` of the weight, `(rows, columns)`, rounded to `dtype`."""
+    first, last = span
+    words, scale = prepared["words"], prepared["scale"]
+    out = torch.empty((last - first, packing.columns), dtype=dtype, device=words.device)
+    made = definitions(packing, dtype, scale.dtype, tiles=1, warps=EXPAND_WARPS)
+    numbers = _numbers(packing, words, first, last, scale.shape[1])
+    given: list[Given] = [*_weight(prepared), *_pointers(out), *numbers]
+    blocks = packing.planar.blocks(packing.columns) if packing.planar else 0
+    grid = (-(-(last - first) // ROWS), -(-blocks // EXPAND_WARPS))
+    _function("expand", made, words.device).launch(grid, 32 * EXPAND_WARPS, given)
+    return out
+
+
+def _function(name: str, made: Definitions, device: torch.device) -> Function:
+    return function(SOURCE, name, made, device.index if device.index is not None else torch.cuda.current_device())
+
+
+def _pointers(*tensors: Tensor | None) -> list[ctypes.c_void_p]:
+    return [ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in tensors]
+
+
+def _weight(prepared: Mapping[str, Tensor]) -> list[ctypes.c_void_p]:
+    return _pointers(prepared["words"], prepared["scale"], prepared.get("zero"), prepared.get("table"))
+
+
+def _numbers(packing: Packing, words: Tensor, *first: int) -> list[ctypes.c_int]:
+    """Those given, then columns, words of a row, blocks of a row."""
+    blocks = packing.planar.blocks(packing.columns) if packing.planar else 0
+    return [ctypes.c_int(value) for value in (*first, packing.columns, words.shape[1], blocks)]
