@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from llmcompress.kernels import stored
 from llmcompress.runtime.modules import PackedLinear
+from llmcompress.runtime.siblings import introduce
 from llmcompress.spec import LinearSpec
 
 FORMATS = {
@@ -57,7 +58,9 @@ def pack(model: nn.Module, spec: LinearSpec) -> None:
             new = PackedLinear(spec, {part: tensor.cuda() for part, tensor in made[size].items()}, size)
             parent, _, leaf = name.rpartition(".")
             setattr(layer.get_submodule(parent), leaf, new)
-            new.settle(torch.zeros((1, size[1]), dtype=torch.bfloat16, device="cuda"))
+        introduce(layer)
+        for new in [module for module in layer.modules() if isinstance(module, PackedLinear)]:
+            new.settle(torch.zeros((1, new.in_features), dtype=torch.bfloat16, device="cuda"))
 
 
 def step_of(model: nn.Module, context: int, compiled: bool) -> tuple[Callable[[], None], Callable[[], None], Tensor]:
@@ -124,7 +127,7 @@ def bytes_read(model: nn.Module, context: int) -> int:
     total = 0
     for module in model.modules():
         if isinstance(module, PackedLinear):
-            total += sum(t.numel() * t.element_size() for t in module._working()[1] if t.is_cuda and t.ndim > 1)
+            total += sum(t.numel() * t.element_size() for t in module._working()[1] if t.ndim > 1)
         elif isinstance(module, nn.Linear):
             total += module.weight.numel() * module.weight.element_size()
     return int(total) + model.config.num_hidden_layers * 2 * context * model.config.hidden_size * 2
@@ -181,12 +184,14 @@ def main() -> None:
         raise SystemExit("no GPU that PyTorch can use")
     bandwidth = copy_bandwidth()
     print(f"{torch.cuda.get_device_name()}, {bandwidth / 1e12:.2f} TB/s")
-    rows = [measure(name, options, bandwidth) for name in options.formats.split(",")]
-    if options.json:
-        facts = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
-        facts |= {"transformers": transformers.__version__, "copy": bandwidth, "blocks": options.blocks}
-        facts |= {"context": options.context, "compiled": not options.eager}
-        options.json.write_text(json.dumps({**facts, "formats": rows}, indent=1) + "\n")
+    facts = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
+    facts |= {"transformers": transformers.__version__, "copy": bandwidth, "blocks": options.blocks}
+    rows = []
+    for name in options.formats.split(","):
+        rows.append(measure(name, options, bandwidth))
+        if options.json:
+            found = {**facts, "context": options.context, "compiled": not options.eager, "formats": rows}
+            options.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

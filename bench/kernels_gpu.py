@@ -27,6 +27,7 @@ SHAPES = "4096x4096,11008x4096,4096x11008,22016x4096,8192x8192,10240x8192,28672x
 TOKENS = "1,4,16,64,512,2048"
 LARGE = 8192
 NODES = 200
+WARM = 50  # products before anything is measured, so that clocks are up
 CHECKED_ROWS = 512
 
 
@@ -60,6 +61,8 @@ def ceilings(device: torch.device) -> Ceilings:
     target = torch.empty_like(source)
     square = torch.randn((LARGE, LARGE), dtype=torch.bfloat16, device=device)
     small = torch.zeros(1, device=device)
+    for _ in range(WARM):
+        square @ square
     bytes_ = source.numel() * source.element_size()
 
     def seconds(work: Callable[[int], object], count: int = 1) -> float:
@@ -149,7 +152,10 @@ def main() -> None:
     ways = {k: v for k, v in makers().items() if k.startswith(tuple(options.only.split(",")))}
     shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes.split(",")]
     tokens = [int(number) for number in options.tokens.split(",")]
-    cells, failures = [], []
+    facts = {"gpu": torch.cuda.get_device_name(device), "torch": torch.__version__, "triton": triton.__version__}
+    facts |= {"clocks": [begin], "ceilings": asdict(limits)}
+    cells: list[Cell] = []
+    failures: list[dict[str, object]] = []
     for shape in shapes:
         weight = torch.randn(shape, device=device) * shape[1] ** -0.5
         for way, make in [*ways.items(), *list(ways.items())[:1]]:
@@ -160,13 +166,12 @@ def main() -> None:
             except (RuntimeError, ValueError, TypeError, ImportError) as error:  # a peer that cannot: said, not hidden
                 failures.append({"way": way, "shape": shape, "error": str(error)[:300]})
                 print(f"{way} {shape}: {error}"[:200], flush=True)
-    table = means(cells)
-    for way, row in table.items():
+        if options.json:
+            found = {**facts, "means": means(cells), "failures": failures, "cells": [asdict(c) for c in cells]}
+            options.json.write_text(json.dumps(found, indent=1) + "\n")
+    for way, row in means(cells).items():
         print(f"{way:<18}", *(f"{n}: {v['floor']:.0%} {v['speed']:.2f}x" for n, v in row.items()), sep="  ")
-    if options.json:
-        facts = {"gpu": torch.cuda.get_device_name(device), "torch": torch.__version__, "triton": triton.__version__}
-        facts |= {"clocks": [begin, clocks()], "ceilings": asdict(limits), "means": table, "failures": failures}
-        options.json.write_text(json.dumps({**facts, "cells": [asdict(c) for c in cells]}, indent=1) + "\n")
+    print(clocks())
 
 
 if __name__ == "__main__":

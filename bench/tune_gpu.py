@@ -1,18 +1,22 @@
-"""Every tile size that `llmcompress tune` tries, for the formats and shapes of usual models, with its time.
+"""Time of the kernels with different tiles, for the formats and shapes of usual models.
 
-    python bench/tune_gpu.py --json OUT [--shapes 4096x4096,...] [--tokens 8,16] [--formats int4,nf4]
+    python bench/tune_gpu.py --json OUT [--shapes 4096x4096,...] [--tokens 8,16] [--formats int4,nf4] [--keep]
 
-`kernels/triton/tuning.json` is made from this.
+Fewer than `llmcompress tune` tries; `kernels/triton/tuning.json` is made from this. With --keep the best go into the
+table of this GPU in the user's cache, where kernels look first.
 """
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import triton
 
+from llmcompress.kernels.triton.layout import Packing
 from llmcompress.kernels.triton.tune import Tuned, tune
+from llmcompress.kernels.triton.tuning import Config, Lean, user_table
 from llmcompress.spec import LinearSpec
 
 FORMATS = {
@@ -21,6 +25,33 @@ FORMATS = {
     "nf4": LinearSpec(bits=4, group_size=64, kind="nf4"),
     "codebook3": LinearSpec(bits=3, group_size=0, kind="codebook"),
 }
+
+
+def trials(packing: Packing, most: int, lean: bool) -> Iterator[Config | Lean]:
+    """What has a chance."""
+    if lean and most <= 16:
+        yield from (
+            Lean(warps, stages) for warps, stages in ((4, 3), (4, 4), (4, 6), (8, 2), (8, 3), (8, 4), (16, 2), (16, 3))
+        )
+    if most == 16:
+        yield from (Config(rows, 16, split, warps, 3) for rows, warps in ((64, 4), (128, 8)) for split in (1, 2, 4))
+        yield from (Config(32, 16, split, 2, 2) for split in (2, 4))
+    elif most > 16:
+        for tile in {min(most, 64), most}:
+            for split in (1, 2, 4) if tile <= 64 else (1, 2):
+                yield Config(128, tile, split, 8, 3)
+                if tile <= 64:
+                    yield Config(64, tile, split, 4, 3)
+
+
+def keep(found: list[Tuned], name: str) -> None:
+    """The best, where the kernels look first."""
+    path = user_table(name)
+    table: dict[str, dict[str, list[int]]] = json.loads(path.read_text()) if path.is_file() else {}
+    for tuned in found:
+        table.setdefault(tuned.key, {})[str(tuned.tokens)] = list(tuned.config)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(table))
 
 
 def row(tuned: Tuned) -> dict[str, object]:
@@ -41,16 +72,21 @@ def main() -> None:
     parser.add_argument("--shapes", default="4096x4096,11008x4096,4096x11008,28672x8192")
     parser.add_argument("--tokens", default="8,16")
     parser.add_argument("--formats", default=",".join(FORMATS))
+    parser.add_argument("--keep", action="store_true")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("no GPU that PyTorch can use")
     shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes.split(",")]
     linears = [(FORMATS[name], *shape) for name in options.formats.split(",") for shape in shapes]
     tokens = [int(number) for number in options.tokens.split(",")]
-    device = torch.device("cuda")
-    rows = [row(tuned) for tuned in tune(linears, torch.bfloat16, device, most_tokens=tokens)]
+    device, found, rows = torch.device("cuda"), [], []
     facts = {"gpu": torch.cuda.get_device_name(device), "torch": torch.__version__, "triton": triton.__version__}
-    options.json.write_text(json.dumps({**facts, "linears": rows}) + "\n")
+    for tuned in tune(linears, torch.bfloat16, device, most_tokens=tokens, trials=trials):
+        found.append(tuned)
+        rows.append(row(tuned))
+        options.json.write_text(json.dumps({**facts, "linears": rows}) + "\n")
+    if options.keep:
+        keep(found, facts["gpu"])
 
 
 if __name__ == "__main__":

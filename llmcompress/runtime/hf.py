@@ -21,6 +21,7 @@ from llmcompress.kernels import stored
 from llmcompress.runtime.modules import PackedLinear, buffer_name
 from llmcompress.runtime.packed import PackedReader
 from llmcompress.runtime.shards import ShardReader
+from llmcompress.runtime.siblings import introduce
 from llmcompress.spec import FOUR_BIT, PER_ROW
 
 METHOD = "llmcompress"
@@ -63,6 +64,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **given: Any) -> nn.Module:
         self._reader.prepare(model, {f"{stem}.weight": f"{name}.weight" for stem, name in self._names.items()})
+        introduce(model)
         return model
 
     def get_weight_conversions(self) -> list[Any]:

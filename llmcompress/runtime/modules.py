@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from llmcompress.kernels import backends, ops, stored
 from llmcompress.kernels.inputs import InputQuantizer
 from llmcompress.kernels.integers import IntegerWeight
+from llmcompress.runtime.siblings import Siblings
 from llmcompress.spec import LinearSpec
 
 
@@ -34,7 +35,8 @@ class PackedLinear(nn.Module):
         self.spec = spec
         self.out_features, self.in_features = self._size = size
         weights = [part for part in tensors if part not in stored.INPUT_PARTS]
-        self._form = spec.model_copy(update={"inputs": None}).model_dump_json()  # inputs are rounded here
+        self.form = spec.model_copy(update={"inputs": None}).model_dump_json()  # inputs are rounded here
+        self.siblings: Siblings | None = None
         self._names = ops.names_of(ops.FILE, tuple(weights))
         self._buffer_names = tuple(buffer_name(part) for part in weights)
         self._sums: Tensor | None = None  # of each row of 8-bit integers, once they were needed
@@ -45,20 +47,32 @@ class PackedLinear(nn.Module):
 
     def _working(self) -> tuple[str, list[Tensor]]:
         """What the operator gets: names and tensors."""
+        if self.siblings is not None and self.siblings.settled:
+            return self.siblings.part(self)
         return self._settled or (self._names, [getattr(self, name) for name in self._buffer_names])
+
+    def of_file(self) -> dict[str, Tensor]:
+        """The tensors of the weight as in the file, by the ends of their names."""
+        parts = self._names.partition(":")[2].split(",")
+        return {part: getattr(self, name) for part, name in zip(parts, self._buffer_names, strict=True)}
+
+    def leave_on_host(self) -> None:
+        """Keep the buffers in the memory of the host: something else is multiplied with."""
+        for buffer in self._buffer_names:
+            self._buffers[buffer] = getattr(self, buffer).cpu()
 
     def settle(self, x: Tensor) -> None:
         """Keep only what the backend for one such token needs on the device, and the buffers on the host."""
-        names, tensors = self._working()
-        form, parts = self._form, names.partition(":")[2].split(",")
-        backend = backends.choose(form, self.out_features, self.in_features, x.reshape(-1, self.in_features)[:1])
-        prepared = backend.prepare(dict(zip(parts, tensors, strict=True)), self.spec)
-        if all(any(mine is known for known in tensors) for mine in prepared.values()):
+        if self.siblings is not None and self.siblings.settle(x):
+            return
+        backend = backends.choose(self.form, self.out_features, self.in_features, x.reshape(-1, self.in_features)[:1])
+        tensors = self.of_file()
+        prepared = backend.prepare(tensors, self.spec)
+        if all(any(mine is known for known in tensors.values()) for mine in prepared.values()):
             return
         name = backend.__name__.rpartition(".")[2]
         self._settled = (ops.names_of(name, tuple(prepared)), list(prepared.values()))
-        for buffer in self._buffer_names:
-            self._buffers[buffer] = getattr(self, buffer).cpu()
+        self.leave_on_host()
 
     def forward(self, x: Tensor) -> Tensor:
         """Inputs `(..., in_features)` to outputs `(..., out_features)` of the same dtype."""
@@ -69,19 +83,21 @@ class PackedLinear(nn.Module):
             if self.spec.integer and not x.requires_grad:
                 return self._with_bias(self._integers().multiply(x, quantizer)).to(x.dtype)
             x = quantizer(x)
-        if torch.compiler.is_compiling() or type(x) is not Tensor or x.requires_grad:
-            out: Tensor = torch.ops.llmcompress.linear(
-                x, self._working()[1], self._working()[0], self._form, self._size
-            )
+        if self.siblings is not None and self.siblings.settled and not x.requires_grad:
+            out: Tensor = self.siblings.product(self, x)
+        elif torch.compiler.is_compiling() or type(x) is not Tensor or x.requires_grad:
+            out = torch.ops.llmcompress.linear(x, self._working()[1], self._working()[0], self.form, self._size)
         else:
             if self._settled is None and x.device.type != "cpu":
                 self.settle(x)
+                if self.siblings is not None and self.siblings.settled:
+                    return self._with_bias(self.siblings.product(self, x))
             own = self._buffers
             names, tensors = self._settled or (
                 self._names,
                 [t for name in self._buffer_names if (t := own[name]) is not None],
             )
-            out = ops.run(x, tensors, names, self._form, self._size)
+            out = ops.run(x, tensors, names, self.form, self._size)
         return self._with_bias(out)
 
     def _with_bias(self, out: Tensor) -> Tensor:
@@ -101,11 +117,13 @@ class PackedLinear(nn.Module):
     def dequantize(self) -> Tensor:
         """The weight it stands for, float32 `(out_features, in_features)`."""
         names, tensors = self._working()
-        return ops.weight_of(tensors, names, self._form, self._size)
+        return ops.weight_of(tensors, names, self.form, self._size)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         known = {id(self._buffers[name]) for name in self._buffers}
         self._settled = self._sums = None
+        if self.siblings is not None:
+            self.siblings.release()
 
         def moved(tensor: Tensor) -> Tensor:
             found = fn(tensor)

@@ -34,6 +34,8 @@ def test_logits_and_tokens_are_those_of_the_cpu(mixed: Path) -> None:
     with torch.no_grad():
         found, wanted = there(TOKENS.cuda()).logits.cpu(), here(TOKENS).logits
     assert float((found - wanted).abs().max()) < 1e-3
+    packed = [module for module in there.modules() if isinstance(module, PackedLinear)]
+    assert all(module.siblings.settled for module in packed if module.siblings is not None)
     left, right = (
         model.generate(TOKENS.to(model.device), max_new_tokens=12, do_sample=False, pad_token_id=0).cpu()
         for model in (there, here)

@@ -10,6 +10,11 @@ A backend has three functions:
     linear(x, prepared, spec, rows, columns) -> Tensor
         x (tokens, columns) in float32, bfloat16 or float16 -> (tokens, rows) in the same dtype
 
+Two more, where weights of one format that read the same input can be multiplied as one:
+
+    join(weights) -> dict[str, Tensor]           what it needs for all, from what `prepare` made of each
+    part(joined, first, last) -> dict[str, Tensor]   what it needs for some of the rows
+
 The first of its device's `ORDER` that can do a case does it. `LLMCOMPRESS_BACKEND=NAME`, or `use("NAME")` in a program,
 leaves that one alone; where it cannot, it says why.
 """
@@ -59,6 +64,11 @@ class use:
 def spec_of(form: str) -> LinearSpec:
     """The format that a spec's JSON stands for: what an operator is given."""
     return LinearSpec.parse(form, "format")
+
+
+def named(name: str) -> ModuleType:
+    """The backend of that name."""
+    return find(__name__, name)
 
 
 def choose(form: str, rows: int, columns: int, x: torch.Tensor) -> ModuleType:

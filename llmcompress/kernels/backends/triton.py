@@ -1,5 +1,5 @@
 """Triton kernels for NVIDIA GPUs; see `kernels/triton`."""
 
-from llmcompress.kernels.triton import linear, prepare, why_not
+from llmcompress.kernels.triton import join, linear, part, prepare, why_not
 
-__all__ = ["linear", "prepare", "why_not"]
+__all__ = ["join", "linear", "part", "prepare", "why_not"]

@@ -15,6 +15,8 @@ import torch
 from llmcompress.errors import MachineError
 from llmcompress.files import commit_bytes
 
+FOLDER = Path(__file__).parent
+MOST_DYNAMIC_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 OPTIONS = ("-std=c++17", "-diag-suppress=177")
 Definitions = tuple[tuple[str, int], ...]
 Given = ctypes.c_void_p | ctypes.c_int
@@ -22,11 +24,8 @@ Given = ctypes.c_void_p | ctypes.c_int
 
 @functools.lru_cache(maxsize=1)
 def library() -> ctypes.CDLL | None:
-    """NVRTC, of the CUDA release PyTorch was built for; None where there is none."""
-    release = torch.version.cuda
-    if release is None:
-        return None
-    name = f"libnvrtc.so.{release.partition('.')[0]}"
+    """NVRTC, of the CUDA release PyTorch was built for, or any; None where there is none."""
+    name = f"libnvrtc.so.{torch.version.cuda.partition('.')[0] if torch.version.cuda else '*'}"
     folders = sorted((Path(torch.__file__).parent.parent / "nvidia").glob(f"*/lib/{name}"))
     for path in [*map(str, folders), name]:
         for builtins in sorted(Path(path).parent.glob("libnvrtc-builtins.so.*")) if "/" in path else []:
@@ -89,7 +88,7 @@ class Function:
 
     def __init__(self, code: bytes, name: str) -> None:
         self._driver = ctypes.CDLL("libcuda.so.1")
-        self._module, self._handle = ctypes.c_void_p(), ctypes.c_void_p()
+        self._module, self._handle, self._shared = ctypes.c_void_p(), ctypes.c_void_p(), 0
         self._do("cuModuleLoadData", ctypes.byref(self._module), code)
         self._do("cuModuleGetFunction", ctypes.byref(self._handle), self._module, name.encode())
 
@@ -98,18 +97,26 @@ class Function:
         if code:
             raise MachineError(f"the GPU's driver: {what} returned {code}", "LLMCOMPRESS_NVRTC=0 does without it")
 
-    def launch(self, grid: tuple[int, int], threads: int, given: list[Given]) -> None:
-        """On PyTorch's current stream of the current device."""
+    def launch(self, grid: tuple[int, int], threads: int, given: list[Given], shared: int = 0) -> None:
+        """On PyTorch's current stream of the current device, with `shared` bytes beyond those in the source."""
+        if shared > self._shared:
+            self._do("cuFuncSetAttribute", self._handle, MOST_DYNAMIC_SHARED_BYTES, shared)
+            self._shared = shared
         places = (ctypes.c_void_p * len(given))(*(ctypes.addressof(value) for value in given))
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        self._do("cuLaunchKernel", self._handle, *grid, 1, threads, 1, 1, 0, stream, places, None)
+        self._do("cuLaunchKernel", self._handle, *grid, 1, threads, 1, 1, shared, stream, places, None)
+
+
+def source_of(name: str) -> bytes:
+    """What a kernel is compiled from."""
+    return b"".join((FOLDER / f"{part}.cu").read_bytes() for part in ("codes", name))
 
 
 @functools.lru_cache(maxsize=1024)
-def function(path: Path, name: str, definitions: Definitions, device: int) -> Function:
-    """A kernel of the file `path`, compiled for a device, which is the current one."""
+def function(name: str, definitions: Definitions, device: int) -> Function:
+    """The kernel of the file `name`.cu, compiled for a device, which is the current one."""
     major, minor = torch.cuda.get_device_capability(device)
     nvrtc = library()
     if nvrtc is None:
         raise MachineError("NVRTC is not there", "install a CUDA build of PyTorch")
-    return Function(cached(path.read_bytes(), dict(definitions), f"sm_{major}{minor}", nvrtc), name)
+    return Function(cached(source_of(name), dict(definitions), f"sm_{major}{minor}", nvrtc), name)

@@ -1,4 +1,4 @@
-"""Products of few tokens, and rows of a weight in floating point, by the kernels of `decode.cu`.
+"""Products of few tokens, and rows of a weight in floating point, by kernels in CUDA C++.
 
 They read what `triton/layout.py` prepares, so that either language can have the next call.
 """
@@ -6,18 +6,17 @@ They read what `triton/layout.py` prepares, so that either language can have the
 import ctypes
 import os
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from llmcompress.kernels.nvrtc.compiler import Definitions, Function, Given, function, library
 from llmcompress.kernels.triton.layout import TABLE_PER_ROW, Packing
+from llmcompress.kernels.triton.tuning import Lean
 
-SOURCE = Path(__file__).with_name("decode.cu")
 VARIABLE = "LLMCOMPRESS_NVRTC"
 TILE, MOST_TOKENS, ROWS = 8, 16, 16
-EXPAND_WARPS = 4
+EXPAND = Lean(4, 2)
 VECTOR = 8  # of 16-bit inputs, in one load
 SCALES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -35,35 +34,35 @@ def fits(packing: Packing, dtype: torch.dtype, device: torch.device) -> bool:
     return whole and packing.columns % VECTOR == 0 and library() is not None
 
 
-def definitions(packing: Packing, dtype: torch.dtype, scale: torch.dtype, *, tiles: int, warps: int) -> Definitions:
+def definitions(packing: Packing, dtype: torch.dtype, scale: torch.dtype, *, tiles: int, config: Lean) -> Definitions:
     """What `decode.cu` is compiled with."""
     order = packing.planar
     words, fields, planes, block = (order.words, order.fields, order.planes, order.block) if order else (0, 0, 0, 1)
     found = {
         "BITS": packing.bits, "WORDS": words, "FIELDS": fields, "PLANES": planes, "GROUP": packing.group,
         "ZERO": int(packing.zero), "TABLE": int(bool(packing.table)), "EVEN": int(packing.columns % block == 0),
-        "TILES": tiles, "WARPS": warps, "BFLOAT": int(dtype == torch.bfloat16), "SCALE": SCALES[scale],
+        "TILES": tiles, "WARPS": config.warps, "STAGES": config.stages, "BFLOAT": int(dtype == torch.bfloat16),
+        "SCALE": SCALES[scale],
     }  # fmt: skip
     return tuple(found.items())
 
 
-def warps_for(packing: Packing, rows: int) -> int:
-    """Warps that share 16 rows."""
-    blocks = packing.planar.blocks(packing.columns) if packing.planar else 1
-    return 16 if blocks >= 16 and rows <= 4096 else 8
-
-
-def multiply(x: Tensor, prepared: Mapping[str, Tensor], packing: Packing, rows: int, warps: int = 0) -> Tensor:
+def multiply(x: Tensor, prepared: Mapping[str, Tensor], packing: Packing, rows: int, config: Lean) -> Tensor:
     """`x` (M, columns) of up to 16 tokens times the transposed weight, (M, rows)."""
-    warps = warps or warps_for(packing, rows)
     x = x if x.data_ptr() % 16 == 0 else x.clone()
     out = torch.empty((len(x), rows), dtype=x.dtype, device=x.device)
-    tiles = -(-len(x) // TILE)
-    made = definitions(packing, x.dtype, prepared["scale"].dtype, tiles=tiles, warps=warps)
+    made = definitions(packing, x.dtype, prepared["scale"].dtype, tiles=-(-len(x) // TILE), config=config)
     numbers = _numbers(packing, prepared["words"], len(x), rows)
     given: list[Given] = [*_pointers(x), *_weight(prepared), *_pointers(out), *numbers]
-    _function("decode", made, x.device).launch((-(-rows // ROWS), 1), 32 * warps, given)
+    threads = 32 * config.warps
+    _function("decode", made, x.device).launch((-(-rows // ROWS), 1), threads, given, shared_bytes(packing, config))
     return out
+
+
+def shared_bytes(packing: Packing, config: Lean) -> int:
+    """What the blocks on their way take of the memory that a thread block shares."""
+    order = packing.planar
+    return config.warps * config.stages * ROWS * order.planes * order.words * 2 if order else 0
 
 
 def dequantize(prepared: Mapping[str, Tensor], packing: Packing, span: tuple[int, int], dtype: torch.dtype) -> Tensor:
@@ -71,17 +70,17 @@ def dequantize(prepared: Mapping[str, Tensor], packing: Packing, span: tuple[int
     first, last = span
     words, scale = prepared["words"], prepared["scale"]
     out = torch.empty((last - first, packing.columns), dtype=dtype, device=words.device)
-    made = definitions(packing, dtype, scale.dtype, tiles=1, warps=EXPAND_WARPS)
+    made = definitions(packing, dtype, scale.dtype, tiles=1, config=EXPAND)
     numbers = _numbers(packing, words, first, last, scale.shape[1])
     given: list[Given] = [*_weight(prepared), *_pointers(out), *numbers]
     blocks = packing.planar.blocks(packing.columns) if packing.planar else 0
-    grid = (-(-(last - first) // ROWS), -(-blocks // EXPAND_WARPS))
-    _function("expand", made, words.device).launch(grid, 32 * EXPAND_WARPS, given)
+    grid = (-(-(last - first) // ROWS), -(-blocks // EXPAND.warps))
+    _function("expand", made, words.device).launch(grid, 32 * EXPAND.warps, given)
     return out
 
 
 def _function(name: str, made: Definitions, device: torch.device) -> Function:
-    return function(SOURCE, name, made, device.index if device.index is not None else torch.cuda.current_device())
+    return function(name, made, device.index if device.index is not None else torch.cuda.current_device())
 
 
 def _pointers(*tensors: Tensor | None) -> list[ctypes.c_void_p]:

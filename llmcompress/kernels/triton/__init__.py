@@ -12,10 +12,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from llmcompress.kernels.triton.layout import packing_of, prepare
+from llmcompress.kernels.triton.layout import join, packing_of, part, prepare
+from llmcompress.kernels.triton.tuning import Lean, choose
 from llmcompress.spec import LinearSpec
 
-__all__ = ["LARGE", "linear", "prepare", "why_not"]
+__all__ = ["LARGE", "join", "linear", "part", "prepare", "why_not"]
 
 LARGE = 256  # tokens from which on strips of weights are unpacked and multiplied
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -63,8 +64,9 @@ def linear(x: Tensor, prepared: Mapping[str, Tensor], spec: LinearSpec, rows: in
     if not len(x):
         return x.new_empty((0, rows))
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
-        if len(x) <= nvrtc.MOST_TOKENS and nvrtc.fits(packing, x.dtype, x.device):
-            return nvrtc.multiply(x, prepared, packing, rows)
         if packing.planar is None or len(x) > LARGE:
             return large.multiply(x, prepared, packing, rows)
-        return small.multiply(x, prepared, packing, rows)
+        config = choose(packing, rows, len(x), x.device, nvrtc.fits(packing, x.dtype, x.device))
+        if isinstance(config, Lean):
+            return nvrtc.multiply(x, prepared, packing, rows, config)
+        return small.multiply(x, prepared, packing, rows, config)

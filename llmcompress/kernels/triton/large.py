@@ -3,6 +3,7 @@
 A strip is small enough to stay in the cache between the two. Weights are rounded to the dtype of the input.
 """
 
+import functools
 from collections.abc import Mapping
 
 import torch
@@ -13,27 +14,55 @@ from llmcompress.kernels.nvrtc import small as nvrtc
 from llmcompress.kernels.triton.jit.dequantize import dequantize_dense, dequantize_planar
 from llmcompress.kernels.triton.layout import Packing
 
-STRIP_BYTES = 1 << 24
+STRIP_BYTES = 1 << 25
+LANES = 2
 ROWS, COLUMNS, WARPS = 16, 256, 4  # of one program
 
 
-def multiply(x: Tensor, prepared: Mapping[str, Tensor], packing: Packing, rows: int, strip: int = 0) -> Tensor:
-    """`x` (M, columns) times the transposed weight, (M, rows), `strip` rows at a time (0: as many as suit a cache)."""
+def multiply(
+    x: Tensor, prepared: Mapping[str, Tensor], packing: Packing, rows: int, *, strip: int = 0, lanes: int = LANES
+) -> Tensor:
+    """`x` (M, columns) times the transposed weight, (M, rows), `strip` rows at a time (0: as many as suit a cache).
+
+    On a GPU strips take turns in `lanes` streams, so that one is unpacked while another is multiplied.
+    """
     step = strip or max(STRIP_BYTES // (packing.columns * x.element_size()) // ROWS * ROWS, ROWS)
     out = torch.empty((len(x), rows), dtype=x.dtype, device=x.device)
-    for first in range(0, rows, step):
-        last = min(first + step, rows)
-        weights = dequantize(prepared, packing, (first, last), x.dtype)
-        torch.matmul(x, weights.T, out=out[:, first:last]) if first or last < rows else torch.matmul(
-            x, weights.T, out=out
-        )
+    spans = [(first, min(first + step, rows)) for first in range(0, rows, step)]
+    if not x.is_cuda or len(spans) == 1 or lanes == 1:
+        for span in spans:
+            _multiply_strip(x, prepared, packing, span, out)
+        return out
+    now, streams = torch.cuda.current_stream(), _streams(x.device, lanes)
+    for stream in streams:
+        stream.wait_stream(now)
+    for turn, span in enumerate(spans):
+        with torch.cuda.stream(streams[turn % lanes]):
+            _multiply_strip(x, prepared, packing, span, out)
+    for stream in streams:
+        now.wait_stream(stream)
     return out
+
+
+def _multiply_strip(
+    x: Tensor, prepared: Mapping[str, Tensor], packing: Packing, span: tuple[int, int], out: Tensor
+) -> None:
+    torch.matmul(x, dequantize(prepared, packing, span, x.dtype).T, out=out[:, span[0] : span[1]])
+
+
+@functools.lru_cache(maxsize=16)
+def _streams(device: torch.device, lanes: int) -> tuple[torch.cuda.Stream, ...]:
+    return tuple(torch.cuda.Stream(device) for _ in range(lanes))  # type: ignore[no-untyped-call]
 
 
 def dequantize(prepared: Mapping[str, Tensor], packing: Packing, span: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """Rows `span[0] ... span[1] - 1` of the weight, `(rows, columns)`."""
     if nvrtc.fits(packing, dtype, prepared["words"].device):
         return nvrtc.dequantize(prepared, packing, span, dtype)
+    if (
+        dtype != torch.float32 and packing.planar is not None
+    ):  # Triton 3.6 mixes up fields of 2 and 3 bits where the result has 16
+        return dequantize(prepared, packing, span, torch.float32).to(dtype)
     first, last = span
     words, none, columns = prepared["words"], prepared["counters"], packing.columns
     out = torch.empty((last - first, columns), dtype=dtype, device=words.device)

@@ -1,6 +1,6 @@
 """From the tensors of a file to those that kernels read."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -77,6 +77,29 @@ def prepare(tensors: Mapping[str, Tensor], spec: LinearSpec) -> dict[str, Tensor
     elif codes.codebook is not None:
         found["table"] = codes.codebook.float()
     return {name: tensor.to(device) for name, tensor in found.items()}
+
+
+def join(weights: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The rows of several weights of one format, as `prepare` made them, one below the other."""
+    first = weights[0]
+    found = {"counters": first["counters"], "words": torch.cat([weight["words"] for weight in weights])}
+    for name in ("scale", "zero"):
+        if name in first:
+            found[name] = torch.cat([weight[name] for weight in weights], dim=1)
+    if "table" in first:
+        shared = len(first["table"]) == 1 < len(first["words"])
+        found["table"] = first["table"] if shared else torch.cat([weight["table"] for weight in weights])
+    return found
+
+
+def part(weight: Mapping[str, Tensor], first: int, last: int) -> dict[str, Tensor]:
+    """Rows `first ... last - 1` of a joined weight, scales and zero-points copied."""
+    found = {"counters": weight["counters"], "words": weight["words"][first:last]}
+    found |= {name: weight[name][:, first:last].contiguous() for name in ("scale", "zero") if name in weight}
+    if "table" in weight:
+        shared = len(weight["table"]) == 1 < len(weight["words"])
+        found["table"] = weight["table"] if shared else weight["table"][first:last]
+    return found
 
 
 def planar_words(codes: Tensor, order: Planar) -> Tensor:

@@ -11,7 +11,7 @@ from llmcompress.kernels.fourbit import table_of
 from llmcompress.kernels.triton.bits import centred_ptx, table_ptx
 from llmcompress.kernels.triton.jit.decode import decode
 from llmcompress.kernels.triton.layout import COUNTERS, NO_TABLE, ONE_TABLE, Packing
-from llmcompress.kernels.triton.tuning import Config, choose
+from llmcompress.kernels.triton.tuning import Config, Lean, choose
 
 PTX_KIND = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 
@@ -24,7 +24,10 @@ def multiply(
     if order is None:
         raise InputError(f"{packing.label}: no planar order", "multiply it in strips")
     tokens = len(x)
-    config = for_dtype(config or choose(packing, rows, tokens, x.device), x.dtype)
+    found = config or choose(packing, rows, tokens, x.device)
+    if isinstance(found, Lean):
+        raise InputError(f"{found}: not a tile of this kernel", "choose without `lean`")
+    config = for_dtype(found, x.dtype)
     grid = (triton.cdiv(rows, config.rows), config.split, triton.cdiv(tokens, config.tokens))
     if grid[0] * grid[2] > COUNTERS:
         config = config._replace(split=1)

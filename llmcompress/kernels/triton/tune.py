@@ -16,15 +16,18 @@ import torch
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from llmcompress.errors import InputError
+from llmcompress.errors import InputError, MachineError
+from llmcompress.kernels.nvrtc import small as nvrtc
 from llmcompress.kernels.triton.layout import COUNTERS, NO_TABLE, ONE_TABLE, Packing, packing_of
 from llmcompress.kernels.triton.small import multiply
-from llmcompress.kernels.triton.tuning import BUCKETS, MOST_PARTS, Config, choose
+from llmcompress.kernels.triton.tuning import BUCKETS, Config, Lean, choose
 from llmcompress.spec import LinearSpec
 
 CACHES = 4  # copies of a weight take this many times the cache, so that it comes from memory
 MOST_COPIES, REPLAYS = 64, 20
 Work = Callable[[int], object]
+Job = tuple[Packing, int, int, Config | Lean, torch.dtype, torch.device]
+Trials = Callable[[Packing, int, bool], Iterable[Config | Lean]]
 Timer = Callable[[Work, int], float]
 
 
@@ -37,10 +40,10 @@ class Tuned:
 
     key: str
     tokens: int
-    config: Config
+    config: Config | Lean
     microseconds: float
     before: float
-    tried: Mapping[Config, float]
+    tried: Mapping[Config | Lean, float]
 
 
 def random_weight(packing: Packing, rows: int, device: torch.device) -> dict[str, Tensor]:
@@ -65,15 +68,17 @@ def random_weight(packing: Packing, rows: int, device: torch.device) -> dict[str
     return found
 
 
-def candidates(packing: Packing, most: int) -> Iterator[Config]:
-    """Tiles, parts, warps and stages worth trying for up to `most` tokens."""
+def candidates(packing: Packing, most: int, lean: bool = False) -> Iterator[Config | Lean]:
+    """What is worth trying for up to `most` tokens: tiles, parts, warps and stages; `lean` with the other kernel."""
     blocks = packing.planar.blocks(packing.columns) if packing.planar else 1
-    for rows in (32, 64, 128):
-        for split in (1, 2, 4, 8, MOST_PARTS):
-            if split > blocks:
-                continue
-            for warps in (4, 8) if rows == 128 else (2, 4):
-                yield from (Config(rows, most, split, warps, stages) for stages in (2, 3, 4))
+    if lean and most <= nvrtc.MOST_TOKENS:
+        for warps in (4, 8, 16):
+            fitting = (stages for stages in (2, 3, 4, 6) if (stages - 2) * warps < blocks)
+            yield from (Lean(warps, stages) for stages in fitting)
+    for rows, warps in ((32, 2), (64, 4), (128, 4), (128, 8)):
+        for split in (1, 2, 4, 8):
+            if split <= blocks and (most <= 32 or split <= 2):
+                yield from (Config(rows, most, split, warps, stages) for stages in (2, 3))
 
 
 def graph_timer(work: Work, copies: int) -> float:
@@ -109,52 +114,50 @@ def copies_for(weight: Mapping[str, Tensor], cache: int) -> int:
 def tune(
     linears: Iterable[tuple[LinearSpec, int, int]], dtype: torch.dtype, device: torch.device, *,
     timer: Timer = graph_timer, most_tokens: Iterable[int] = BUCKETS, workers: int | None = None,
+    trials: Trials | None = None,
 ) -> Iterator[Tuned]:  # fmt: skip
     """The best configuration of each `(spec, rows, columns)` and number of tokens; those that cannot run lose.
 
     Linears whose codes have no planar order are passed over: they are multiplied in strips. `workers` processes
-    compile beforehand: as many as there are processors, where it is None; 0 for none.
+    compile beforehand: as many as there are processors, where it is None; 0 for none. `trials` replaces `candidates`.
     """
     packings = dict.fromkeys((packing_of(spec, columns), rows) for spec, rows, columns in linears)
+    trials = trials or candidates
     planar, buckets = [pair for pair in packings if pair[0].planar is not None], tuple(most_tokens)
-    compile_ahead(planar, buckets, (dtype, device), (os.cpu_count() or 1) if workers is None else workers)
+    jobs = [
+        (*pair, most, config, dtype, device)
+        for pair in planar
+        for most in buckets
+        for config in trials(pair[0], most, nvrtc.fits(pair[0], dtype, device))
+    ]
+    compile_ahead(jobs, (os.cpu_count() or 1) if workers is None else workers)
     cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
     for packing, rows in planar:
         first = random_weight(packing, rows, device)
         weights = [first, *(random_weight(packing, rows, device) for _ in range(copies_for(first, cache) - 1))]
         for most in buckets:
             x = torch.randn((most, packing.columns), device=device).to(dtype)
-            usual = choose(packing, rows, most, device)
-            configs = dict.fromkeys((usual, *candidates(packing, most)))
+            lean = nvrtc.fits(packing, dtype, device)
+            usual = choose(packing, rows, most, device, lean)
+            configs = dict.fromkeys((usual, *trials(packing, most, lean)))
             times = {config: _time(timer, weights, x, (packing, rows, config)) for config in configs}
             best = min(times, key=times.__getitem__)
             key = f"{packing.label} {rows}x{packing.columns}"
             yield Tuned(key, most, best, times[best], times[usual], times)
 
 
-def compile_ahead(
-    linears: Iterable[tuple[Packing, int]],
-    buckets: Iterable[int],
-    where: tuple[torch.dtype, torch.device],
-    workers: int,
-) -> None:
-    """Compile every kernel that `tune` will try, in `workers` processes; `where` is the dtype of inputs and the GPU."""
-    if not workers:
-        return
-    jobs = [
-        (packing, rows, most, config, *where)
-        for packing, rows in linears
-        for most in buckets
-        for config in dict.fromkeys((choose(packing, rows, most, where[1]), *candidates(packing, most)))
-    ]
-    with ProcessPoolExecutor(min(workers, len(jobs) or 1), multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(_compile, jobs, chunksize=4))
+def compile_ahead(jobs: Iterable[Job], workers: int) -> None:
+    """Compile what will be tried, in so many processes; kernels know the columns of a weight, not its rows."""
+    needed = {(job[0], *job[2:4]): job for job in jobs}
+    if workers and needed:
+        with ProcessPoolExecutor(min(workers, len(needed)), multiprocessing.get_context("spawn")) as pool:
+            list(pool.map(_compile, needed.values(), chunksize=4))
 
 
 _kept = functools.lru_cache(maxsize=1)(random_weight)
 
 
-def _compile(job: tuple[Packing, int, int, Config, torch.dtype, torch.device]) -> None:
+def _compile(job: Job) -> None:
     """Run one configuration once."""
     packing, rows, most, config, dtype, device = job
     x = torch.zeros((most, packing.columns), device=device).to(dtype)
@@ -167,9 +170,15 @@ def _once(work: Work, copies: int) -> float:
     return 0.0
 
 
-def _time(timer: Timer, weights: list[dict[str, Tensor]], x: Tensor, what: tuple[Packing, int, Config]) -> float:
+def _time(timer: Timer, weights: list[dict[str, Tensor]], x: Tensor, what: tuple[Packing, int, Config | Lean]) -> float:
     packing, rows, config = what
+
+    def work(copy: int) -> Tensor:
+        if isinstance(config, Lean):
+            return nvrtc.multiply(x, weights[copy], packing, rows, config)
+        return multiply(x, weights[copy], packing, rows, config)
+
     try:
-        return timer(lambda copy: multiply(x, weights[copy], packing, rows, config), len(weights))
-    except OutOfResources:
+        return timer(work, len(weights))
+    except (OutOfResources, MachineError):
         return float("inf")

@@ -1,7 +1,8 @@
 """Which tile sizes a kernel runs with: what was measured on this GPU, what ships with the package, or a rule.
 
 Nothing is measured while a model runs, so equal inputs give equal bits, and a captured graph stays valid.
-A table is JSON: device class or name -> what a linear is (`int4`, `int4 4096x4096`) -> most tokens -> five numbers.
+A table is JSON: device class or name -> what a linear is (`int4`, `int4 4096x4096`) -> most tokens -> five numbers of
+the kernel in Triton, or two of that in CUDA C++.
 """
 
 import functools
@@ -17,10 +18,12 @@ from llmcompress.errors import InputError
 from llmcompress.kernels.triton.layout import TABLE_PER_ROW, Packing
 
 SHIPPED = Path(__file__).with_name("tuning.json")
-BUCKETS = (8, 16, 32, 64)
+BUCKETS = (8, 16, 32, 64, 128)
+LEAN_TOKENS = 8  # where nothing was measured, the kernel in CUDA C++ takes up to so many
+LEAN_ROWS = 8192  # and more warps to a row below so many rows
 PROGRAMS_PER_PROCESSOR = 2
 MOST_PARTS = 16
-ROWS, WARPS, MOST_STAGES = (16, 32, 64, 128, 256), (1, 2, 4, 8), 8
+ROWS, WARPS, MOST_STAGES = (16, 32, 64, 128, 256), (1, 2, 4, 8, 16), 8
 
 
 class Config(NamedTuple):
@@ -31,6 +34,16 @@ class Config(NamedTuple):
     split: int
     warps: int
     stages: int
+
+
+class Lean(NamedTuple):
+    """Of the kernel in CUDA C++: warps that share 16 rows, and blocks of each that are on their way from memory."""
+
+    warps: int
+    stages: int
+
+
+Table = dict[str, dict[str, Config | Lean]]
 
 
 def bucket(tokens: int) -> int:
@@ -44,17 +57,24 @@ def user_table(name: str) -> Path:
     return Path(cache) / "llmcompress" / "kernels" / f"{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-').lower()}.json"
 
 
-def read_table(path: Path) -> dict[str, dict[str, Config]]:
+def read_table(path: Path) -> Table:
     """What a linear is -> most tokens -> configuration. Raises InputError naming the file when it is damaged."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-        return {str(key): {str(most): _checked(five) for most, five in row.items()} for key, row in document.items()}
+        return {
+            str(key): {str(most): _checked(numbers) for most, numbers in row.items()} for key, row in document.items()
+        }
     except (ValueError, TypeError, AttributeError):
         raise InputError(f"{path}: not a table of the kernels", "delete it and run `llmcompress tune` again") from None
 
 
-def _checked(five: list[int]) -> Config:
-    config = Config(*five)
+def _checked(numbers: list[int]) -> Config | Lean:
+    if len(numbers) == len(Lean._fields):
+        lean = Lean(*numbers)
+        if lean.warps not in WARPS or not 2 <= lean.stages <= MOST_STAGES or type(lean.stages) is not int:
+            raise ValueError("no such warps or stages")
+        return lean
+    config = Config(*numbers)
     whole = all(type(value) is int for value in config)
     if not whole or config.rows not in ROWS or config.tokens not in BUCKETS or config.warps not in WARPS:
         raise ValueError("no such tile")
@@ -64,23 +84,26 @@ def _checked(five: list[int]) -> Config:
 
 
 @functools.lru_cache(maxsize=8)
-def _tables(name: str, device_class: str) -> tuple[dict[str, dict[str, Config]], ...]:
+def _tables(name: str, device_class: str) -> tuple[Table, ...]:
     """The user's table of this GPU, where there is one, and the shipped one of its class."""
     own, shipped = user_table(name), read_shipped()
     return (read_table(own) if own.is_file() else {}, shipped.get(device_class, {}))
 
 
-def read_shipped() -> dict[str, dict[str, dict[str, Config]]]:
+def read_shipped() -> dict[str, Table]:
     """Device class (`sm_90`) -> what a linear is -> most tokens -> configuration."""
     return {
-        device: {key: {most: _checked(five) for most, five in row.items()} for key, row in table.items()}
+        device: {key: {most: _checked(numbers) for most, numbers in row.items()} for key, row in table.items()}
         for device, table in json.loads(SHIPPED.read_text(encoding="utf-8")).items()
     }
 
 
 @functools.lru_cache(maxsize=4096)
-def choose(packing: Packing, rows: int, tokens: int, device: torch.device) -> Config:
-    """The configuration for `tokens` inputs and a weight of `rows`: from the tables, else by `rule`."""
+def choose(packing: Packing, rows: int, tokens: int, device: torch.device, lean: bool = False) -> Config | Lean:
+    """The configuration for `tokens` inputs and a weight of `rows`: from the tables, else by `rule`.
+
+    One of the kernel in CUDA C++ only where `lean` says that it can be used.
+    """
     if device.type != "cuda":
         return fill(rule(packing, bucket(tokens)), packing, (rows, tokens), 4)
     found = torch.cuda.get_device_properties(device)
@@ -88,8 +111,13 @@ def choose(packing: Packing, rows: int, tokens: int, device: torch.device) -> Co
     exact = f"{packing.label} {rows}x{packing.columns}"
     for table in _tables(found.name, f"sm_{found.major}{found.minor}"):
         for key in (exact, packing.label):
-            if most in table.get(key, {}):
-                return fill(table[key][most], packing, (rows, tokens), found.multi_processor_count)
+            known = table.get(key, {}).get(most)
+            if isinstance(known, Config):
+                return fill(known, packing, (rows, tokens), found.multi_processor_count)
+            if known is not None and lean:
+                return known
+    if lean and tokens <= LEAN_TOKENS:
+        return Lean(8 if rows < LEAN_ROWS else 4, 4)
     return fill(rule(packing, bucket(tokens)), packing, (rows, tokens), found.multi_processor_count)
 
 

@@ -1,0 +1,114 @@
+// The planar codes of a weight, for what is compiled together with this: types, the order, and how a pair of codes
+// becomes a pair of numbers. `triton/bits.py` has the order: two int16 words side by side hold pairs of neighbours, one
+// pair of each field, so that a lane that reads 16 bytes of a row has four pairs of every field.
+//
+// Compiled with: BITS, WORDS, FIELDS, PLANES (the order), GROUP (0: the row), ZERO, TABLE, EVEN (blocks are whole),
+// BFLOAT (bfloat16 inputs, else float16), SCALE (0 float32, 1 bfloat16, 2 float16); WARPS of a thread block.
+
+typedef unsigned int u32;
+typedef unsigned short u16;
+typedef unsigned char u8;
+typedef long long i64;
+
+constexpr int RUNS = WORDS / 32;                        // 16-byte loads of a row and plane that cover a block
+constexpr int BLOCK = FIELDS * WORDS;                   // codes of a row in a block
+constexpr int IN_GROUP = GROUP == 0 || GROUP >= BLOCK ? FIELDS : GROUP / WORDS;  // fields that share a scale
+constexpr int GROUPS = FIELDS / IN_GROUP;               // of a block
+constexpr int MANTISSA = BFLOAT ? 7 : 10;
+constexpr u32 BASE = BFLOAT ? 0x43004300u : 0x64006400u;  // 128 or 1024: a code fits into its mantissa
+constexpr int LANES = BITS == 3 ? 4 : BITS;             // bits from one field of a word to the next
+constexpr int PLACES = (MANTISSA - BITS) / LANES + 1;   // fields that fit into a mantissa side by side
+constexpr int LOADS = RUNS * PLANES * 2;                // 16-byte loads of one lane for a block of two rows
+
+struct Block {  // what one lane holds of a block: rows `lane / 4` and `lane / 4 + 8`
+    u32 words[RUNS][PLANES][2][4];
+};
+
+__device__ __forceinline__ float scale_at(const void *scale, u32 place) {
+#if SCALE == 0
+    return __ldg((const float *)scale + place);
+#elif SCALE == 1
+    return __uint_as_float((u32)__ldg((const u16 *)scale + place) << 16);
+#else
+    float found;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(found) : "h"(__ldg((const u16 *)scale + place)));
+    return found;
+#endif
+}
+
+__device__ constexpr u32 twice(u32 half) { return half | half << 16; }
+
+__device__ constexpr u32 whole(int number) {  // a small integer in the type of the inputs, twice
+    int power = 0;
+    while (number >> power > 1) power++;
+    return twice(((BFLOAT ? 127 : 15) + power) << MANTISSA | (((u32)number << MANTISSA >> power) & ((1u << MANTISSA) - 1)));
+}
+
+__device__ constexpr u32 half_to_the(int power) { return twice(((BFLOAT ? 127 : 15) - power) << MANTISSA); }
+
+// (base + code * 2**SHIFT) / 2**SHIFT - base / 2**SHIFT - CENTRE, two at a time, exact here.
+template <int SHIFT, int CENTRE> __device__ __forceinline__ u32 centred(u32 pair) {
+    constexpr u32 minus = whole((1 << MANTISSA >> SHIFT) + CENTRE) | 0x80008000u;
+    u32 found;
+#if BFLOAT
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(found) : "r"(pair), "r"(half_to_the(SHIFT)), "r"(minus));
+#else
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(found) : "r"(pair), "r"(half_to_the(SHIFT)), "r"(minus));
+#endif
+    return found;
+}
+
+template <u32 MASK> __device__ __forceinline__ u32 chosen(u32 word, u32 others) {  // (word & MASK) | others
+    u32 found;
+    asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(found) : "r"(word), "n"(MASK), "r"(others));
+    return found;
+}
+
+__device__ __forceinline__ u32 rounded(float left, float right) {  // two numbers in the type of the inputs
+    u32 found;
+#if BFLOAT
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(found) : "f"(right), "f"(left));
+#else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(found) : "f"(right), "f"(left));
+#endif
+    return found;
+}
+
+template <int BY> __device__ __forceinline__ u32 moved(u32 word) { return BY >= 0 ? word >> BY : word << -BY; }
+
+// Two neighbouring codes of one field, less the centre, in the type of the inputs.
+template <int FIELD> __device__ __forceinline__ u32 pair_of(const u32 *planes, u32 table) {
+#if TABLE
+    const u32 word = planes[0];
+    u32 found;
+    const u32 place = chosen<0x7f80>(moved<8 * FIELD - 7>(planes[0]), table);
+    asm("ld.shared.u32 %0, [%1];" : "=r"(found) : "r"(place));
+    return found;
+#elif BITS == 8 && BFLOAT
+    u32 low, high;  // 2**23 + code, as float32
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(low) : "r"(planes[0]), "r"(0x4B000000u), "n"(0x7650 + FIELD));
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(high) : "r"(planes[0]), "r"(0x4B000000u), "n"(0x7652 + FIELD));
+    return rounded(__uint_as_float(low) - 8388736.0f, __uint_as_float(high) - 8388736.0f);
+#elif BITS == 8
+    u32 word;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(word) : "r"(planes[0]), "r"(0x64646464u), "n"(0x4240 + FIELD * 0x101));
+    return centred<0, 128>(word);
+#else
+    constexpr int CENTRE = 1 << (BITS - 1);
+    if constexpr (BITS == 3 && FIELD >= 12) {  // the highest bits of three nibbles are one code
+        constexpr int TOP = 4 * (FIELD % 4) + 3;
+        u32 word = chosen<0x00010001u>(moved<TOP>(planes[0]), BASE);
+        word = chosen<0x00020002u>(moved<TOP - 1>(planes[1]), word);
+        return centred<0, CENTRE>(chosen<0x00040004u>(moved<TOP - 2>(planes[2]), word));
+    } else {
+        constexpr int NUMBER = BITS == 3 ? FIELD % 4 : FIELD, SHIFT = NUMBER % PLACES * LANES;
+        constexpr u32 MASK = twice(((1u << BITS) - 1) << SHIFT);
+        const u32 word = planes[BITS == 3 ? FIELD / 4 : 0];
+        return centred<SHIFT, CENTRE>(chosen<MASK>(moved<(NUMBER - NUMBER % PLACES) * LANES>(word), BASE));
+    }
+#endif
+}
+
+__device__ __forceinline__ const u16 *place_of(int load, const u16 *low, const u16 *high) {
+    return (load % 2 ? high : low) + load / 2 % PLANES * WORDS + load / 2 / PLANES * 32;
+}
