@@ -15,7 +15,7 @@ import torch
 import triton
 
 from llmcompress.kernels.triton.layout import Packing
-from llmcompress.kernels.triton.tune import Tuned, tune
+from llmcompress.kernels.triton.tune import Search, Tuned, tune
 from llmcompress.kernels.triton.tuning import Config, Lean, user_table
 from llmcompress.spec import LinearSpec
 
@@ -30,9 +30,7 @@ FORMATS = {
 def trials(packing: Packing, most: int, lean: bool) -> Iterator[Config | Lean]:
     """What has a chance."""
     if lean and most <= 16:
-        yield from (
-            Lean(warps, stages) for warps, stages in ((4, 3), (4, 4), (4, 6), (8, 2), (8, 3), (8, 4), (16, 2), (16, 3))
-        )
+        yield from (Lean(warps) for warps in (4, 8, 16))
     if most == 16:
         yield from (Config(rows, 16, split, warps, 3) for rows, warps in ((64, 4), (128, 8)) for split in (1, 2, 4))
         yield from (Config(32, 16, split, 2, 2) for split in (2, 4))
@@ -78,10 +76,10 @@ def main() -> None:
         raise SystemExit("no GPU that PyTorch can use")
     shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes.split(",")]
     linears = [(FORMATS[name], *shape) for name in options.formats.split(",") for shape in shapes]
-    tokens = [int(number) for number in options.tokens.split(",")]
+    search = Search(tuple(int(number) for number in options.tokens.split(",")), trials)
     device, found, rows = torch.device("cuda"), [], []
     facts = {"gpu": torch.cuda.get_device_name(device), "torch": torch.__version__, "triton": triton.__version__}
-    for tuned in tune(linears, torch.bfloat16, device, most_tokens=tokens, trials=trials):
+    for tuned in tune(linears, torch.bfloat16, device, search=search):
         found.append(tuned)
         rows.append(row(tuned))
         options.json.write_text(json.dumps({**facts, "linears": rows}) + "\n")

@@ -20,7 +20,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "files": (("errors",), ("torch", "transformers", "click", "rich")),
     "plugins": (("errors",), ("torch", "transformers", "click", "rich")),
     "recipes": (GROUND, ("torch", "transformers", "click", "rich")),
-    "kernels": (("types", "spec", "errors", "plugins"), ("transformers", "click", "rich")),
+    "kernels": (("types", "spec", "errors", "files", "plugins"), ("transformers", "click", "rich")),
     "runtime": (("kernels", *GROUND), ("click", "rich")),
     "model": (GROUND, ("click", "rich")),
     "compress": (("model", "runtime", "kernels", *GROUND), ("click", "rich")),

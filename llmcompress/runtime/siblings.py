@@ -6,15 +6,30 @@ where a call costs as much as a small product.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from llmcompress.kernels import backends, ops
+from llmcompress.spec import LinearSpec
 
-if TYPE_CHECKING:
-    from llmcompress.runtime.modules import PackedLinear
+
+class Member(Protocol):
+    """What is needed of a packed linear (`modules.PackedLinear`)."""
+
+    spec: LinearSpec
+    form: str
+    in_features: int
+    out_features: int
+    siblings: "Siblings | None"
+
+    def of_file(self) -> dict[str, Tensor]:
+        """The tensors of the file."""
+
+    def leave_on_host(self) -> None:
+        """Keep them in the memory of the host."""
+
 
 # What they are called in one parent; a wrong guess costs time, never a result: the input is compared at every call.
 NAMES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"), ("w1", "w3"))
@@ -23,7 +38,7 @@ NAMES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "ke
 class Siblings:
     """Some packed linears of one format and one number of columns."""
 
-    def __init__(self, members: "Sequence[PackedLinear]") -> None:
+    def __init__(self, members: Sequence[Member]) -> None:
         self.members = list(members)
         self.ends = [sum(m.out_features for m in self.members[: place + 1]) for place in range(len(self.members))]
         self._names, self._backend = "", ""
@@ -34,9 +49,9 @@ class Siblings:
     @property
     def settled(self) -> bool:
         """Whether the device has their weights as one."""
-        return bool(self._tensors)
+        return self._names != ""
 
-    def _place(self, member: "PackedLinear") -> int:
+    def _place(self, member: Member) -> int:
         return next(place for place, known in enumerate(self.members) if known is member)
 
     def settle(self, x: Tensor) -> bool:
@@ -57,14 +72,14 @@ class Siblings:
             member.leave_on_host()
         return True
 
-    def part(self, member: "PackedLinear") -> tuple[str, list[Tensor]]:
+    def part(self, member: Member) -> tuple[str, list[Tensor]]:
         """Names and tensors of one member, as the operator takes them."""
         joined = dict(zip(self._names.partition(":")[2].split(","), self._tensors, strict=True))
         last = self.ends[self._place(member)]
         found: dict[str, Tensor] = backends.named(self._backend).part(joined, last - member.out_features, last)
         return ops.names_of(self._backend, tuple(found)), list(found.values())
 
-    def product(self, member: "PackedLinear", x: Tensor) -> Tensor:
+    def product(self, member: Member, x: Tensor) -> Tensor:
         """What a member makes of `x`, without its bias."""
         place = self._place(member)
         found = self._left[place] if self._input is x else None
@@ -92,7 +107,7 @@ def introduce(model: nn.Module) -> None:
             member.siblings = together
 
 
-def _families(model: nn.Module) -> "Iterator[list[PackedLinear]]":
+def _families(model: nn.Module) -> Iterator[list[Any]]:
     for parent in model.modules():
         children: dict[str, Any] = dict(parent.named_children())
         for names in NAMES:

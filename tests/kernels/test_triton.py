@@ -13,7 +13,7 @@ import torch
 import triton_cases
 
 from llmcompress.kernels import triton as backend
-from llmcompress.kernels.triton.tuning import read_shipped
+from llmcompress.kernels.triton.tuning import Config, read_shipped
 from llmcompress.spec import LinearSpec
 
 HERE = Path(__file__).resolve()
@@ -65,7 +65,8 @@ def test_machine_code(label: str, capability: int) -> None:
     sys.path.insert(0, str(HERE.parents[2] / "bench"))
     import kernels_static
 
-    config = read_shipped()[f"sm_{capability}"][label]["8"]
+    config = read_shipped()["sm_80"][label]["8"]
+    assert isinstance(config, Config)
     dtype = torch.bfloat16 if capability == 90 else torch.float16
     found = kernels_static.measure(label, 128, config._replace(split=2), dtype, capability)
     assert found.stack == 0

@@ -5,11 +5,6 @@
 // Compiled with: BITS, WORDS, FIELDS, PLANES (the order), GROUP (0: the row), ZERO, TABLE, EVEN (blocks are whole),
 // BFLOAT (bfloat16 inputs, else float16), SCALE (0 float32, 1 bfloat16, 2 float16); WARPS of a thread block.
 
-typedef unsigned int u32;
-typedef unsigned short u16;
-typedef unsigned char u8;
-typedef long long i64;
-
 constexpr int RUNS = WORDS / 32;                        // 16-byte loads of a row and plane that cover a block
 constexpr int BLOCK = FIELDS * WORDS;                   // codes of a row in a block
 constexpr int IN_GROUP = GROUP == 0 || GROUP >= BLOCK ? FIELDS : GROUP / WORDS;  // fields that share a scale
@@ -30,9 +25,7 @@ __device__ __forceinline__ float scale_at(const void *scale, u32 place) {
 #elif SCALE == 1
     return __uint_as_float((u32)__ldg((const u16 *)scale + place) << 16);
 #else
-    float found;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(found) : "h"(__ldg((const u16 *)scale + place)));
-    return found;
+    return from_half(__ldg((const u16 *)scale + place));
 #endif
 }
 
@@ -49,50 +42,26 @@ __device__ constexpr u32 half_to_the(int power) { return twice(((BFLOAT ? 127 : 
 // (base + code * 2**SHIFT) / 2**SHIFT - base / 2**SHIFT - CENTRE, two at a time, exact here.
 template <int SHIFT, int CENTRE> __device__ __forceinline__ u32 centred(u32 pair) {
     constexpr u32 minus = whole((1 << MANTISSA >> SHIFT) + CENTRE) | 0x80008000u;
-    u32 found;
-#if BFLOAT
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(found) : "r"(pair), "r"(half_to_the(SHIFT)), "r"(minus));
-#else
-    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(found) : "r"(pair), "r"(half_to_the(SHIFT)), "r"(minus));
-#endif
-    return found;
-}
-
-template <u32 MASK> __device__ __forceinline__ u32 chosen(u32 word, u32 others) {  // (word & MASK) | others
-    u32 found;
-    asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(found) : "r"(word), "n"(MASK), "r"(others));
-    return found;
-}
-
-__device__ __forceinline__ u32 rounded(float left, float right) {  // two numbers in the type of the inputs
-    u32 found;
-#if BFLOAT
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(found) : "f"(right), "f"(left));
-#else
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(found) : "f"(right), "f"(left));
-#endif
-    return found;
+    return times_plus(pair, half_to_the(SHIFT), minus);
 }
 
 template <int BY> __device__ __forceinline__ u32 moved(u32 word) { return BY >= 0 ? word >> BY : word << -BY; }
 
+#if TABLE
+__shared__ __align__(16) u32 pairs[256 * 32];  // of the values of two codes, a copy for each lane: none meet in a bank
+#endif
+
 // Two neighbouring codes of one field, less the centre, in the type of the inputs.
-template <int FIELD> __device__ __forceinline__ u32 pair_of(const u32 *planes, u32 table) {
+template <int FIELD> __device__ __forceinline__ u32 pair_of(const u32 *planes, u32 bank) {
 #if TABLE
     const u32 word = planes[0];
-    u32 found;
-    const u32 place = chosen<0x7f80>(moved<8 * FIELD - 7>(planes[0]), table);
-    asm("ld.shared.u32 %0, [%1];" : "=r"(found) : "r"(place));
-    return found;
+    return pairs[chosen<0x1fe0>(moved<8 * FIELD - 5>(planes[0]), bank)];
 #elif BITS == 8 && BFLOAT
-    u32 low, high;  // 2**23 + code, as float32
-    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(low) : "r"(planes[0]), "r"(0x4B000000u), "n"(0x7650 + FIELD));
-    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(high) : "r"(planes[0]), "r"(0x4B000000u), "n"(0x7652 + FIELD));
+    const u32 low = bytes_of<0x7650 + FIELD>(planes[0], 0x4B000000u);  // 2**23 + code, as float32
+    const u32 high = bytes_of<0x7652 + FIELD>(planes[0], 0x4B000000u);
     return rounded(__uint_as_float(low) - 8388736.0f, __uint_as_float(high) - 8388736.0f);
 #elif BITS == 8
-    u32 word;
-    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(word) : "r"(planes[0]), "r"(0x64646464u), "n"(0x4240 + FIELD * 0x101));
-    return centred<0, 128>(word);
+    return centred<0, 128>(bytes_of<0x4240 + FIELD * 0x101>(planes[0], 0x64646464u));
 #else
     constexpr int CENTRE = 1 << (BITS - 1);
     if constexpr (BITS == 3 && FIELD >= 12) {  // the highest bits of three nibbles are one code
@@ -111,4 +80,10 @@ template <int FIELD> __device__ __forceinline__ u32 pair_of(const u32 *planes, u
 
 __device__ __forceinline__ const u16 *place_of(int load, const u16 *low, const u16 *high) {
     return (load % 2 ? high : low) + load / 2 % PLANES * WORDS + load / 2 / PLANES * 32;
+}
+
+__device__ __forceinline__ void fetch(Block &to, const u16 *low, const u16 *high) {
+#pragma unroll
+    for (int load = 0; load < LOADS; load++)
+        load16(to.words[load / 2 / PLANES][load / 2 % PLANES][load % 2], place_of(load, low, high));
 }

@@ -16,7 +16,6 @@ from llmcompress.errors import MachineError
 from llmcompress.files import commit_bytes
 
 FOLDER = Path(__file__).parent
-MOST_DYNAMIC_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 OPTIONS = ("-std=c++17", "-diag-suppress=177")
 Definitions = tuple[tuple[str, int], ...]
 Given = ctypes.c_void_p | ctypes.c_int
@@ -88,7 +87,7 @@ class Function:
 
     def __init__(self, code: bytes, name: str) -> None:
         self._driver = ctypes.CDLL("libcuda.so.1")
-        self._module, self._handle, self._shared = ctypes.c_void_p(), ctypes.c_void_p(), 0
+        self._module, self._handle = ctypes.c_void_p(), ctypes.c_void_p()
         self._do("cuModuleLoadData", ctypes.byref(self._module), code)
         self._do("cuModuleGetFunction", ctypes.byref(self._handle), self._module, name.encode())
 
@@ -97,19 +96,16 @@ class Function:
         if code:
             raise MachineError(f"the GPU's driver: {what} returned {code}", "LLMCOMPRESS_NVRTC=0 does without it")
 
-    def launch(self, grid: tuple[int, int], threads: int, given: list[Given], shared: int = 0) -> None:
-        """On PyTorch's current stream of the current device, with `shared` bytes beyond those in the source."""
-        if shared > self._shared:
-            self._do("cuFuncSetAttribute", self._handle, MOST_DYNAMIC_SHARED_BYTES, shared)
-            self._shared = shared
+    def launch(self, grid: tuple[int, int], threads: int, given: list[Given]) -> None:
+        """On PyTorch's current stream of the current device."""
         places = (ctypes.c_void_p * len(given))(*(ctypes.addressof(value) for value in given))
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        self._do("cuLaunchKernel", self._handle, *grid, 1, threads, 1, 1, shared, stream, places, None)
+        self._do("cuLaunchKernel", self._handle, *grid, 1, threads, 1, 1, 0, stream, places, None)
 
 
 def source_of(name: str) -> bytes:
     """What a kernel is compiled from."""
-    return b"".join((FOLDER / f"{part}.cu").read_bytes() for part in ("codes", name))
+    return b"".join((FOLDER / f"{part}.cu").read_bytes() for part in ("ptx", "codes", name))
 
 
 @functools.lru_cache(maxsize=1024)

@@ -1,18 +1,8 @@
 // Few tokens against a packed weight. A warp takes 16 rows and every WARPS-th block of them; weights are the tall
-// operand of m16n8k16 matrix instructions, up to 8 * TILES tokens the narrow one. Codes come by way of shared memory,
-// STAGES blocks of each warp in turn, into the registers in which the instruction wants them. Products of a group add up
-// in float32 and meet its scale there, once. The warps of a thread block share its rows, and add their sums in order at
-// the end: equal inputs give equal bits.
-
-__device__ __forceinline__ void multiply(float (&sums)[4], const u32 (&weights)[4], u32 low, u32 high) {
-#if BFLOAT
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-#else
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-#endif
-        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-        : "r"(weights[0]), "r"(weights[1]), "r"(weights[2]), "r"(weights[3]), "r"(low), "r"(high));
-}
+// operand of m16n8k16 matrix instructions, up to 8 * TILES tokens the narrow one. Codes come from memory straight into
+// the registers in which the instruction wants them, a block ahead of their use. Products of a group add up in float32
+// and meet its scale there, once. The warps of a thread block share its rows, and add their sums in order at the end:
+// equal inputs give equal bits.
 
 struct Sums {
     float products[TILES][4];
@@ -24,7 +14,7 @@ struct Sums {
 struct Lane {
     const u16 *x[TILES];  // this lane's tokens and columns; lanes without a token of their own repeat the last one
     int left;             // columns from there to the end of the row
-    u32 table;
+    u32 bank;             // which copy of a pair is its own
 };
 
 template <int OFFSET> __device__ __forceinline__ void inputs_at(u32 (&to)[TILES][4], const Lane &lane) {
@@ -48,7 +38,7 @@ __device__ __forceinline__ void field(Sums &sums, const Block &held, const Lane 
 #pragma unroll
             for (int plane = 0; plane < PLANES; plane++)
                 planes[part][plane] = held.words[RUN][plane][part % 2][2 * half + part / 2];
-            weights[part] = pair_of<FIELD>(planes[part], lane.table);
+            weights[part] = pair_of<FIELD>(planes[part], lane.bank);
         }
 #pragma unroll
         for (int tile = 0; tile < TILES; tile++) {
@@ -122,23 +112,6 @@ __device__ __forceinline__ void parts(float (&total)[TILES][4], Sums &sums, cons
     }
 }
 
-// This lane's part of a block on its way to shared memory, without waiting; it lies there 512 bytes apart.
-__device__ __forceinline__ void send(u32 to, const u16 *low, const u16 *high) {
-#pragma unroll
-    for (int load = 0; load < LOADS; load++)
-        asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;"
-                     : : "r"(to + 512 * load), "l"(place_of(load, low, high)) : "memory");
-}
-
-__device__ __forceinline__ void receive(Block &to, u32 from) {
-#pragma unroll
-    for (int load = 0; load < LOADS; load++) {
-        u32(&words)[4] = to.words[load / 2 / PLANES][load / 2 % PLANES][load % 2];
-        asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
-                     : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3]) : "r"(from + 512 * load) : "memory");
-    }
-}
-
 // out[m, n] = sum over k of x[m, k] * weight[n, k]
 //   x (M, K) 16-bit floats    words (N, stride) int16    scale (groups, N)    zero (groups, N) uint8
 //   table (16,) float32, values of codes    out (M, N)
@@ -147,7 +120,7 @@ decode(const u16 *x, const u16 *words, const void *scale, const u8 *zero, const 
        int K, int stride, int blocks) {
     __shared__ float shared[WARPS][TILES * 8][16];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, quad = lane % 4, row = blockIdx.x * 16 + lane / 4;
-    Lane own = {{}, K - warp * BLOCK - 8 * quad, 0};
+    Lane own = {{}, K - warp * BLOCK - 8 * quad, (u32)lane};
 #pragma unroll
     for (int tile = 0; tile < TILES; tile++)
         own.x[tile] = x + (i64)min(8 * tile + lane / 4, M - 1) * K + warp * BLOCK + 8 * quad;
@@ -157,40 +130,24 @@ decode(const u16 *x, const u16 *words, const void *scale, const u8 *zero, const 
     float total[TILES][4] = {};
     Sums sums;
     clear(sums);
-    constexpr u32 SLOT = LOADS * 512;  // bytes of a block in shared memory; a warp has STAGES of them
-    extern __shared__ uint4 ring[];
-    const u32 begin = (u32)__cvta_generic_to_shared(ring) + warp * STAGES * SLOT + 16 * lane, end = begin + STAGES * SLOT;
-    u32 from = begin, to = begin;
-    int ahead = warp;
-#pragma unroll
-    for (int stage = 0; stage < STAGES - 1; stage++) {
-        if (ahead < blocks) send(to, low, high);
-        asm volatile("cp.async.commit_group;" : : : "memory");
-        low += WARPS * PLANES * WORDS, high += WARPS * PLANES * WORDS, ahead += WARPS, to += SLOT;
-    }
+    Block held, next;
+    if (warp < blocks) fetch(held, low, high);
 #if TABLE
-    __shared__ uint4 pairs[256 * 8];  // every pair of codes for every lane, so that no two lanes meet in a bank
 #pragma unroll
     for (int place = threadIdx.x; place < 256 * 8; place += WARPS * 32) {
         const u32 pair = rounded(__ldg(table + place / 8 % 16), __ldg(table + place / 128));
-        pairs[place] = make_uint4(pair, pair, pair, pair);
+        ((uint4 *)pairs)[place] = make_uint4(pair, pair, pair, pair);
     }
     __syncthreads();
-    own.table = (u32)__cvta_generic_to_shared(pairs) + 4 * lane;
 #endif
     for (int block = warp; block < blocks; block += WARPS) {
-        asm volatile("cp.async.wait_group %0;" : : "n"(STAGES - 2) : "memory");
-        if (ahead < blocks) send(to, low, high);  // into the slot that the round before has emptied
-        asm volatile("cp.async.commit_group;" : : : "memory");
-        low += WARPS * PLANES * WORDS, high += WARPS * PLANES * WORDS, ahead += WARPS;
-        to = to + SLOT == end ? begin : to + SLOT;
-        Block held;
-        receive(held, from);
-        from = from + SLOT == end ? begin : from + SLOT;
+        low += WARPS * PLANES * WORDS, high += WARPS * PLANES * WORDS;
+        if (block + WARPS < blocks) fetch(next, low, high);
         parts<0>(total, sums, held, own, weights, block);
 #pragma unroll
         for (int tile = 0; tile < TILES; tile++) own.x[tile] += WARPS * BLOCK;
         own.left -= WARPS * BLOCK;
+        held = next;
     }
     if (GROUP == 0) settle(total, sums, weights, 0);
 #pragma unroll

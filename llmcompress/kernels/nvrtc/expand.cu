@@ -1,16 +1,5 @@
 // Rows of a packed weight as 16-bit floats, for a matrix product of many tokens.
 
-__device__ __forceinline__ void load16(u32 (&to)[4], const void *from) {
-    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "l"(from));
-}
-
-__device__ __forceinline__ void fetch(Block &to, const u16 *low, const u16 *high) {
-#pragma unroll
-    for (int load = 0; load < LOADS; load++)
-        load16(to.words[load / 2 / PLANES][load / 2 % PLANES][load % 2], place_of(load, low, high));
-}
-
 struct Strip {
     u32 rows[2], first, N, K;
     const float *table;  // the lane's own, every 32nd is its next value
@@ -20,9 +9,7 @@ __device__ __forceinline__ float upper(u32 pair) {  // of two 16-bit floats
 #if BFLOAT
     return __uint_as_float(pair & 0xffff0000u);
 #else
-    float found;
-    asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, h;}" : "=f"(found) : "r"(pair));
-    return found;
+    return from_half(pair >> 16);
 #endif
 }
 

@@ -16,7 +16,8 @@ from llmcompress.kernels.triton.tuning import Lean
 
 VARIABLE = "LLMCOMPRESS_NVRTC"
 TILE, MOST_TOKENS, ROWS = 8, 16, 16
-EXPAND = Lean(4, 2)
+EXPAND = Lean(4)
+SHORTEST = 32  # run of words that a warp reads at once
 VECTOR = 8  # of 16-bit inputs, in one load
 SCALES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -26,7 +27,7 @@ def fits(packing: Packing, dtype: torch.dtype, device: torch.device) -> bool:
     order = packing.planar
     if order is None or device.type != "cuda" or os.environ.get(VARIABLE) == "0":
         return False
-    if dtype not in (torch.bfloat16, torch.float16) or packing.table == TABLE_PER_ROW or order.words < 32:
+    if dtype not in (torch.bfloat16, torch.float16) or packing.table == TABLE_PER_ROW or order.words < SHORTEST:
         return False
     whole = packing.group == 0 or (
         packing.group % order.block == 0 if packing.group >= order.block else order.block % packing.group == 0
@@ -41,7 +42,7 @@ def definitions(packing: Packing, dtype: torch.dtype, scale: torch.dtype, *, til
     found = {
         "BITS": packing.bits, "WORDS": words, "FIELDS": fields, "PLANES": planes, "GROUP": packing.group,
         "ZERO": int(packing.zero), "TABLE": int(bool(packing.table)), "EVEN": int(packing.columns % block == 0),
-        "TILES": tiles, "WARPS": config.warps, "STAGES": config.stages, "BFLOAT": int(dtype == torch.bfloat16),
+        "TILES": tiles, "WARPS": config.warps, "BFLOAT": int(dtype == torch.bfloat16),
         "SCALE": SCALES[scale],
     }  # fmt: skip
     return tuple(found.items())
@@ -55,14 +56,8 @@ def multiply(x: Tensor, prepared: Mapping[str, Tensor], packing: Packing, rows: 
     numbers = _numbers(packing, prepared["words"], len(x), rows)
     given: list[Given] = [*_pointers(x), *_weight(prepared), *_pointers(out), *numbers]
     threads = 32 * config.warps
-    _function("decode", made, x.device).launch((-(-rows // ROWS), 1), threads, given, shared_bytes(packing, config))
+    _function("decode", made, x.device).launch((-(-rows // ROWS), 1), threads, given)
     return out
-
-
-def shared_bytes(packing: Packing, config: Lean) -> int:
-    """What the blocks on their way take of the memory that a thread block shares."""
-    order = packing.planar
-    return config.warps * config.stages * ROWS * order.planes * order.words * 2 if order else 0
 
 
 def dequantize(prepared: Mapping[str, Tensor], packing: Packing, span: tuple[int, int], dtype: torch.dtype) -> Tensor:

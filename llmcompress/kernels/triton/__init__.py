@@ -57,7 +57,7 @@ def linear(x: Tensor, prepared: Mapping[str, Tensor], spec: LinearSpec, rows: in
     prepared  what `prepare` returned
     returns   (M, rows)     in the dtype of `x`
     """
-    from llmcompress.kernels.nvrtc import small as nvrtc
+    from llmcompress.kernels.nvrtc import small as nvrtc  # lazy: it imports this package
     from llmcompress.kernels.triton import large, small  # lazy: triton is an extra
 
     x, packing = x.detach().contiguous(), packing_of(spec, columns)

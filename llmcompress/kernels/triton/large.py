@@ -14,7 +14,7 @@ from llmcompress.kernels.nvrtc import small as nvrtc
 from llmcompress.kernels.triton.jit.dequantize import dequantize_dense, dequantize_planar
 from llmcompress.kernels.triton.layout import Packing
 
-STRIP_BYTES = 1 << 25
+MANY, STRIP_BYTES = 1024, (1 << 26, 1 << 25)  # strips for fewer and for more tokens
 LANES = 2
 ROWS, COLUMNS, WARPS = 16, 256, 4  # of one program
 
@@ -22,11 +22,12 @@ ROWS, COLUMNS, WARPS = 16, 256, 4  # of one program
 def multiply(
     x: Tensor, prepared: Mapping[str, Tensor], packing: Packing, rows: int, *, strip: int = 0, lanes: int = LANES
 ) -> Tensor:
-    """`x` (M, columns) times the transposed weight, (M, rows), `strip` rows at a time (0: as many as suit a cache).
+    """`x` (M, columns) times the transposed weight, (M, rows), `strip` rows at a time (0: as many as suit `x`).
 
     On a GPU strips take turns in `lanes` streams, so that one is unpacked while another is multiplied.
     """
-    step = strip or max(STRIP_BYTES // (packing.columns * x.element_size()) // ROWS * ROWS, ROWS)
+    most = STRIP_BYTES[len(x) >= MANY]
+    step = strip or max(most // (packing.columns * x.element_size()) // ROWS * ROWS, ROWS)
     out = torch.empty((len(x), rows), dtype=x.dtype, device=x.device)
     spans = [(first, min(first + step, rows)) for first in range(0, rows, step)]
     if not x.is_cuda or len(spans) == 1 or lanes == 1:

@@ -72,9 +72,7 @@ def candidates(packing: Packing, most: int, lean: bool = False) -> Iterator[Conf
     """What is worth trying for up to `most` tokens: tiles, parts, warps and stages; `lean` with the other kernel."""
     blocks = packing.planar.blocks(packing.columns) if packing.planar else 1
     if lean and most <= nvrtc.MOST_TOKENS:
-        for warps in (4, 8, 16):
-            fitting = (stages for stages in (2, 3, 4, 6) if (stages - 2) * warps < blocks)
-            yield from (Lean(warps, stages) for stages in fitting)
+        yield from (Lean(warps) for warps in (4, 8, 16))
     for rows, warps in ((32, 2), (64, 4), (128, 4), (128, 8)):
         for split in (1, 2, 4, 8):
             if split <= blocks and (most <= 32 or split <= 2):
@@ -111,19 +109,27 @@ def copies_for(weight: Mapping[str, Tensor], cache: int) -> int:
     return min(-(-CACHES * cache // size), MOST_COPIES)
 
 
+@dataclass(frozen=True)
+class Search:
+    """The numbers of tokens to tune for, and what is tried for each."""
+
+    tokens: tuple[int, ...]
+    trials: Trials
+
+
 def tune(
     linears: Iterable[tuple[LinearSpec, int, int]], dtype: torch.dtype, device: torch.device, *,
-    timer: Timer = graph_timer, most_tokens: Iterable[int] = BUCKETS, workers: int | None = None,
-    trials: Trials | None = None,
+    timer: Timer = graph_timer, workers: int | None = None, search: Search | None = None,
 ) -> Iterator[Tuned]:  # fmt: skip
     """The best configuration of each `(spec, rows, columns)` and number of tokens; those that cannot run lose.
 
     Linears whose codes have no planar order are passed over: they are multiplied in strips. `workers` processes
-    compile beforehand: as many as there are processors, where it is None; 0 for none. `trials` replaces `candidates`.
+    compile beforehand: as many as there are processors, where it is None; 0 for none.
     """
     packings = dict.fromkeys((packing_of(spec, columns), rows) for spec, rows, columns in linears)
-    trials = trials or candidates
-    planar, buckets = [pair for pair in packings if pair[0].planar is not None], tuple(most_tokens)
+    search = search or Search(BUCKETS, candidates)
+    trials = search.trials
+    planar, buckets = [pair for pair in packings if pair[0].planar is not None], search.tokens
     jobs = [
         (*pair, most, config, dtype, device)
         for pair in planar

@@ -2,7 +2,7 @@
 
 Nothing is measured while a model runs, so equal inputs give equal bits, and a captured graph stays valid.
 A table is JSON: device class or name -> what a linear is (`int4`, `int4 4096x4096`) -> most tokens -> five numbers of
-the kernel in Triton, or two of that in CUDA C++.
+the kernel in Triton, or one of that in CUDA C++.
 """
 
 import functools
@@ -37,10 +37,9 @@ class Config(NamedTuple):
 
 
 class Lean(NamedTuple):
-    """Of the kernel in CUDA C++: warps that share 16 rows, and blocks of each that are on their way from memory."""
+    """Of the kernel in CUDA C++: warps that share 16 rows."""
 
     warps: int
-    stages: int
 
 
 Table = dict[str, dict[str, Config | Lean]]
@@ -71,8 +70,8 @@ def read_table(path: Path) -> Table:
 def _checked(numbers: list[int]) -> Config | Lean:
     if len(numbers) == len(Lean._fields):
         lean = Lean(*numbers)
-        if lean.warps not in WARPS or not 2 <= lean.stages <= MOST_STAGES or type(lean.stages) is not int:
-            raise ValueError("no such warps or stages")
+        if lean.warps not in WARPS:
+            raise ValueError("no such number of warps")
         return lean
     config = Config(*numbers)
     whole = all(type(value) is int for value in config)
@@ -117,7 +116,7 @@ def choose(packing: Packing, rows: int, tokens: int, device: torch.device, lean:
             if known is not None and lean:
                 return known
     if lean and tokens <= LEAN_TOKENS:
-        return Lean(8 if rows < LEAN_ROWS else 4, 4)
+        return Lean(8 if rows < LEAN_ROWS else 4)
     return fill(rule(packing, bucket(tokens)), packing, (rows, tokens), found.multi_processor_count)
 
 

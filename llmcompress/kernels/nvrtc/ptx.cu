@@ -1,0 +1,62 @@
+// What there is a machine instruction for and no word in C++; `tests/kernels/host_ptx.h` says the same in plain C++.
+//
+// Compiled with: BFLOAT (16-bit floats are bfloat16, else float16).
+
+typedef unsigned int u32;
+typedef unsigned short u16;
+typedef unsigned char u8;
+typedef long long i64;
+
+__device__ __forceinline__ void load16(u32 (&to)[4], const void *from) {  // 16 bytes that nobody needs again
+    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "l"(from));
+}
+
+template <u32 MASK> __device__ __forceinline__ u32 chosen(u32 word, u32 others) {  // (word & MASK) | others
+    u32 found;
+    asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(found) : "r"(word), "n"(MASK), "r"(others));
+    return found;
+}
+
+template <u32 WHICH> __device__ __forceinline__ u32 bytes_of(u32 low, u32 high) {  // four of eight, a nibble for each
+    u32 found;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(found) : "r"(low), "r"(high), "n"(WHICH));
+    return found;
+}
+
+__device__ __forceinline__ u32 times_plus(u32 pair, u32 factor, u32 summand) {  // of two 16-bit floats each, one rounding
+    u32 found;
+#if BFLOAT
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(found) : "r"(pair), "r"(factor), "r"(summand));
+#else
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(found) : "r"(pair), "r"(factor), "r"(summand));
+#endif
+    return found;
+}
+
+__device__ __forceinline__ u32 rounded(float left, float right) {  // two 16-bit floats, `left` in the lower half
+    u32 found;
+#if BFLOAT
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(found) : "f"(right), "f"(left));
+#else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(found) : "f"(right), "f"(left));
+#endif
+    return found;
+}
+
+__device__ __forceinline__ float from_half(u16 half) {
+    float found;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(found) : "h"(half));
+    return found;
+}
+
+// sums (16 rows, 8 tokens) += weights (16, 16) * inputs (16, 8), all spread over the lanes of a warp.
+__device__ __forceinline__ void multiply(float (&sums)[4], const u32 (&weights)[4], u32 low, u32 high) {
+#if BFLOAT
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+#else
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+#endif
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(weights[0]), "r"(weights[1]), "r"(weights[2]), "r"(weights[3]), "r"(low), "r"(high));
+}

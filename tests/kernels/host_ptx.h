@@ -1,0 +1,127 @@
+// The CUDA C++ kernels on a CPU: a thread for every thread of a block, the instructions of `ptx.cu` in plain C++.
+// Compiled together with `codes.cu` and one kernel; `WARPS` as there.
+
+#include <algorithm>
+#include <barrier>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(threads)
+#define __shared__ static
+#define __align__(bytes) __attribute__((aligned(bytes)))
+
+typedef uint32_t u32;
+typedef uint16_t u16;
+typedef uint8_t u8;
+typedef long long i64;
+struct alignas(16) uint4 {
+    u32 x, y, z, w;
+};
+struct Place {
+    int x, y;
+};
+
+using std::min;
+constexpr int THREADS = WARPS * 32;
+static thread_local Place threadIdx, blockIdx;
+static std::barrier<> everyone(THREADS);
+static std::barrier<> *warps[WARPS];
+static u32 fragments[WARPS][32][6];
+
+inline void __syncthreads() { everyone.arrive_and_wait(); }
+inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
+template <class T> T __ldg(const T *place) { return *place; }
+
+inline float __uint_as_float(u32 bits) {
+    float found;
+    std::memcpy(&found, &bits, 4);
+    return found;
+}
+
+inline float number_of(u16 half) {
+#if BFLOAT
+    return __uint_as_float((u32)half << 16);
+#else
+    _Float16 found;
+    std::memcpy(&found, &half, 2);
+    return (float)found;
+#endif
+}
+
+inline u16 half_of(double number) {
+#if BFLOAT
+    float single = (float)number;
+    u32 bits;
+    std::memcpy(&bits, &single, 4);
+    return (u16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+#else
+    _Float16 half = (_Float16)number;
+    u16 found;
+    std::memcpy(&found, &half, 2);
+    return found;
+#endif
+}
+
+inline float from_half(u16 half) {
+    _Float16 found;
+    std::memcpy(&found, &half, 2);
+    return (float)found;
+}
+
+inline void load16(u32 (&to)[4], const void *from) { std::memcpy(to, from, 16); }
+template <u32 MASK> u32 chosen(u32 word, u32 others) { return (word & MASK) | others; }
+inline u32 rounded(float left, float right) { return half_of(left) | (u32)half_of(right) << 16; }
+
+template <u32 WHICH> u32 bytes_of(u32 low, u32 high) {
+    const uint64_t all = low | (uint64_t)high << 32;
+    u32 found = 0;
+    for (int byte = 0; byte < 4; byte++) found |= (u32)(all >> (8 * (WHICH >> (4 * byte) & 7)) & 255) << (8 * byte);
+    return found;
+}
+
+inline u32 times_plus(u32 pair, u32 factor, u32 summand) {
+    u32 found = 0;
+    for (int half = 0; half < 32; half += 16)
+        found |= (u32)half_of((double)number_of(pair >> half) * number_of(factor >> half) + number_of(summand >> half)) << half;
+    return found;
+}
+
+inline void multiply(float (&sums)[4], const u32 (&weights)[4], u32 low, u32 high) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = lane / 4, column = lane % 4 * 2;
+    u32(&all)[32][6] = fragments[warp];
+    const u32 mine[6] = {weights[0], weights[1], weights[2], weights[3], low, high};
+    std::memcpy(all[lane], mine, sizeof mine);
+    warps[warp]->arrive_and_wait();
+    for (int part = 0; part < 4; part++) {
+        const int m = row + part / 2 * 8, n = column + part % 2;
+        double sum = sums[part];
+        for (int k = 0; k < 16; k++) {
+            const u32 weight = all[m % 8 * 4 + k % 8 / 2][m / 8 + k / 8 * 2], input = all[n * 4 + k % 8 / 2][4 + k / 8];
+            sum += (double)number_of(weight >> k % 2 * 16) * number_of(input >> k % 2 * 16);
+        }
+        sums[part] = (float)sum;
+    }
+    warps[warp]->arrive_and_wait();
+}
+
+// Every block in turn, its threads side by side.
+template <class Kernel> void run(int columns, int rows, Kernel kernel) {
+    for (auto &warp : warps) warp = new std::barrier<>(32);
+    for (int y = 0; y < rows; y++)
+        for (int x = 0; x < columns; x++) {
+            std::vector<std::thread> threads;
+            for (int thread = 0; thread < THREADS; thread++)
+                threads.emplace_back([=] {
+                    threadIdx = {thread, 0}, blockIdx = {x, y};
+                    kernel();
+                });
+            for (auto &thread : threads) thread.join();
+        }
+    for (auto &warp : warps) delete warp;
+}
