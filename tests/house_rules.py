@@ -29,6 +29,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "__main__": (("cli",), ("torch",)),
 }
 TORCHLESS = (
+    "eval.facts",
     "eval.report",
     "eval.gate",
     "eval.statistics",

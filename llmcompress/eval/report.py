@@ -8,6 +8,12 @@ import numpy
 from pydantic import Field, model_validator
 
 from llmcompress.errors import InputError
+from llmcompress.eval.facts import BlockError as BlockError
+from llmcompress.eval.facts import Estimate as Estimate
+from llmcompress.eval.facts import Quantile as Quantile
+from llmcompress.eval.facts import Sampling as Sampling
+from llmcompress.eval.facts import Speed as Speed
+from llmcompress.eval.facts import TokenFacts as TokenFacts
 from llmcompress.eval.statistics import cluster_t, design_effect, kl_interval
 from llmcompress.types import Noun
 
@@ -36,21 +42,6 @@ class DataFacts(Noun):
     sequences: int
     sequence_length: int
     seed: int
-
-
-class Estimate(Noun):
-    """A mean over sequences with its interval; null where it is not finite or cannot be told. Both ends or neither."""
-
-    mean: float | None
-    low: float | None = None
-    high: float | None = None
-
-
-class Quantile(Noun):
-    """Share of sequences at or below a value."""
-
-    share: float
-    value: float | None
 
 
 class PerSequence(Noun):
@@ -86,7 +77,7 @@ class Summary(Noun):
 
 
 class Footprint(Noun):
-    """Sizes on disk."""
+    """Sizes on disk, and in memory where a model was loaded: bytes of parameters and buffers."""
 
     shard_bytes: int
     directory_bytes: int
@@ -95,6 +86,8 @@ class Footprint(Noun):
     quantized_weights: int
     bits_per_weight: float | None
     file_bits_per_weight: float
+    resident_bytes: int | None = None
+    reference_resident_bytes: int | None = None
 
 
 class TaskDocuments(Noun):
@@ -107,9 +100,15 @@ class TaskDocuments(Noun):
 
 
 class EvalReport(Noun):
-    """The whole of report.json. `tasks` has the shape of lm-evaluation-harness `results`."""
+    """The whole of report.json.
 
-    schema_version: Literal["1"] = "1"
+    `tasks` (the model) and `reference_tasks` have the shape of lm-evaluation-harness `results`, `harness` is what else
+    it wrote: versions, shots, numbers of documents, task hashes. `trajectory` is empty where blocks cannot be compared.
+    Version 2 adds `tokens`, `trajectory`, `sampling`, `speed`, `reference_tasks`, `harness` and the bytes resident;
+    files of version 1, which have none of them, are read as well.
+    """
+
+    schema_version: Literal["1", "2"] = "2"
     model: ModelFacts
     ref: ModelFacts
     data: DataFacts
@@ -117,7 +116,13 @@ class EvalReport(Noun):
     summary: Summary
     per_sequence: PerSequence
     footprint: Footprint
+    tokens: TokenFacts | None = None
+    trajectory: tuple[BlockError, ...] = ()
+    sampling: Sampling | None = None
+    speed: tuple[Speed, ...] = ()
     tasks: dict[str, dict[str, float | str]] = Field(default_factory=dict)
+    reference_tasks: dict[str, dict[str, float | str]] = Field(default_factory=dict)
+    harness: dict[str, Any] | None = None
     documents: dict[str, TaskDocuments] = Field(default_factory=dict)
     plan: dict[str, Any] | None = None
     environment: dict[str, str]
@@ -129,14 +134,19 @@ class EvalReport(Noun):
         arrays = (self.per_sequence.kld, self.per_sequence.dnll)
         if self.finite and any(None in values for values in arrays):
             raise ValueError("finite is true but a sequence has no figure")
+        later = (self.tokens, self.trajectory, self.sampling, self.speed, self.reference_tasks, self.harness)
+        if self.schema_version == "1" and any(later):
+            raise ValueError("schema_version is 1 but there are figures of version 2")
         return self
 
 
-def _number(value: float) -> float | None:
+def number(value: float) -> float | None:
+    """A value, null where it is not finite."""
     return value if math.isfinite(value) else None
 
 
-def _estimate(values: Sequence[float], *, kind: Literal["kl", "plain"] = "plain") -> Estimate:
+def estimate(values: Sequence[float], *, kind: Literal["kl", "plain"] = "plain") -> Estimate:
+    """The mean of per-sequence values and its 95 % interval, of the kind that suits a KL divergence or any other."""
     array = numpy.asarray(values, dtype=numpy.float64)
     if not numpy.isfinite(array).all():
         return Estimate(mean=None)
@@ -160,7 +170,7 @@ def perplexity(sequences: Sequence["SequenceFidelity"]) -> tuple[float | None, f
     weights = [s.positions - 1 for s in sequences]
     found = []
     for likelihoods in ([s.nll_reference for s in sequences], [s.nll_candidate for s in sequences]):
-        found.append(_exp(_number(sum(x * w for x, w in zip(likelihoods, weights, strict=True)) / sum(weights))))
+        found.append(_exp(number(sum(x * w for x, w in zip(likelihoods, weights, strict=True)) / sum(weights))))
     return found[0], found[1]
 
 
@@ -173,7 +183,7 @@ def summarize(sequences: Sequence["SequenceFidelity"]) -> Summary:
         raise InputError("there are no sequences to summarize", "give a longer text")
     kld = numpy.asarray([s.kld for s in sequences], dtype=numpy.float64)
     before, after = perplexity(sequences)
-    difference = _estimate([s.nll_candidate - s.nll_reference for s in sequences])
+    difference = estimate([s.nll_candidate - s.nll_reference for s in sequences])
     finite = bool(numpy.isfinite(kld).all())
     effect = design_effect(
         kld,
@@ -182,17 +192,17 @@ def summarize(sequences: Sequence["SequenceFidelity"]) -> Summary:
     )
     return Summary(
         level=0.95,
-        kld=_estimate([s.kld for s in sequences], kind="kl"),
+        kld=estimate([s.kld for s in sequences], kind="kl"),
         kld_quantiles=tuple(
             Quantile(share=q, value=float(numpy.quantile(kld, q)) if finite else None) for q in QUANTILES
         ),
-        kld_largest_position=_number(float(numpy.max([s.kld_largest for s in sequences]))),
+        kld_largest_position=number(float(numpy.max([s.kld_largest for s in sequences]))),
         dnll=difference,
         perplexity_reference=before,
         perplexity_candidate=after,
         perplexity_ratio=_exponent(difference),
-        top1=_estimate([s.top1 for s in sequences]),
-        design_effect=None if effect is None else _number(effect),
+        top1=estimate([s.top1 for s in sequences]),
+        design_effect=None if effect is None else number(effect),
     )
 
 
@@ -200,9 +210,9 @@ def per_sequence(sequences: Sequence["SequenceFidelity"]) -> PerSequence:
     """The arrays behind the summary."""
     return PerSequence(
         seq_ids=tuple(range(len(sequences))),
-        kld=tuple(_number(s.kld) for s in sequences),
-        dnll=tuple(_number(s.nll_candidate - s.nll_reference) for s in sequences),
-        nll_reference=tuple(_number(s.nll_reference) for s in sequences),
+        kld=tuple(number(s.kld) for s in sequences),
+        dnll=tuple(number(s.nll_candidate - s.nll_reference) for s in sequences),
+        nll_reference=tuple(number(s.nll_reference) for s in sequences),
         top1=tuple(s.top1 for s in sequences),
     )
 

@@ -11,15 +11,23 @@ import torch
 import transformers
 
 from llmcompress.errors import InputError
-from llmcompress.eval.fidelity import evaluate
+from llmcompress.eval.fidelity import SequenceFidelity
+from llmcompress.eval.pair import Pair
 from llmcompress.eval.report import DataFacts, EvalReport, Footprint, ModelFacts, per_sequence, summarize
+from llmcompress.eval.tokens import Tally
 from llmcompress.files import commit_bytes, read_json, to_json
 from llmcompress.model.checkpoint import folder_bytes
 from llmcompress.model.hub import Source
 from llmcompress.model.integrity import digest_source, scan
 from llmcompress.model.skeleton import Skeleton
-from llmcompress.model.stream import BlockStream
-from llmcompress.model.text import Batches, TextRequest, same_text, token_batches, tokenizer_digest
+from llmcompress.model.text import (
+    Batches,
+    TextRequest,
+    load_tokenizer,
+    same_text,
+    token_batches,
+    tokenizer_digest,
+)
 from llmcompress.runtime.packed import PackedReader
 
 RECORD_NAME = "llmcompress.json"
@@ -59,8 +67,10 @@ def run_eval(request: EvalRequest) -> EvalReport:
             f"{batches.source} is the text the model was calibrated on", "evaluate on other text: --data FILE"
         )
     tokens = batches.split(request.batch_size)
-    streams = (BlockStream(reference).logits(tokens), BlockStream(candidate).logits(tokens))
-    sequences = evaluate(*streams, tokens)
+    pair, tally = Pair(reference, candidate), Tally()
+    sequences: list[SequenceFidelity] = []
+    for (left, right), rows in zip(pair.logits(tokens), tokens, strict=True):
+        sequences += tally.add(left, right, rows)
     return EvalReport(
         model=_facts(request.model, candidate),
         ref=_facts(request.reference, reference),
@@ -69,6 +79,8 @@ def run_eval(request: EvalRequest) -> EvalReport:
         summary=summarize(sequences),
         per_sequence=per_sequence(sequences),
         footprint=_footprint(candidate, reference),
+        tokens=tally.facts(load_tokenizer(request.reference.path)),
+        trajectory=pair.trajectory,
         plan=record.get("plan"),
         environment=_environment(),
         command=request.command,

@@ -145,14 +145,19 @@ class BlockStream:
         """Logits of each batch, every block loaded once and freed again."""
         hidden, calls = self.start(batches)
         for index in range(len(self.skeleton.blocks)):
-            block = self.skeleton.load_block(index)
-            for place, call in enumerate(calls):
-                hidden[place] = self.run_block(index, hidden[place], call[index])
-            self.skeleton.free(block)
+            self.pass_block(index, hidden, calls)
         for place, tokens in enumerate(batches):
             yield self.leave(tokens, hidden[place])
             hidden[place] = torch.empty(0)
         self.skeleton.free_rest()
+
+    @torch.no_grad()
+    def pass_block(self, index: int, hidden: list[Tensor], calls: Sequence[Sequence[BlockCall]]) -> None:
+        """Load block `index`, put what leaves it in the place of every batch's hidden states, and free it."""
+        block = self.skeleton.load_block(index)
+        for place, call in enumerate(calls):
+            hidden[place] = self.run_block(index, hidden[place], call[index])
+        self.skeleton.free(block)
 
     def start(self, batches: Sequence[Tensor]) -> tuple[list[Tensor], list[list[BlockCall]]]:
         """Load the rest and block 0, and enter every batch. Block 0 stays loaded."""

@@ -59,7 +59,7 @@ def test_round_trip_and_no_unknown_keys() -> None:
     assert EvalReport.parse(to_json(document), "report.json") == found
     with pytest.raises(InputError, match="surprise"):
         EvalReport.parse(json.dumps(document | {"surprise": 1}), "report.json")
-    assert json_schema()["properties"]["schema_version"]["const"] == "1"
+    assert json_schema()["properties"]["schema_version"]["default"] == "2"
 
 
 def test_summary_is_the_arithmetic_of_the_arrays() -> None:

@@ -1,0 +1,63 @@
+"""Two models over the same text, a block of one and then the same block of the other."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from llmcompress.eval.facts import BlockError
+from llmcompress.eval.report import number
+from llmcompress.model.skeleton import Skeleton
+from llmcompress.model.stream import BlockStream
+
+OTHER_BASIS = 0.5  # embeddings that differ by more belong to a stream that was rotated
+
+
+class Pair:
+    """Streams two skeletons side by side. `trajectory` is there once the first logits are.
+
+    In memory at one time: hidden states of both for all batches, what lies outside the blocks of both, and one block
+    of one of them, but for the two first blocks, which are there together. `trajectory` stays empty where the models
+    have different numbers of blocks, or embeddings so far apart that their streams are not in one basis.
+    """
+
+    def __init__(self, reference: Skeleton, candidate: Skeleton) -> None:
+        self.streams = BlockStream(reference), BlockStream(candidate)
+        self.trajectory: tuple[BlockError, ...] = ()
+
+    @torch.no_grad()
+    def logits(self, batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Logits of reference and candidate for each batch of token ids. Raises InputError where the stream does."""
+        started = [stream.start(batches) for stream in self.streams]
+        hidden = [states for states, _ in started]
+        depths = [len(stream.skeleton.blocks) for stream in self.streams]
+        found = [_distance(-1, *hidden)]
+        for index in range(max(depths)):
+            for stream, depth, (states, calls) in zip(self.streams, depths, started, strict=True):
+                if index < depth:
+                    stream.pass_block(index, states, calls)
+            found.append(_distance(index, *hidden))
+        entered = found[0].relative_error
+        if depths[0] == depths[1] and entered is not None and entered <= OTHER_BASIS:
+            self.trajectory = tuple(found)
+        for place, tokens in enumerate(batches):
+            left, right = (
+                stream.leave(tokens, states[place]) for stream, states in zip(self.streams, hidden, strict=True)
+            )
+            yield left, right
+            hidden[0][place] = hidden[1][place] = torch.empty(0)
+        for stream in self.streams:
+            stream.skeleton.free_rest()
+
+
+def _distance(block: int, reference: Sequence[Tensor], candidate: Sequence[Tensor]) -> BlockError:
+    errors = cosines = tokens = 0.0
+    for left, right in zip(reference, candidate, strict=True):
+        if left.shape != right.shape:
+            return BlockError(block=block, relative_error=None, cosine=None)
+        p, q = left.double(), right.double()
+        size = p.norm(dim=-1).clamp_min(1e-30)
+        errors += float(((q - p).norm(dim=-1) / size).sum())
+        cosines += float(((p * q).sum(-1) / size / q.norm(dim=-1).clamp_min(1e-30)).sum())
+        tokens += size.numel()
+    return BlockError(block=block, relative_error=number(errors / tokens), cosine=number(cosines / tokens))
