@@ -5,8 +5,9 @@ from typing import Any
 
 import click
 
+from llmcompress.cli.figures import lines_of
 from llmcompress.cli.options import pick_device, speaking
-from llmcompress.cli.say import Speaker, command_line, megabytes
+from llmcompress.cli.say import Speaker, command_line
 
 
 @click.command("verify")
@@ -31,17 +32,21 @@ def verify_command(output: Path, device: str | None, speaker: Speaker) -> None:
 @click.option("--sequence-length", type=click.IntRange(8), default=512, show_default=True, help="Tokens in each.")
 @click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--sweep", is_flag=True, help="Also KL at temperatures, and where greedy continuations part.")
+@click.option("--speed", is_flag=True, help="Also tokens per second and memory of both, as users load them.")
+@click.option("--tasks", metavar="NAME[=FILE],...", help="Also tasks of lm-evaluation-harness; FILE has the documents.")
+@click.option("--task-limit", type=click.IntRange(1), help="Documents of each task. Default: all.")
 @click.option("--device", default=None, help="cpu or cuda. Default: cpu.")
 @speaking
 def eval_command(model: str, ref: str, output: Path | None, speaker: Speaker, **flags: Any) -> None:
-    """Compare MODEL with its original on held-out text: KL divergence, perplexity, top-1 agreement."""
+    """Compare MODEL with its original on held-out text: KL divergence, perplexity, agreement, single tokens, blocks."""
     request = _request(model, ref, flags)
     from llmcompress.eval.run import run_eval, write_report
 
     speaker.talk(f"comparing {request.model.name} with {request.reference.name} ...")
     report = run_eval(request)
     path = write_report(report, output or Path(f"{request.model.name}-eval"))
-    speaker.result(report.model_dump(mode="json"), [*_lines(report), f"written to  {path}"])
+    speaker.result(report.model_dump(mode="json"), [*lines_of(report), f"written to  {path}"])
 
 
 def _request(model: str, ref: str, flags: dict[str, Any]) -> Any:
@@ -52,28 +57,8 @@ def _request(model: str, ref: str, flags: dict[str, Any]) -> Any:
     from llmcompress.model.text import TextRequest
 
     text = TextRequest(flags["data"], flags["samples"], flags["sequence_length"], flags["seed"], "evaluation")
-    return EvalRequest(*sources, text, flags["batch_size"], pick_device(flags["device"]), command_line())
-
-
-def _with_interval(estimate: Any, digits: int = 5) -> str:
-    if estimate.mean is None:
-        return "not finite"
-    if estimate.low is None:
-        return f"{estimate.mean:.{digits}f}"
-    return f"{estimate.mean:.{digits}f}  [{estimate.low:.{digits}f}, {estimate.high:.{digits}f}]"
-
-
-def _lines(report: Any) -> list[str]:
-    found, size = report.summary, report.footprint
-    bits = f"{size.bits_per_weight:.4f} over the quantized linears, " if size.bits_per_weight is not None else ""
-    perplexities = (found.perplexity_reference, found.perplexity_candidate)
-    before, after = ("not finite" if p is None else f"{p:.4f}" for p in perplexities)
-    return [
-        f"text        {report.data.sequences} x {report.data.sequence_length} tokens, {report.data.source}",
-        f"KL          {_with_interval(found.kld)} nats/token, 95 % over sequences",
-        f"perplexity  {before} -> {after}, ratio {_with_interval(found.perplexity_ratio, 4)}",
-        f"top-1       {_with_interval(found.top1, 4)} agreement",
-        f"bits        {bits}{size.file_bits_per_weight:.4f} over the whole checkpoint",
-        f"size        {size.reference_shard_bytes:,} -> {size.shard_bytes:,} bytes of weights "
-        f"({megabytes(size.directory_bytes)} in all)",
-    ]
+    tasks = tuple(filter(None, (flags["tasks"] or "").split(",")))
+    return EvalRequest(
+        *sources, text, flags["batch_size"], pick_device(flags["device"]), command_line(),
+        sweep=flags["sweep"], speed=flags["speed"], tasks=tasks, task_limit=flags["task_limit"],
+    )  # fmt: skip

@@ -9,11 +9,15 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 
 from llmcompress.errors import InputError
 from llmcompress.eval.fidelity import SequenceFidelity
 from llmcompress.eval.pair import Pair
-from llmcompress.eval.report import DataFacts, EvalReport, Footprint, ModelFacts, per_sequence, summarize
+from llmcompress.eval.report import DataFacts, EvalReport, Footprint, ModelFacts, Sampling, per_sequence, summarize
+from llmcompress.eval.sampling import TEMPERATURES, continued
+from llmcompress.eval.speed import speeds
+from llmcompress.eval.tasks import TaskRequest, check_installed, run_tasks
 from llmcompress.eval.tokens import Tally
 from llmcompress.files import commit_bytes, read_json, to_json
 from llmcompress.model.checkpoint import folder_bytes
@@ -36,7 +40,12 @@ REPORT_NAME = "report.json"
 
 @dataclass(frozen=True)
 class EvalRequest:
-    """Which model, against which, on what text."""
+    """Which model, against which, on what text.
+
+    sweep       also greedy continuations of both, and KL at several temperatures
+    speed       also tokens per second of both
+    tasks       of lm-evaluation-harness, each `NAME` or `NAME=FILE`; `task_limit` documents of each, or all
+    """
 
     model: Source
     reference: Source
@@ -44,31 +53,32 @@ class EvalRequest:
     batch_size: int
     device: str
     command: str
+    sweep: bool = False
+    speed: bool = False
+    tasks: tuple[str, ...] = ()
+    task_limit: int | None = None
 
 
 def run_eval(request: EvalRequest) -> EvalReport:
-    """Compare `model` with `reference`; both are streamed a block at a time.
+    """Compare `model` with `reference`; both are streamed a block at a time, what is not asked for besides included.
 
-    Raises InputError when their vocabularies or tokenizers differ, or when the text was the one the
-    model was calibrated on.
+    Raises InputError when their vocabularies or tokenizers differ, when the text was the one the model was calibrated
+    on, or when tasks cannot be run.
     """
+    if request.tasks:
+        check_installed()
     candidate = Skeleton.open(request.model.path, request.device, decode=PackedReader)
     reference = Skeleton.open(request.reference.path, request.device, decode=PackedReader)
-    digest = tokenizer_digest(request.reference.path)
-    if digest != tokenizer_digest(request.model.path):
-        raise InputError(
-            f"{request.model.name} and {request.reference.name} have different tokenizers",
-            "compare a compressed model with the model it came from",
-        )
+    digest = _common_tokenizer(request)
     record = _record(request.model.path)
     batches = token_batches(_fitted(request.text, reference), request.reference.path)
     if same_text(str(record.get("calibration_text_digest")), batches):
         raise InputError(
             f"{batches.source} is the text the model was calibrated on", "evaluate on other text: --data FILE"
         )
-    tokens = batches.split(request.batch_size)
-    pair, tally = Pair(reference, candidate), Tally()
+    pair, tally = Pair(reference, candidate), Tally(TEMPERATURES if request.sweep else ())
     sequences: list[SequenceFidelity] = []
+    tokens = batches.split(request.batch_size)
     for (left, right), rows in zip(pair.logits(tokens), tokens, strict=True):
         sequences += tally.add(left, right, rows)
     return EvalReport(
@@ -85,7 +95,34 @@ def run_eval(request: EvalRequest) -> EvalReport:
         environment=_environment(),
         command=request.command,
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **_run_whole(request, batches.tokens, tally),
     )
+
+
+def _common_tokenizer(request: EvalRequest) -> str:
+    """The digest of the tokenizer that both models have."""
+    digest = tokenizer_digest(request.reference.path)
+    if digest != tokenizer_digest(request.model.path):
+        raise InputError(
+            f"{request.model.name} and {request.reference.name} have different tokenizers",
+            "compare a compressed model with the model it came from",
+        )
+    return digest
+
+
+def _run_whole(request: EvalRequest, tokens: Tensor, tally: Tally) -> dict[str, Any]:
+    """Fields of the report for which a model has to be whole in memory, one model after the other."""
+    found: dict[str, Any] = {}
+    folders = request.reference.path, request.model.path
+    if request.sweep:
+        written = continued(folders, tokens, request.device)
+        found["sampling"] = Sampling(temperatures=tally.tempered(), continuations=written)
+    if request.speed:
+        found["speed"] = speeds(folders, tokens, request.device)
+    if request.tasks:
+        wanted = TaskRequest(request.tasks, request.task_limit, request.batch_size, request.device)
+        found |= vars(run_tasks(wanted, *folders))
+    return found
 
 
 def _fitted(text: TextRequest, skeleton: Skeleton) -> TextRequest:

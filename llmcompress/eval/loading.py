@@ -1,0 +1,31 @@
+"""Models as users run them: whole, packed where they are packed."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from llmcompress.files import read_json
+from llmcompress.runtime.load import load
+
+
+def opened(folder: Path, device: str, dtype: torch.dtype | None = None) -> Any:
+    """A model directory as a transformers model: through `llmcompress.load` where it is quantized.
+
+    dtype  of everything that is not packed, and of what flows; what config.json says, where not given
+
+    Raises InputError where a quantized checkpoint is not one that `load` reads.
+    """
+    if "quantization_config" in read_json(folder / "config.json"):
+        return load(folder, dtype=dtype, device=device)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype or "auto", trust_remote_code=False, use_safetensors=True, local_files_only=True
+    )
+    return model.to(device).eval()
+
+
+def context_of(model: Any) -> int | None:
+    """The most tokens a model reads, where its config says so."""
+    found: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return found
