@@ -80,8 +80,12 @@ def _speed(report: "EvalReport") -> Iterator[str]:
             f"{new.decode_tokens_per_second:,.0f}, prefill {old.prefill_tokens_per_second:,.0f} -> "
             f"{new.prefill_tokens_per_second:,.0f} tokens/s, {new.dtype}"
         )
-    for old, new in zip(report.speed[:1], [e for e in report.speed if e.side == "candidate"][:1], strict=True):
-        yield f"memory      {megabytes(old.resident_bytes)} -> {megabytes(new.resident_bytes)} of weights when loaded"
+    size = report.footprint
+    if size.resident_bytes is not None and size.reference_resident_bytes is not None:
+        yield (
+            f"memory      {megabytes(size.reference_resident_bytes)} -> {megabytes(size.resident_bytes)} "
+            "of weights when loaded"
+        )
 
 
 def _tasks(report: "EvalReport") -> Iterator[str]:

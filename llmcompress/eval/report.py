@@ -77,7 +77,7 @@ class Summary(Noun):
 
 
 class Footprint(Noun):
-    """Sizes on disk; what a model takes in memory is in `speed`, where it was loaded."""
+    """Sizes on disk, and in memory where speed was measured: bytes of parameters and buffers."""
 
     shard_bytes: int
     directory_bytes: int
@@ -86,6 +86,8 @@ class Footprint(Noun):
     quantized_weights: int
     bits_per_weight: float | None
     file_bits_per_weight: float
+    resident_bytes: int | None = None
+    reference_resident_bytes: int | None = None
 
 
 class TaskDocuments(Noun):
@@ -102,8 +104,8 @@ class EvalReport(Noun):
 
     `tasks` (the model) and `reference_tasks` have the shape of lm-evaluation-harness `results`, `harness` is what else
     it wrote: versions, shots, numbers of documents, task hashes. `trajectory` is empty where blocks cannot be compared.
-    Version 2 adds `tokens`, `trajectory`, `sampling`, `speed`, `reference_tasks` and `harness`; files of
-    version 1, which have none of them, are read as well.
+    Version 2 adds `tokens`, `trajectory`, `sampling`, `speed`, `reference_tasks`, `harness` and the bytes resident;
+    files of version 1, which have none of them, are read as well.
     """
 
     schema_version: Literal["1", "2"] = "2"

@@ -2,7 +2,7 @@
 
 import datetime
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,16 @@ from torch import Tensor
 from llmcompress.errors import InputError
 from llmcompress.eval.fidelity import SequenceFidelity
 from llmcompress.eval.pair import Pair
-from llmcompress.eval.report import DataFacts, EvalReport, Footprint, ModelFacts, Sampling, per_sequence, summarize
+from llmcompress.eval.report import (
+    DataFacts,
+    EvalReport,
+    Footprint,
+    ModelFacts,
+    Sampling,
+    Speed,
+    per_sequence,
+    summarize,
+)
 from llmcompress.eval.sampling import TEMPERATURES, continued
 from llmcompress.eval.speed import speeds
 from llmcompress.eval.tasks import TaskRequest, check_installed, run_tasks
@@ -81,6 +90,7 @@ def run_eval(request: EvalRequest) -> EvalReport:
     tokens = batches.split(request.batch_size)
     for (left, right), rows in zip(pair.logits(tokens), tokens, strict=True):
         sequences += tally.add(left, right, rows)
+    whole = _run_whole(request, batches.tokens, tally)
     return EvalReport(
         model=_facts(request.model, candidate),
         ref=_facts(request.reference, reference),
@@ -88,14 +98,14 @@ def run_eval(request: EvalRequest) -> EvalReport:
         finite=all(s.finite for s in sequences),
         summary=summarize(sequences),
         per_sequence=per_sequence(sequences),
-        footprint=_footprint(candidate, reference),
+        footprint=_footprint(candidate, reference, whole.get("speed", ())),
         tokens=tally.facts(load_tokenizer(request.reference.path)),
         trajectory=pair.trajectory,
         plan=record.get("plan"),
         environment=_environment(),
         command=request.command,
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        **_run_whole(request, batches.tokens, tally),
+        **whole,
     )
 
 
@@ -172,7 +182,8 @@ def packed_bits(skeleton: Skeleton) -> int:
     return sum(8 * (tensors[name].stop - tensors[name].start) for name in names)
 
 
-def _footprint(candidate: Skeleton, reference: Skeleton) -> Footprint:
+def _footprint(candidate: Skeleton, reference: Skeleton, speed: Sequence[Speed]) -> Footprint:
+    resident = {found.side: found.resident_bytes for found in speed}
     reader = candidate.reader
     weights = 0
     if isinstance(reader, PackedReader):
@@ -189,6 +200,8 @@ def _footprint(candidate: Skeleton, reference: Skeleton) -> Footprint:
         quantized_weights=weights,
         bits_per_weight=bits / weights if weights else None,
         file_bits_per_weight=size * 8 / parameters,
+        resident_bytes=resident.get("candidate"),
+        reference_resident_bytes=resident.get("reference"),
     )
 
 

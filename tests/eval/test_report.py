@@ -62,6 +62,19 @@ def test_round_trip_and_no_unknown_keys() -> None:
     assert json_schema()["properties"]["schema_version"]["default"] == "2"
 
 
+def test_files_of_version_one_open_and_hold_nothing_newer() -> None:
+    document = report([sequence(0.1), sequence(0.2)]).model_dump(mode="json")
+    newer = ("tokens", "trajectory", "sampling", "speed", "reference_tasks", "harness")
+    old = {key: value for key, value in document.items() if key not in newer} | {"schema_version": "1"}
+    for key in ("resident_bytes", "reference_resident_bytes"):
+        del old["footprint"][key]
+    assert EvalReport.parse(json.dumps(old), "report.json").tokens is None
+    error = [{"block": 0, "relative_error": 0.1, "cosine": 0.9}]
+    assert EvalReport.parse(json.dumps(document | {"trajectory": error}), "report.json").trajectory[0].cosine == 0.9
+    with pytest.raises(InputError, match="figures of version 2"):
+        EvalReport.parse(json.dumps(old | {"trajectory": error}), "report.json")
+
+
 def test_summary_is_the_arithmetic_of_the_arrays() -> None:
     found = summarize([sequence(0.1, 0.02), sequence(0.2, 0.01), sequence(0.15, 0.03)])
     assert found.kld.mean == pytest.approx(0.15)
