@@ -6,6 +6,7 @@ import platform
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -86,7 +87,7 @@ def measure(options: argparse.Namespace, label: str, budget: str, **changes: str
     return result
 
 
-def write(options: argparse.Namespace, results: list[Result], **facts: object) -> None:
+def write(options: argparse.Namespace, results: Sequence[Result | dict[str, object]], **facts: object) -> None:
     """Write a table with what it depends on."""
     if options.json is None:
         return
@@ -99,7 +100,7 @@ def write(options: argparse.Namespace, results: list[Result], **facts: object) -
         "threads": torch.get_num_threads(),
         "machine": f"{platform.machine()}, CPU",
         **facts,
-        "rows": [asdict(result) for result in results],
+        "rows": [result if isinstance(result, dict) else asdict(result) for result in results],
     }
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(document, indent=2) + "\n")
