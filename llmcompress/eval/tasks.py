@@ -26,6 +26,7 @@ from llmcompress.eval.report import TaskDocuments
 from llmcompress.eval.task_files import LOCAL, PARTS_HINT, file_of, write_group
 from llmcompress.model.text import load_tokenizer
 
+BY_NAME = "give the task by its name alone"
 RESAMPLES = 1000  # behind the standard errors of metrics that are not means, such as perplexity
 KEPT = ("n-shot", "n-samples", "versions", "higher_is_better", "task_hashes", "group_subtasks")
 Rows = dict[str, dict[str, float | str]]
@@ -110,17 +111,21 @@ def _prepared(words: Sequence[str], scratch: Path) -> tuple[list[str], Any]:
             raise InputError(f"--tasks: lm-evaluation-harness has no task {name!r}", hint)
         if name in files and (name in groups) != (name in manager.all_groups):
             raise InputError(f"--tasks: {files[name].name} does not fit {name!r}", PARTS_HINT)
+    with _explained():
+        local = manager.load([LOCAL])["tasks"] if files else {}
+    for name, task in local.items():
+        if task.config.num_fewshot:
+            raise InputError(f"--tasks: {name} shows examples, its documents cannot come from one file", BY_NAME)
     return [*([LOCAL] if files else []), *(name for name in tasks if name not in files)], manager
 
 
 def _run(names: Sequence[str], manager: Any, request: TaskRequest, *, folder: Path) -> dict[str, Any]:
     import lm_eval  # lazy: the extra `tasks`
-    from jinja2 import UndefinedError  # lazy: with it
     from lm_eval.models.huggingface import HFLM  # lazy: with it
 
     model = opened(folder, request.device, torch.float32)
     harness = HFLM(pretrained=model, tokenizer=load_tokenizer(folder), batch_size=request.batch_size)
-    try:
+    with _explained():
         found: dict[str, Any] = lm_eval.simple_evaluate(
             model=harness,
             tasks=list(names),
@@ -128,6 +133,16 @@ def _run(names: Sequence[str], manager: Any, request: TaskRequest, *, folder: Pa
             bootstrap_iters=RESAMPLES,
             task_manager=manager,
         )
+    return found
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """Turn what the harness raises for bad input into InputError."""
+    from jinja2 import UndefinedError  # lazy: with the extra `tasks`
+
+    try:
+        yield
     except UndefinedError as error:
         raise InputError(f"--tasks: the documents lack a field of the task: {error}", "give the task's own") from None
     except AssertionError:  # how it refuses an answer that alone exceeds the context
@@ -135,7 +150,6 @@ def _run(names: Sequence[str], manager: Any, request: TaskRequest, *, folder: Pa
     except (OSError, ValueError) as error:  # what the data sets library raises where there is no data
         words = " ".join(str(error).split())[:200]
         raise InputError(f"--tasks: {words}", "without network give the documents: --tasks NAME=FILE.jsonl") from None
-    return found
 
 
 def _rows(found: Mapping[str, Any]) -> Rows:

@@ -104,7 +104,13 @@ def test_figures_are_those_of_the_harness_by_hand(llama: Path, tmp_path: Path) -
 @needs_harness
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    ("words", "hint"), [("piqqa", "piqa"), ("blimp={file}", "UID"), ("lambada_openai={file}", "field of the task")]
+    ("words", "hint"),
+    [
+        ("piqqa", "piqa"),
+        ("blimp={file}", "UID"),
+        ("gsm8k={file}", "shows examples"),
+        ("lambada_openai={file}", "field of the task"),
+    ],
 )
 def test_what_cannot_be_run_is_refused(llama: Path, tmp_path: Path, words: str, hint: str) -> None:
     with pytest.raises(InputError) as refused:
