@@ -63,7 +63,16 @@ def test_without_the_harness_the_extra_is_named(monkeypatch: pytest.MonkeyPatch,
 
 
 def piqa(folder: Path) -> Path:
-    rows = [{"goal": f"goal {i}", "sol1": "the fox" * (i % 3 + 1), "sol2": f"a dog {i}"} for i in range(12)]
+    rows = [
+        {
+            "goal": f"goal {i}",
+            "question": "q",
+            "answer": "#### 1",
+            "sol1": "the fox" * (i % 3 + 1),
+            "sol2": f"a dog {i}",
+        }
+        for i in range(12)
+    ]
     (folder / "valid-labels.lst").write_text("\n".join(str(i % 2) for i in range(12)))
     return write_lines(folder / "valid.jsonl", rows)
 
