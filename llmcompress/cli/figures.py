@@ -47,10 +47,10 @@ def lines_of(report: "EvalReport") -> list[str]:
 def _tokens(found: "TokenFacts", worst: float | None) -> Iterator[str]:
     quantiles = {quantile.share: quantile.value for quantile in found.kld_quantiles}
     flips = found.flips
+    yield f"tokens      KL median {_plain(quantiles[0.5])}, 99 % below {_plain(quantiles[0.99])}, worst {_plain(worst)}"
     yield (
-        f"tokens      KL median {_plain(quantiles[0.5])}, 99 % below {_plain(quantiles[0.99])}, worst {_plain(worst)}; "
-        f"next token right {flips.accuracy_reference:.2%} -> {flips.accuracy_candidate:.2%}, "
-        f"right to wrong {flips.right_to_wrong:.2%}, wrong to right {flips.wrong_to_right:.2%}"
+        f"next token  right {flips.accuracy_reference:.2%} -> {flips.accuracy_candidate:.2%}: "
+        f"{flips.right_to_wrong:.2%} right to wrong, {flips.wrong_to_right:.2%} wrong to right"
     )
 
 
@@ -62,7 +62,7 @@ def _blocks(report: "EvalReport") -> Iterator[str]:
 
 def _sampling(found: "Sampling") -> Iterator[str]:
     cells = [f"{_plain(entry.kld.mean)} at {entry.temperature:g}" for entry in found.temperatures]
-    yield f"temperature KL {', '.join(cells)}"
+    yield f"tempered    KL {', '.join(cells)}"
     for entry in found.continuations:
         yield (
             f"greedy      {entry.new_tokens} tokens: part after {_plain(entry.first_divergence.mean, 1)}, "
@@ -89,7 +89,8 @@ def _speed(report: "EvalReport") -> Iterator[str]:
 
 
 def _tasks(report: "EvalReport") -> Iterator[str]:
-    for name, row in report.tasks.items():
+    inside = {name for members in (report.harness or {}).get("group_subtasks", {}).values() for name in members}
+    for name, row in ((name, row) for name, row in report.tasks.items() if name not in inside):
         for key, value in row.items():
             metric, _, filtered = key.partition(",")
             before = report.reference_tasks.get(name, {}).get(key)

@@ -63,16 +63,9 @@ def test_without_the_harness_the_extra_is_named(monkeypatch: pytest.MonkeyPatch,
 
 
 def piqa(folder: Path) -> Path:
-    rows = [
-        {
-            "goal": f"goal {i}",
-            "question": "q",
-            "answer": "#### 1",
-            "sol1": "the fox" * (i % 3 + 1),
-            "sol2": f"a dog {i}",
-        }
-        for i in range(12)
-    ]
+    """Documents that fit PIQA, and GSM8K too."""
+    gsm8k = {"question": "q", "answer": "#### 1"}
+    rows = [{"goal": f"goal {i}", "sol1": "the fox" * (i % 3 + 1), "sol2": f"a dog {i}"} | gsm8k for i in range(12)]
     (folder / "valid-labels.lst").write_text("\n".join(str(i % 2) for i in range(12)))
     return write_lines(folder / "valid.jsonl", rows)
 
