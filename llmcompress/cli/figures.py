@@ -10,17 +10,19 @@ if TYPE_CHECKING:
     from llmcompress.eval.report import EvalReport
 
 
-def with_interval(estimate: "Estimate", digits: int = 5) -> str:
-    """A mean with its interval where there is one."""
-    if estimate.mean is None:
-        return "not finite"
-    if estimate.low is None:
-        return f"{estimate.mean:.{digits}f}"
-    return f"{estimate.mean:.{digits}f}  [{estimate.low:.{digits}f}, {estimate.high:.{digits}f}]"
+SMALLEST = 1e-3  # a figure below is printed with an exponent: it is as telling as a large one
 
 
 def _plain(value: float | None, digits: int = 4) -> str:
-    return "not finite" if value is None else f"{value:.{digits}f}"
+    if value is None:
+        return "not finite"
+    return f"{value:.2e}" if 0 < abs(value) < SMALLEST else f"{value:.{digits}f}"
+
+
+def with_interval(estimate: "Estimate", digits: int = 5) -> str:
+    """A mean with its interval where there is one."""
+    mean, low, high = (_plain(value, digits) for value in (estimate.mean, estimate.low, estimate.high))
+    return mean if estimate.mean is None or estimate.low is None else f"{mean}  [{low}, {high}]"
 
 
 def lines_of(report: "EvalReport") -> list[str]:

@@ -26,7 +26,7 @@ from llmcompress.eval.report import (
 )
 from llmcompress.eval.sampling import TEMPERATURES, continued
 from llmcompress.eval.speed import speeds
-from llmcompress.eval.tasks import TaskRequest, check_installed, run_tasks
+from llmcompress.eval.tasks import TaskRequest, run_tasks
 from llmcompress.eval.tokens import Tally
 from llmcompress.files import commit_bytes, read_json, to_json
 from llmcompress.model.checkpoint import folder_bytes
@@ -69,13 +69,11 @@ class EvalRequest:
 
 
 def run_eval(request: EvalRequest) -> EvalReport:
-    """Compare `model` with `reference`; both are streamed a block at a time, what is not asked for besides included.
+    """Compare `model` with `reference`, both streamed a block at a time; sweep, speed and tasks load one, then the other.
 
     Raises InputError when their vocabularies or tokenizers differ, when the text was the one the model was calibrated
     on, or when tasks cannot be run.
     """
-    if request.tasks:
-        check_installed()
     candidate = Skeleton.open(request.model.path, request.device, decode=PackedReader)
     reference = Skeleton.open(request.reference.path, request.device, decode=PackedReader)
     digest = _common_tokenizer(request)
@@ -85,6 +83,7 @@ def run_eval(request: EvalRequest) -> EvalReport:
         raise InputError(
             f"{batches.source} is the text the model was calibrated on", "evaluate on other text: --data FILE"
         )
+    scored = _scored(request)
     pair, tally = Pair(reference, candidate), Tally(TEMPERATURES if request.sweep else ())
     sequences: list[SequenceFidelity] = []
     tokens = batches.split(request.batch_size)
@@ -106,6 +105,7 @@ def run_eval(request: EvalRequest) -> EvalReport:
         command=request.command,
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         **whole,
+        **scored,
     )
 
 
@@ -129,10 +129,15 @@ def _run_whole(request: EvalRequest, tokens: Tensor, tally: Tally) -> dict[str, 
         found["sampling"] = Sampling(temperatures=tally.tempered(), continuations=written)
     if request.speed:
         found["speed"] = speeds(folders, tokens, request.device)
-    if request.tasks:
-        wanted = TaskRequest(request.tasks, request.task_limit, request.batch_size, request.device)
-        found |= vars(run_tasks(wanted, *folders))
     return found
+
+
+def _scored(request: EvalRequest) -> dict[str, Any]:
+    """Fields of the report that public tasks fill; before all else, so that a wrong name is told at once."""
+    if not request.tasks:
+        return {}
+    wanted = TaskRequest(request.tasks, request.task_limit, request.batch_size, request.device)
+    return vars(run_tasks(wanted, request.reference.path, request.model.path))
 
 
 def _fitted(text: TextRequest, skeleton: Skeleton) -> TextRequest:

@@ -52,18 +52,13 @@ class TaskResults:
     documents: dict[str, TaskDocuments]
 
 
-def check_installed() -> None:
-    """Raises InputError where lm-evaluation-harness is missing."""
-    if importlib.util.find_spec("lm_eval") is None:
-        raise InputError("--tasks needs lm-evaluation-harness", "pip install 'llmcompress[tasks]'")
-
-
 def run_tasks(request: TaskRequest, reference: Path, candidate: Path) -> TaskResults:
     """Both models, one after the other, on every task, in float32.
 
     Raises InputError where the harness is missing, a task is unknown, or its documents cannot be had or do not fit it.
     """
-    check_installed()
+    if importlib.util.find_spec("lm_eval") is None:
+        raise InputError("--tasks needs lm-evaluation-harness", "pip install 'llmcompress[tasks]'")
     with tempfile.TemporaryDirectory(prefix="llmcompress-tasks-") as scratch, _quietly():
         names, manager = _prepared(request.names, Path(scratch))
         before, after = (_run(names, manager, request, folder=folder) for folder in (reference, candidate))
