@@ -69,7 +69,7 @@ class EvalRequest:
 
 
 def run_eval(request: EvalRequest) -> EvalReport:
-    """Compare `model` with `reference`, both streamed a block at a time; sweep, speed and tasks load one after the other.
+    """Compare `model` with `reference`, both streamed a block at a time; sweep, speed and tasks load each as a whole.
 
     Raises InputError when their vocabularies or tokenizers differ, when the text was the one the model was calibrated
     on, or when tasks cannot be run.
