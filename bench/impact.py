@@ -94,4 +94,4 @@ if __name__ == "__main__":
     for label, made in FORMATS.items():
         rows.append(row_of(label, report_of(source, made, options)))
         show(rows[-1])
-    write(options, rows)
+    write(options, rows, samples=options.samples)
