@@ -4,7 +4,8 @@
     python bench/depth.py MODEL --calibration TEXT --data OTHER_TEXT --most 3
 
 A score removes its least important blocks, whatever that does together; `search` is what `llmcompress prune` does,
-from the ranking by voids. All choose on calibration text and are judged on other text; random choices are five seeds.
+from the ranking by voids; with `--halves`, `halves` is the same with attention and MLP halves, two for each block (`prune
+--sublayers --pairs`). All choose on calibration text and are judged on other text; random choices are five seeds.
 KL in nats per token with its standard error over sequences.
 """
 
@@ -21,11 +22,14 @@ import transformers
 import llmcompress
 from llmcompress.compress.pipeline import calibration, open_model, score_job
 from llmcompress.compress.prune.choose import Chooser, Search, choose
+from llmcompress.compress.prune.halves import Removal
 from llmcompress.compress.prune.measure import removal_damage
 from llmcompress.compress.prune.run import block_importance
+from llmcompress.compress.prune.units import Scope, Units, find_units
 from llmcompress.compress.scoring import run_scorers
 from llmcompress.compress.statistics import mean, standard_error
 from llmcompress.model.hub import resolve
+from llmcompress.model.skeleton import Skeleton
 from llmcompress.model.text import TextRequest, token_batches
 from llmcompress.recipes import load_recipe
 
@@ -42,8 +46,33 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=32, help="sequences to choose by, and to judge by")
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--most", type=int, default=4, help="blocks removed at most")
+    parser.add_argument("--halves", action="store_true", help="search halves of blocks as well")
     parser.add_argument("--json", type=Path, help="also write the table here")
     return parser.parse_args()
+
+
+def searched_halves(skeleton: Skeleton, units: Units, choosing: Sequence[torch.Tensor], most: int) -> list[Removal]:
+    """The best sets of two, four, ... halves, as `prune --sublayers --pairs` finds them."""
+
+    def measured(sets: Sequence[frozenset[int]]) -> torch.Tensor:
+        return removal_damage(skeleton, list(map(units.removal, sets)), choosing, halves=units.halves).kld
+
+    places = range(len(units.units))
+    singles = measured([frozenset({place}) for place in places]).mean(1).tolist()
+    steps = choose(Chooser(measured, singles, Search(), pairs=units.pairs), count=2 * most, max_kld=None)
+    return [units.removal(frozenset(map(int, step.removed))) for step in steps[1::2]]
+
+
+def share(skeleton: Skeleton, removal: Removal, units: Units) -> float:
+    """Share of the blocks' weights that a removal leaves out."""
+    gone = 0
+    for unit in removal:
+        if isinstance(unit, int):
+            gone += sum(p.numel() for p in skeleton.blocks[unit].parameters())
+        else:
+            modules = [skeleton.blocks[unit.block].get_submodule(name) for name in units.halves.modules[unit].weights]
+            gone += sum(p.numel() for module in modules for p in module.parameters())
+    return gone / sum(p.numel() for p in skeleton.blocks.parameters())
 
 
 def main() -> None:
@@ -77,14 +106,20 @@ def main() -> None:
         order = random.Random(seed).sample(range(blocks), blocks)
         ways[f"random {seed}"] = lambda count, order=order: frozenset(order[:count])
     ways["search"] = lambda count: frozenset(steps[count - 1].removed)
+    table: dict[str, list[Removal]] = {
+        name: [way(count) for count in range(1, options.most + 1)] for name, way in ways.items()
+    }
+    units = find_units(skeleton, opened.trace, Scope(sublayers=True, pairs=True))
+    if options.halves:
+        table["halves"] = searched_halves(skeleton, units, choosing, options.most)
     rows = []
-    for name, way in ways.items():
-        sets = [way(count) for count in range(1, options.most + 1)]
-        damage = removal_damage(skeleton, sets, judging)
+    for name, sets in table.items():
+        damage = removal_damage(skeleton, sets, judging, halves=units.halves)
         cells = [(mean(klds), standard_error(klds)) for klds in damage.kld.tolist()]
         ratios = [float(torch.tensor(mean(values)).exp()) for values in damage.dnll.tolist()]
-        removed = [sorted(some) for some in sets]
-        rows.append({"way": name, "removed": removed, "kld": cells, "perplexity_ratio": ratios})
+        removed = [sorted(map(str, some)) for some in sets]
+        shares = [share(skeleton, some, units) for some in sets]
+        rows.append({"way": name, "removed": removed, "kld": cells, "perplexity_ratio": ratios, "share": shares})
         print(f"{name:<16}" + "  ".join(f"{kld:8.4f} ± {error:.4f}" for kld, error in cells) + f"  {removed[-1]}")
     if options.json is not None:
         facts = {

@@ -1,4 +1,4 @@
-"""`llmcompress prune`: find blocks that do nothing, or little, and write the model without them."""
+"""`llmcompress prune`: find blocks, or halves of blocks, that do little, and write the model without them."""
 
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,11 @@ from llmcompress.cli.scoring import PICTURES
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Where the result goes. Without it: only look.")
 @click.option("--voids", is_flag=True, help="Rank blocks by the share of tokens they are a void for. The default.")
 @click.option("--by", metavar="SCORER", help="Rank by another score (`llmcompress list scorers`), or kl: measured.")
+@click.option("--sublayers", is_flag=True, help="Skip halves of blocks (attention or MLP) in place of blocks; --by kl.")
+@click.option("--pairs", is_flag=True, help="With --sublayers: also try both halves of a block at once.")
 @click.option("--blocks", type=click.IntRange(1), help="How many blocks to remove.")
-@click.option("--keep", type=click.FloatRange(0, 1, min_open=True), help="Share of the blocks to keep, e.g. 0.8.")
+@click.option("--halves", type=click.IntRange(1), help="How many halves to skip, with --sublayers.")
+@click.option("--keep", type=click.FloatRange(0, 1, min_open=True), help="Share of blocks or halves to keep, e.g. 0.8.")
 @click.option("--max-kld", type=click.FloatRange(0), help="Remove what keeps the KL's upper 95 % bound within this.")
 @click.option("--exclude", type=int, multiple=True, help="A block that stays. Repeatable.")
 @click.option("--beam", type=click.IntRange(1), default=3, show_default=True, help="Sets of each size that are grown.")
@@ -29,10 +32,11 @@ from llmcompress.cli.scoring import PICTURES
 @click.option("--force", is_flag=True, help="Replace an existing output, atomically, once the new one is complete.")
 @speaking
 def prune_command(model: str, speaker: Speaker, **flags: Any) -> None:
-    """Remove whole blocks of MODEL, chosen by the KL divergence that removing them together measures.
+    """Remove blocks of MODEL, or halves of them, chosen by the KL divergence that removing them together measures.
 
-    Without --blocks, --keep or --max-kld only what costs next to nothing goes (KL of at most 0.001). What is written
-    opens in plain transformers, and is compared logit for logit with the model that passes those blocks over.
+    Without --blocks, --halves, --keep or --max-kld only what costs next to nothing goes (KL of at most 0.001). What is
+    written opens in plain transformers, and is compared logit for logit with the model that passes those blocks over.
+    Skipped halves are zeros there; llmcompress.load saves their computation and their memory.
     """
     from llmcompress.compress.prune.records import RemovalStep
     from llmcompress.compress.prune.run import Pruned, Ranked, prune
@@ -59,9 +63,15 @@ def prune_command(model: str, speaker: Speaker, **flags: Any) -> None:
 def _request(model: str, flags: dict[str, Any]) -> Any:
     from llmcompress.errors import InputError
 
-    given = [name for name in ("blocks", "keep", "max_kld") if flags[name] is not None]
-    if "blocks" in given and "keep" in given:
-        raise InputError("--blocks and --keep say the same thing twice", "give one of them")
+    sublayers = flags["sublayers"]
+    count, other = ("halves", "blocks") if sublayers else ("blocks", "halves")
+    if flags[other] is not None or (flags["pairs"] and not sublayers):
+        hint = (
+            "--blocks removes blocks; --sublayers --halves, halves of them, and --pairs tries both of a block at once"
+        )
+        raise InputError(f"--{other if flags[other] is not None else 'pairs'}: not what is searched", hint)
+    if flags[count] is not None and flags["keep"] is not None:
+        raise InputError(f"--{count} and --keep say the same thing twice", "give one of them")
     if flags["voids"] and flags["by"] not in (None, "voids"):
         raise InputError(f"--voids and --by {flags['by']} are two rankings", "give one of them")
     recipe = read_recipe(flags["recipe"], flags["changes"], flags["calibration"], flags["seed"])
@@ -75,13 +85,15 @@ def _request(model: str, flags: dict[str, Any]) -> Any:
         recipe=recipe,
         device=pick_device(flags["device"]),
         command=command_line(),
-        by=flags["by"] or "voids",
-        count=flags["blocks"],
+        by=flags["by"] or ("kl" if sublayers and not flags["voids"] else "voids"),
+        count=flags[count],
         keep=flags["keep"],
         max_kld=flags["max_kld"],
         exclude=flags["exclude"],
         search=Search(flags["beam"], flags["shortlist"]),
         force=flags["force"],
+        sublayers=sublayers,
+        pairs=flags["pairs"],
     )
 
 
@@ -93,7 +105,7 @@ def _step_line(step: Any) -> str:
     return line
 
 
-def _set(blocks: tuple[int, ...]) -> str:
+def _set(blocks: tuple[int | str, ...]) -> str:
     return "{" + ", ".join(map(str, blocks)) + "}"
 
 
@@ -106,17 +118,30 @@ def _tell_ranking(ranked: Any, finished: Any, speaker: Speaker) -> None:
     if usage:
         title = "share of tokens for which a block is active"
         say_lines(speaker, [title, *void_map_lines(usage, bars=terminal_bars(speaker)), *void_words(usage), ""])
-    order = sorted(range(len(ranked.importance)), key=lambda block: (ranked.importance[block], block))
+    names = _unit_names(record)
+    single = {str(unit): kld for unit, kld in record.single.items()} | record.single_halves
+    gone = {*map(str, record.removed), *record.halves}
+    order = sorted(range(len(names)), key=lambda place: (ranked.importance[place], place))
     rows = [
         [
-            str(block),
-            f"{ranked.importance[block]:.4g}",
-            f"{record.single[block]:.5f}" if block in record.single else "-",
-            "removed" if block in record.removed else "",
+            names[place],
+            f"{ranked.importance[place]:.4g}",
+            f"{single[names[place]]:.5f}" if names[place] in single else "-",
+            "removed" if {names[place], names[place].partition(".")[0]} & gone else "",
         ]
-        for block in order
+        for place in order
     ]
-    say_table(speaker, f"blocks by {record.by}, least important first", ["block", record.by, "KL without it", ""], rows)
+    what = "half" if len(names) > record.blocks else "block"
+    title = f"{'halves' if what == 'half' else 'blocks'} by {record.by}, least important first"
+    say_table(speaker, title, [what, record.by, "KL without it", ""], rows)
+
+
+def _unit_names(record: Any) -> list[str]:
+    """What was ranked: blocks, or the attention and the MLP of each."""
+    blocks = [str(block) for block in range(record.blocks)]
+    if len(record.importance) == record.blocks:
+        return blocks
+    return [f"{block}.{part}" for block in blocks for part in ("attn", "mlp")]
 
 
 def _draw(name: str, ranked: Any, folder: Path, speaker: Speaker) -> None:
@@ -130,8 +155,9 @@ def _draw(name: str, ranked: Any, folder: Path, speaker: Speaker) -> None:
 
 def _tell_result(request: Any, finished: Any, speaker: Speaker) -> None:
     record, size = finished.record, finished.directory_bytes
-    lines = [
-        f"removed     {_set(record.removed)} of {record.blocks} blocks",
+    lines = [f"removed     {_set(record.removed)} of {record.blocks} blocks"] if record.removed else []
+    lines += [f"skipped     {_set(record.halves)}, halves of blocks"] if record.halves else []
+    lines += [
         f"KL          {record.kld:.5f} ± {record.standard_error:.5f} nats/token over {record.sequences} sequences, "
         f"at most {record.upper:.5f} (95 %)",
     ]

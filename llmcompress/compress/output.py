@@ -111,6 +111,7 @@ class Story:
     environment: Mapping[str, str]
     calibration_text_digest: str
     rewriting: RewriteRecord | None = None
+    skipped: tuple[str, ...] = ()
 
     @property
     def exporter(self) -> ModuleType:
@@ -224,6 +225,9 @@ def _remarks(story: Story) -> list[str]:
     said = [] if spec is None else [f"The output head is quantized as well, to {spec.bits} bits."]
     if story.rewriting is not None:
         said.append(f"Before that its weights were rewritten, without changing what it computes: {_methods(story)}.")
+    if story.skipped:
+        halves = ", ".join(story.skipped)
+        said.append(f"Halves of blocks that are zeros, and not computed by `llmcompress.load`: {halves}.")
     options = story.plan.options
     rounded = {"inputs of linears": options.inputs, "keys and values": options.kv_cache, "softmax": options.softmax}
     said += [f"Rounded while it runs: {what}, `{word}`." for what, word in rounded.items() if word != "none"]

@@ -31,6 +31,7 @@ from llmcompress.model.trace import trace
 from llmcompress.plugins import find
 from llmcompress.recipes import Recipe
 from llmcompress.runtime.attention import install
+from llmcompress.runtime.skipping import SkipRecord
 from llmcompress.types import Candidate, LayerScore, LinearSpec, ModelTrace, RewriteRecord, ScoreFile, Scores
 
 QUANTIZERS = "llmcompress.compress.quantizers"
@@ -78,6 +79,8 @@ def open_model(source: Source, recipe: Recipe, device: str, *, whole_file: bool 
     scale_dtype = "F16" if halves * 2 > len(files.tensors) else "BF16"
     make = maker(find(QUANTIZERS, recipe.quantizer), recipe.quantize, recipe.plan.group_size)
     candidates = resolve(traced, recipe.plan, whole_file, make=make)
+    if (record := SkipRecord.of(files.config)) is not None:  # zeros, as cheap as they can be
+        candidates = {name: specs[:1] if record.covers(name) else specs for name, specs in candidates.items()}
     return Opened(
         source=source,
         skeleton=skeleton,

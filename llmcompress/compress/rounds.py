@@ -123,7 +123,8 @@ class BlockRounds:
             if not self.attention:  # keys and values are read from here on
                 self._round_attention()
         if self.method.learners and self.full is not None:
-            rounded = list(_learn(self.method, self, rounded))
+            zeros = [x for x in rounded if not x.wanted.any()]
+            rounded = [*zeros, *_learn(self.method, self, [x for x in rounded if x.wanted.any()])]
         for x in rounded:
             codes = replace(x.result.codes, inputs=self.quantizers.get(x.linear.name))
             attach_stored(module_of(self.stored.block, self.info, x.linear), codes)
@@ -234,6 +235,8 @@ def _round_group(
     if look is not None:
         seen, terms = look
         wanted, seen = aim(method.options, seen, wanted, [terms.get(linear.name) for linear, _ in members])
+    for place, (linear, _) in enumerate(members):  # what is zero stays zero: a skipped half of a block corrects nothing
+        wanted[place] = wanted[place] if weight_of(block, info, linear).any() else torch.zeros_like(wanted[place])
     wanted = [method.hints.clamped(linear.name, weight) for weight, (linear, _) in zip(wanted, members, strict=True)]
     requests = [Request(weight, spec) for weight, (_, spec) in zip(wanted, members, strict=True)]
     results = method.quantizer.quantize(requests, seen, options=method.options, dtype=method.dtype)

@@ -37,6 +37,7 @@ from llmcompress.model.checkpoint import folder_bytes
 from llmcompress.model.hub import Source
 from llmcompress.model.text import Batches
 from llmcompress.recipes import Recipe
+from llmcompress.runtime.skipping import SkipRecord
 from llmcompress.types import BlockOutcome, Plan, RewriteRecord, ScoreFile, Scores
 
 SCORES_NAME = "scores.json"
@@ -236,6 +237,7 @@ def _story(request: QuantizeRequest, opened: Opened, plan: Plan, *, text_digest:
         environment=environment(),
         calibration_text_digest=text_digest,
         rewriting=opened.rewriting,
+        skipped=() if (skips := SkipRecord.of(opened.skeleton.files.config)) is None else skips.halves,
     )
 
 

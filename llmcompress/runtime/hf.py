@@ -22,6 +22,7 @@ from llmcompress.runtime.modules import PackedLinear, buffer_name
 from llmcompress.runtime.packed import PackedReader
 from llmcompress.runtime.shards import ShardReader
 from llmcompress.runtime.siblings import introduce
+from llmcompress.runtime.skipping import SkipRecord
 from llmcompress.spec import FOUR_BIT, PER_ROW
 
 METHOD = "llmcompress"
@@ -87,14 +88,17 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
 
-def pack_modules(model: nn.Module, shards: ShardReader, reader: PackedReader) -> dict[str, str]:
+def pack_modules(model: Any, shards: ShardReader, reader: PackedReader) -> dict[str, str]:
     """Replace every linear of a model on the meta device that a checkpoint has codes for; their names by stem.
 
     Raises InputError where the model has no such linear, or the tensors are not what the format needs.
     """
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     names = _module_names(model, reader.stems())
+    record = SkipRecord.of(model.config.to_dict())
     for stem, name in names.items():
+        if record is not None and record.covers(name) and name not in linears:
+            continue  # skipped, and nothing is left to fill
         old = linears.get(name)
         if old is None:
             raise InputError(f"{stem}: the model has no linear of this name", "load(path, dense=True) may open it")

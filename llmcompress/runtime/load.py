@@ -7,12 +7,14 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from torch import nn
+from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
 from llmcompress.errors import InputError
 from llmcompress.runtime.hf import packed_config
 from llmcompress.runtime.packed import PackedReader
 from llmcompress.runtime.shards import ShardReader, read_document, shards_of
+from llmcompress.runtime.skipping import SkipRecord, skip
 
 
 def load(
@@ -25,7 +27,8 @@ def load(
 ) -> nn.Module:
     """A checkpoint written by llmcompress as a transformers model, ready for inference.
 
-    path        directory of the checkpoint: compressed-tensors, bitsandbytes 4-bit, or llmcompress's own layout
+    path        directory of the checkpoint: compressed-tensors, bitsandbytes 4-bit, llmcompress's own layout, or a
+                model that is not quantized, some halves of whose blocks `prune --sublayers` left out
     dtype       of everything that is not packed, and of what flows; what config.json says, where not given
     device      where the model is put
     device_map  in its place, what accelerate takes: "auto", or modules and their devices
@@ -33,25 +36,55 @@ def load(
 
     Weights stay packed, so that the model takes the memory of its file; `save_pretrained` writes the same tensors
     again. Linears whose inputs are rounded round them, and multiply integers where both sides are 8-bit integers.
+    Skipped halves of blocks are not computed, and their weights are not in memory.
     Raises InputError where the directory is not such a checkpoint, or is damaged.
     """
     folder = Path(path)
     document = read_document(folder / "config.json")
-    shards = ShardReader(shards_of(folder))
-    reader = PackedReader(shards, document)
-    if dense:
-        model, report = _dense(folder, reader, dtype)
+    record = SkipRecord.of(document)
+    packed = "quantization_config" in document or record is None
+    if dense and packed:
+        model, report = _dense(folder, PackedReader(ShardReader(shards_of(folder)), document), dtype)
+        if record is not None:
+            skip(model, record)
         model = model.to(device)
     else:
+        if packed:
+            PackedReader(ShardReader(shards_of(folder)), document)  # refuses what is not ours
+        config = packed_config(folder) if packed else AutoConfig.from_pretrained(folder, trust_remote_code=False)
         where = device_map if device_map is not None else None if device == "cpu" else {"": device}
-        model, report = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, config=packed_config(folder), dtype=dtype or "auto", device_map=where, output_loading_info=True
-        )
+        model, report = _open(folder, config, record, {"dtype": dtype or "auto", "device_map": where})
+    if record is not None:
+        model.save_pretrained = _refuse_to_save
     for key in ("missing_keys", "mismatched_keys"):
         if report[key]:
             raise InputError(f"{key.replace('_', ' ')}: {sorted(map(str, report[key]))[0]}", "the files are damaged")
     found: nn.Module = model.eval()
     return found
+
+
+def _open(folder: Path, config: Any, record: SkipRecord | None, options: dict[str, Any]) -> tuple[Any, Any]:
+    """A model through transformers' own loader, without its skipped halves, and what transformers says of it."""
+    if record is None:
+        return transformers.AutoModelForCausalLM.from_pretrained(  # type: ignore[no-any-return]
+            folder, config=config, output_loading_info=True, **options
+        )
+    with init_empty_weights():
+        plain = type(transformers.AutoModelForCausalLM.from_config(config))
+
+    def build(self: Any, *args: Any, **kwargs: Any) -> None:
+        plain.__init__(self, *args, **kwargs)
+        skip(self, record)
+
+    shorter: Any = type(plain.__name__, (plain,), {"__init__": build, "__module__": plain.__module__})
+    model, report = shorter.from_pretrained(folder, config=config, output_loading_info=True, **options)
+    model.__class__ = plain
+    return model, report
+
+
+def _refuse_to_save(*_: Any, **__: Any) -> None:
+    """In place of `save_pretrained`: without the zeros, plain transformers would fill in random numbers."""
+    raise InputError("the weights of skipped halves are not in memory", "copy the directory the model was loaded from")
 
 
 def _dense(folder: Path, reader: PackedReader, dtype: torch.dtype | None) -> tuple[Any, Any]:

@@ -15,22 +15,20 @@ def model_card(record: PruneRecord) -> str:
     if origin.repository:
         front |= {"base_model": origin.repository, "base_model_relation": "finetune"}
     front["tags"] = ["llmcompress", "pruned"]
-    removed = ", ".join(map(str, record.removed))
-    left = record.blocks - len(record.removed)
     rows = "\n".join(
         f"| {', '.join(map(str, step.removed))} | {step.kld:.5f} ± {step.standard_error:.5f} |" for step in record.steps
     )
     return f"""---
 {yaml.safe_dump(front, sort_keys=True)}---
 
-# {plain(origin.name)}, {left} of {record.blocks} blocks
+# {plain(origin.name)}, {_what_is_left(record)}
 
-Blocks {removed} (counted from 0) of `{plain(origin.name)}` are left out; the others are what they were, byte for byte.
+{_removed(record)}
 Ranked by `{record.by}`, chosen by the KL divergence measured with them left out, on {plain(record.calibration)}.
 
 KL {record.kld:.5f} ± {record.standard_error:.5f} nats per token on {record.sequences} sequences the choice did not see.
 
-| blocks left out | KL on the text they were chosen by |
+| left out | KL on the text they were chosen by |
 |---|---|
 {rows}
 
@@ -38,3 +36,23 @@ KL {record.kld:.5f} ± {record.standard_error:.5f} nats per token on {record.seq
 
 Opens with `AutoModelForCausalLM.from_pretrained`. `pruning.json` holds the search.
 """
+
+
+def _what_is_left(record: PruneRecord) -> str:
+    left = f"{record.blocks - len(record.removed)} of {record.blocks} blocks"
+    return f"{left}, {len(record.halves)} of them halved" if record.halves else left
+
+
+def _removed(record: PruneRecord) -> str:
+    """What was left out, and what that saves where."""
+    name, said = plain(record.origin.name), []
+    if record.removed:
+        said.append(f"Blocks {', '.join(map(str, record.removed))} (counted from 0) of `{name}` are left out.")
+    if record.halves:
+        halves = ", ".join(f"`{half}`" for half in record.halves)
+        said.append(
+            f"Halves of blocks of `{name}` that are not computed: {halves} (numbers of the original's blocks).\n"
+            "Their weights are stored as zeros, so that every program computes the same; only\n"
+            "`llmcompress.load` saves their computation and their memory."
+        )
+    return "\n".join([*said, "All other weights are what they were, byte for byte."])

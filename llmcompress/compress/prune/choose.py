@@ -1,8 +1,9 @@
-"""Choose the blocks to remove by what removing them together measures, not by a score.
+"""Choose the blocks, or halves of blocks, to remove by what removing them together measures, not by a score.
 
 A score (voids, block influence, measured single removals) only says where to look first. Sets grow by one block at a
 time; several of the best of each size are kept, and the winner of a size is then improved by exchanging one of its
 blocks for another. Damages do not add up, so no sum of single damages decides anything.
+Here a half of a block is searched like a block; `pairs` can be removed at once, as the two halves of a block.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -35,18 +36,22 @@ class Chooser:
         search: Search,
         *,
         exclude: frozenset[int] = frozenset(),
+        pairs: Sequence[frozenset[int]] = (),
     ) -> None:
         self._measure, self._search, self._exclude = measure, search, exclude
+        self._pairs = tuple(pair for pair in pairs if not pair & exclude)
         self.blocks = len(importance)
         self.ranking = sorted(range(self.blocks), key=lambda block: (importance[block], block))
         self.measured: dict[frozenset[int], tuple[float, ...]] = {}
 
     def steps(self) -> Iterator[RemovalStep]:
         """The best set found of one block, of two, and so on; at least one block always stays."""
+        smaller: list[frozenset[int]] = []
         kept: list[frozenset[int]] = [frozenset()]
         for _ in range(min(self.blocks - 1, self.blocks - len(self._exclude))):
             grown = {start | {block} for start in kept for block in self._look(start)}
-            kept = self._best(grown)
+            grown |= {start | pair for start in smaller for pair in self._pairs if not pair & start}
+            smaller, kept = kept, self._best(grown)
             kept[0] = self._exchanged(kept[0])
             yield self._step(kept)
 

@@ -1,5 +1,7 @@
 """`pruning.json`: what was removed from a model, why, and what it measured."""
 
+from pydantic import Field
+
 from llmcompress.compress.output import Origin
 from llmcompress.types import Noun, Series
 
@@ -7,15 +9,16 @@ from llmcompress.types import Noun, Series
 class RemovalStep(Noun):
     """The best set of its size, and the next best: KL in nats per token over the sequences it was chosen on.
 
+    removed                  blocks by their numbers, halves of blocks as `3.attn` and `5.mlp`
     upper                    one-sided 95 % bound of the mean
     rival_more, rival_error  how much more the rival measures on the same sequences, and the standard error of that
     """
 
-    removed: tuple[int, ...]
+    removed: tuple[int | str, ...]
     kld: float
     standard_error: float
     upper: float
-    rival: tuple[int, ...] = ()
+    rival: tuple[int | str, ...] = ()
     rival_more: float = 0.0
     rival_error: float = 0.0
 
@@ -23,7 +26,10 @@ class RemovalStep(Noun):
 class PruneRecord(Noun):
     """Everything about one pruned model. Blocks are numbered as in the original, from 0.
 
-    single      KL of removing each block alone, where it was measured
+    importance  of each block; where halves were searched, of the attention and the MLP of each block in turn
+    single      KL of removing each block, or each half, alone, where it was measured
+    removed     blocks that are gone
+    halves      of other blocks, stored as zeros and skipped by `llmcompress.load`: `3.attn`, `5.mlp`
     kld         of the final set on text that the choice did not see, with its standard error and 95 % upper bound
     """
 
@@ -34,9 +40,11 @@ class PruneRecord(Noun):
     by: str
     importance: tuple[float, ...]
     series: tuple[Series, ...] = ()
-    single: dict[int, float]
+    single: dict[int, float] = Field(default_factory=dict)
+    single_halves: dict[str, float] = Field(default_factory=dict)
     steps: tuple[RemovalStep, ...]
     removed: tuple[int, ...]
+    halves: tuple[str, ...] = ()
     blocks: int
     kld: float
     standard_error: float

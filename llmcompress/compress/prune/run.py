@@ -13,16 +13,17 @@ from llmcompress.compress.output import Origin, copy_side_files
 from llmcompress.compress.pipeline import Opened, calibration, open_model, probe_tokens, score_job
 from llmcompress.compress.prune.card import model_card
 from llmcompress.compress.prune.choose import Chooser, Measure, Search, choose
-from llmcompress.compress.prune.measure import RemovalDamage, removal_damage
+from llmcompress.compress.prune.halves import Half, Removal
+from llmcompress.compress.prune.measure import removal_damage
 from llmcompress.compress.prune.records import PruneRecord, RemovalStep
-from llmcompress.compress.prune.write import check_pruned, write_pruned
+from llmcompress.compress.prune.units import Scope, Units, find_units
+from llmcompress.compress.prune.write import Writing, check_pruned, write_pruned
 from llmcompress.compress.scoring import SCORERS, Measured, run_scorers
 from llmcompress.compress.statistics import mean, standard_error, upper_bound
 from llmcompress.errors import InputError
 from llmcompress.files import commit_bytes, commit_json
 from llmcompress.model.checkpoint import folder_bytes
 from llmcompress.model.hub import Source
-from llmcompress.model.skeleton import Skeleton
 from llmcompress.model.text import Batches
 from llmcompress.plugins import find
 from llmcompress.recipes import Recipe
@@ -37,6 +38,7 @@ FREE = 1e-3  # nats per token: what a block that does nothing may cost
 class PruneRequest:
     """Everything `prune` was told.
 
+    sublayers    halves of blocks are removed in place of blocks; `pairs` also tries both of a block at once
     by           a scorer, or `kl`
     count, keep  blocks to remove, or the share that stays; neither removes as many as `max_kld` lets
     max_kld      limit of the KL's upper bound, nats per token
@@ -56,6 +58,8 @@ class PruneRequest:
     exclude: tuple[int, ...] = ()
     search: Search = field(default_factory=Search)
     force: bool = False
+    sublayers: bool = False
+    pairs: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,10 +80,12 @@ class Pruned:
 
 @dataclass(frozen=True)
 class _Facts:
-    """What was read: the text, and the model's digest."""
+    """What was read: the text, the model's digest, and what can be removed."""
 
     batches: Batches
     model_digest: str
+    units: Units
+    blocks: int
 
 
 Event = str | Ranked | RemovalStep | Pruned
@@ -118,8 +124,8 @@ def prune(request: PruneRequest) -> Iterator[Event]:
         check_output(request.output, request.source.path, request.force)
     yield "opening"
     opened = open_model(request.source, request.recipe, request.device)
-    blocks = len(opened.trace.blocks)
-    request = _counted(request, blocks)
+    units = _units(request, opened)
+    request = _counted(request, units)
     digest = opened.digest()
     batches = calibration(opened, request.recipe)
     rows = batches.tokens
@@ -127,66 +133,81 @@ def prune(request: PruneRequest) -> Iterator[Event]:
     choosing, judging = _split(rows[:cut], request), _split(rows[cut:] if len(rows) > cut else rows, request)
     memory = request.recipe.score.swaps.memory_mb << 20
 
-    def measure(removals: Sequence[frozenset[int]]) -> Tensor:
-        return removal_damage(opened.skeleton, removals, choosing, memory_bytes=memory).kld
+    def measure(sets: Sequence[frozenset[int]], batches: Sequence[Tensor] = choosing) -> Tensor:
+        removals = list(map(units.removal, sets))
+        return removal_damage(opened.skeleton, removals, batches, memory_bytes=memory, halves=units.halves).kld
 
     yield f"ranking by {request.by}"
-    ranked = _rank(request, opened, batches, measure)
+    ranked = _rank(request, opened, batches, measure=measure, units=units)
     yield ranked
-    yield "measuring what removing blocks costs"
-    chooser = Chooser(measure, ranked.importance, request.search, exclude=frozenset(request.exclude))
+    yield f"measuring what removing {'halves of ' * request.sublayers}blocks costs"
+    chooser = Chooser(measure, ranked.importance, request.search, exclude=units.exclude, pairs=units.pairs)
     limit = FREE if request.count is None and request.max_kld is None else request.max_kld
     steps = []
     for step in choose(chooser, count=request.count, max_kld=limit):
         steps.append(step)
-        yield step
+        yield units.named(step)
     if not steps:
-        raise _nothing(chooser, limit)
-    removed = frozenset(steps[-1].removed)
-    final = removal_damage(opened.skeleton, [removed], judging, memory_bytes=memory)
-    record = _record(request, steps, chooser, final, ranked=ranked, facts=_Facts(batches, digest))
+        raise _nothing(units.named(chooser.cheapest()), limit, request.sublayers)
+    final = measure([frozenset(map(int, steps[-1].removed))], judging)[0].tolist()
+    record = _record(
+        request, steps, chooser, final, ranked=ranked, facts=_Facts(batches, digest, units, len(opened.trace.blocks))
+    )
     size = None
     if request.output is not None:
         yield "writing and opening again"
-        probe = probe_tokens(opened, request.recipe.seed)
-        size = _publish(request, request.output, opened.skeleton, record, probe=probe)
+        writing = Writing(opened.skeleton, _chosen(units, steps[-1]), units.halves)
+        size = _publish(request, request.output, writing, record, probe=probe_tokens(opened, request.recipe.seed))
     yield Pruned(record, size)
 
 
-def _rank(request: PruneRequest, opened: Opened, batches: Batches, measure: Measure) -> Ranked:
+def _rank(request: PruneRequest, opened: Opened, batches: Batches, *, measure: Measure, units: Units) -> Ranked:
     if request.by == MEASURED:
-        singles = [frozenset({block}) for block in range(len(opened.trace.blocks))]
-        return Ranked(tuple(measure(singles).mean(1).tolist()), Measured(()))
+        places = [place for place in range(len(units.units)) if place not in units.exclude]
+        klds = measure([frozenset({place}) for place in places]).mean(1).tolist()
+        known = dict(zip(places, klds, strict=True))
+        return Ranked(tuple(known.get(place, max(klds)) for place in range(len(units.units))), Measured(()))
     found = run_scorers((request.by,), score_job(opened, request.recipe, batches))[request.by]
-    names = [[linear.name for linear in info.linears] for info in opened.trace.blocks]
-    return Ranked(block_importance(found, names, request.by), found)
+    importance = block_importance(found, units.names, request.by)
+    if len(importance) < len(units.units):  # of blocks: both halves of one have its figure
+        importance = tuple(importance[unit if isinstance(unit, int) else unit.block] for unit in units.units)
+    return Ranked(importance, found)
 
 
-def _counted(request: PruneRequest, blocks: int) -> PruneRequest:
+def _units(request: PruneRequest, opened: Opened) -> Units:
+    """What can be removed."""
+    scope = Scope(request.sublayers, request.pairs, frozenset(request.exclude))
+    return find_units(opened.skeleton, opened.trace, scope)
+
+
+def _counted(request: PruneRequest, units: Units) -> PruneRequest:
     """The request with a count in place of a share. Raises InputError where it does not fit the model."""
+    every, word = len(units.units), "halves of blocks" if request.sublayers else "blocks"
+    most = every - 1 - len(units.exclude)
     if request.keep is not None:
-        count = int(blocks * (1 - request.keep) + 1e-9)
+        count = int(every * (1 - request.keep) + 1e-9)
         if not count:
-            raise InputError(f"--keep {request.keep:g} of {blocks} blocks removes none", "keep less")
+            raise InputError(f"--keep {request.keep:g} of {every} {word} removes none", "keep less")
         request = replace(request, count=count, keep=None)
-    if request.count is not None and not 0 < request.count <= blocks - 1 - len(set(request.exclude)):
-        raise InputError(f"cannot remove {request.count} of {blocks} blocks", f"ask for 1 to {blocks - 1}")
-    wrong = [block for block in request.exclude if not 0 <= block < blocks]
-    if wrong:
-        raise InputError(f"--exclude {wrong[0]}: there is no such block", f"blocks are numbered 0 to {blocks - 1}")
+    if request.count is not None and not 0 < request.count <= most:
+        raise InputError(f"cannot remove {request.count} of {every} {word}", f"ask for 1 to {most}")
     return request
+
+
+def _chosen(units: Units, step: RemovalStep) -> Removal:
+    return units.removal(frozenset(map(int, step.removed)))
 
 
 def _split(rows: Tensor, request: PruneRequest) -> list[Tensor]:
     return list(torch.split(rows, request.recipe.calibration.batch_size))
 
 
-def _nothing(chooser: Chooser, limit: float | None) -> InputError:
-    step = chooser.cheapest()
-    block, kld, upper = step.removed[0], step.kld, step.upper
+def _nothing(step: RemovalStep, limit: float | None, sublayers: bool) -> InputError:
+    name, kld, upper = step.removed[0], step.kld, step.upper
+    what, option = ("half", "--halves") if sublayers else ("block", "--blocks")
     return InputError(
-        f"no block can be removed within KL {limit:g}: block {block} costs the least, {kld:.4g} (at most {upper:.4g})",
-        f"ask for --blocks 1, or --max-kld {upper * 1.01:.2g}",
+        f"no {what} can be removed within KL {limit:g}: {what} {name} costs the least, {kld:.4g} (at most {upper:.4g})",
+        f"ask for {option} 1, or --max-kld {upper * 1.01:.2g}",
     )
 
 
@@ -194,13 +215,14 @@ def _record(
     request: PruneRequest,
     steps: Sequence[RemovalStep],
     chooser: Chooser,
-    final: RemovalDamage,
+    klds: list[float],
     *,
     ranked: Ranked,
     facts: _Facts,
 ) -> PruneRecord:
-    klds = final.kld[0].tolist()
-    single = {next(iter(s)): mean(klds) for s, klds in chooser.measured.items() if len(s) == 1}
+    units = facts.units
+    single = {units.units[next(iter(s))]: mean(values) for s, values in chooser.measured.items() if len(s) == 1}
+    removal = _chosen(units, steps[-1])
     return PruneRecord(
         llmcompress=__version__,
         origin=Origin.of(request.source, facts.model_digest),
@@ -208,10 +230,12 @@ def _record(
         by=request.by,
         importance=ranked.importance,
         series=ranked.measured.series,
-        single=dict(sorted(single.items())),
-        steps=tuple(steps),
-        removed=steps[-1].removed,
-        blocks=chooser.blocks,
+        single={unit: kld for unit, kld in sorted(single.items()) if isinstance(unit, int)},
+        single_halves={str(unit): kld for unit, kld in sorted(single.items()) if isinstance(unit, Half)},
+        steps=tuple(map(units.named, steps)),
+        removed=tuple(sorted(unit for unit in removal if isinstance(unit, int))),
+        halves=tuple(map(str, sorted(unit for unit in removal if isinstance(unit, Half)))),
+        blocks=facts.blocks,
         kld=mean(klds),
         standard_error=standard_error(klds) if len(klds) > 1 else 0.0,
         upper=upper_bound(klds) if len(klds) > 1 else mean(klds),
@@ -222,15 +246,15 @@ def _record(
     )
 
 
-def _publish(request: PruneRequest, output: Path, skeleton: Skeleton, record: PruneRecord, *, probe: Tensor) -> int:
+def _publish(request: PruneRequest, output: Path, writing: Writing, record: PruneRecord, *, probe: Tensor) -> int:
     """Write everything aside, compare, and let it appear at once; returns its size in bytes."""
-    journal, removed = Journal(output), frozenset(record.removed)
+    journal = Journal(output)
     with journal.in_one_go():
         check_output(output, request.source.path, request.force)
         journal.prepare()
         folder = journal.partial
-        write_pruned(skeleton, removed, folder)
-        check_pruned(skeleton, removed, folder, probe)
+        write_pruned(writing, folder)
+        check_pruned(writing, folder, probe)
         copy_side_files(request.source.path, folder)
         commit_json(folder / RECORD_NAME, record.model_dump(mode="json"))
         commit_bytes(folder / "README.md", model_card(record).encode())

@@ -1,19 +1,21 @@
-"""Write a model without some of its blocks, so that its own class opens the rest.
+"""Write a model without some of its blocks and halves of others, so that its own class opens the rest.
 
 Blocks are renumbered, and so is everything in config.json that counts or lists them. Whether that was all is not
 reasoned about but measured: the files are opened again and must give the logits of the model with those blocks passed
-over, exactly.
+over, exactly. Halves of blocks stay in place as zeros, and config.json says which they are.
 """
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llmcompress.compress.prune.measure import logits_without
+from llmcompress.compress.prune.halves import Half, Halves, Removal
+from llmcompress.compress.prune.measure import NO_HALVES, logits_without
 from llmcompress.compress.shards import INDEX_NAME, ShardMap, index_document, write_shard
 from llmcompress.errors import InputError
 from llmcompress.files import commit_json, read_json
@@ -21,6 +23,7 @@ from llmcompress.kernels.stored import Layout
 from llmcompress.model.checkpoint import read_tensor
 from llmcompress.model.skeleton import Skeleton
 from llmcompress.model.stream import BlockStream
+from llmcompress.runtime.skipping import KEY, SkipRecord
 
 COUNT = "num_hidden_layers"
 TYPES = "layer_types"
@@ -65,31 +68,75 @@ def pruned_config(document: Mapping[str, Any], config: Any, kept: tuple[int, ...
     return found
 
 
-def write_pruned(skeleton: Skeleton, removed: frozenset[int], folder: Path) -> None:
-    """Shards, index and config.json of the model without some blocks; every tensor byte for byte."""
-    kept = tuple(index for index in range(len(skeleton.blocks)) if index not in removed)
-    entries, leaf = skeleton.files.tensors, skeleton.blocks_name.rpartition(".")[2]
-    parts: list[dict[str, str]] = [{name: name for name in skeleton.rest_tensors()}]
-    for new, old in enumerate(kept):
-        parts.append({renumbered(name, leaf, old, new): name for name in skeleton.block_tensors(old)})
-    names = ShardMap(tuple(tuple(part) for part in parts), {}, {}, "BF16")  # only for the names of the files
+@dataclass(frozen=True)
+class Writing:
+    """A model, and what of it is not to be written: blocks, and halves that are among `halves`."""
+
+    skeleton: Skeleton
+    removed: Removal
+    halves: Halves = NO_HALVES
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """Blocks that stay, by their numbers in the original; those in the written model are their places here."""
+        return tuple(index for index in range(len(self.skeleton.blocks)) if index not in self.removed)
+
+    def renumbered(self, name: str, old: int) -> str:
+        """A name with the number that block `old` gets."""
+        return renumbered(name, self.skeleton.blocks_name.rpartition(".")[2], old, self.kept.index(old))
+
+    def record(self) -> SkipRecord | None:
+        """Which halves the written model skips; None where it has all."""
+        gone = sorted(half for half in self.removed if isinstance(half, Half))
+        halves, zero, idle = [], {}, []
+        for half in gone:
+            modules, start = self.halves.modules[half], self.skeleton.block_name(half.block)
+            halves.append(f"{self.kept.index(half.block)}.{half.part}")
+            zero[self.renumbered(f"{start}.{modules.zero}", half.block)] = modules.returns
+            idle += [self.renumbered(f"{start}.{name}", half.block) for name in modules.idle]
+        return SkipRecord(halves=tuple(halves), zero=zero, idle=tuple(idle)) if gone else None
+
+    def stored(self, name: str, index: int) -> Tensor:
+        """A tensor of block `index` as it will be stored: zeros where it is of a half that is removed."""
+        skeleton = self.skeleton
+        start = skeleton.block_name(index)
+        gone = [self.halves.modules[half] for half in self.removed if isinstance(half, Half) and half.block == index]
+        modules = tuple(f"{start}.{module}." for half in gone for module in half.weights)
+        tensor = read_tensor(skeleton.files.tensors[name])
+        return torch.zeros_like(tensor) if skeleton.names.module_of[name].startswith(modules) else tensor
+
+
+def write_pruned(writing: Writing, folder: Path) -> None:
+    """Shards, index and config.json of the model without some blocks and halves; other tensors byte for byte."""
+    skeleton, kept, entries = writing.skeleton, writing.kept, writing.skeleton.files.tensors
+    rest, parts = skeleton.rest_tensors(), [skeleton.block_tensors(old) for old in kept]
+    names = ShardMap((rest, *parts), {}, {}, "BF16")  # only for the names of the files
     layouts: list[tuple[str, Layout]] = []
-    for place, part in enumerate(parts):
-        layout: Layout = {name: (entries[source].dtype, entries[source].shape) for name, source in part.items()}
-        tensors = {name: read_tensor(entries[source]) for name, source in part.items()}
+    for place in range(len(kept) + 1):
+        if place:
+            old = kept[place - 1]
+            new_names = {name: writing.renumbered(name, old) for name in parts[place - 1]}
+            tensors = {new: writing.stored(name, old) for name, new in new_names.items()}
+        else:
+            new_names = {name: name for name in rest}
+            tensors = {name: read_tensor(entries[name]) for name in rest}
+        layout: Layout = {new: (entries[name].dtype, entries[name].shape) for name, new in new_names.items()}
         write_shard(folder / names.name(place), layout, tensors)
         layouts.append((names.name(place), layout))
-    gone = sum(p.numel() for index in removed for p in skeleton.blocks[index].parameters())
-    parameters = sum(p.numel() for p in skeleton.model.parameters()) - gone
-    commit_json(folder / INDEX_NAME, index_document(layouts, parameters))
-    document = read_json(skeleton.files.folder / "config.json")
-    commit_json(folder / "config.json", pruned_config(document, skeleton.config, kept))
+    parameters = sum(p.numel() for p in skeleton.model.parameters())
+    gone = sum(p.numel() for i, block in enumerate(skeleton.blocks) if i not in kept for p in block.parameters())
+    commit_json(folder / INDEX_NAME, index_document(layouts, parameters - gone))
+    config = pruned_config(read_json(skeleton.files.folder / "config.json"), skeleton.config, kept)
+    config.pop(KEY, None)
+    record = writing.record()
+    commit_json(folder / "config.json", config | ({KEY: record.model_dump(mode="json")} if record else {}))
 
 
 @torch.no_grad()
-def check_pruned(skeleton: Skeleton, removed: frozenset[int], folder: Path, tokens: Tensor) -> None:
-    """Raises InputError where the reopened model is not the original with blocks passed over, logit for logit."""
-    expected = logits_without(skeleton, removed, tokens)
+def check_pruned(writing: Writing, folder: Path, tokens: Tensor) -> None:
+    """Raises InputError where the reopened model is not the original with parts passed over, logit for logit."""
+    skeleton = writing.skeleton
+    expected = logits_without(skeleton, writing.removed, tokens, writing.halves)
     family = skeleton.config.model_type
     try:
         found = next(iter(BlockStream(Skeleton.open(folder, str(skeleton.device))).logits([tokens])))
@@ -97,8 +144,9 @@ def check_pruned(skeleton: Skeleton, removed: frozenset[int], folder: Path, toke
         raise InputError(f"a {family} model cannot do without these blocks: {error.what}", _ADVICE) from None
     if found.shape != expected.shape or not torch.equal(found, expected):
         difference = float((found - expected).abs().max()) if found.shape == expected.shape else float("inf")
+        why = "depend on their number" if len(writing.kept) < len(skeleton.blocks) else "cannot be halved"
         what = f"the logits of the written model differ by {difference:.2g}"
-        raise InputError(f"blocks of a {family} model depend on their number: {what}", _ADVICE)
+        raise InputError(f"blocks of a {family} model {why}: {what}", _ADVICE)
 
 
 _ADVICE = "choose other blocks with --blocks or --exclude, or another model"
