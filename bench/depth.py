@@ -4,9 +4,9 @@
     python bench/depth.py MODEL --calibration TEXT --data OTHER_TEXT --most 3
 
 A score removes its least important blocks, whatever that does together; `search` is what `llmcompress prune` does,
-from the ranking by voids; with `--halves`, `halves` is the same with attention and MLP halves, two for each block (`prune
---sublayers --pairs`). All choose on calibration text and are judged on other text; random choices are five seeds.
-KL in nats per token with its standard error over sequences.
+from the ranking by voids; with `--halves`, `halves` is the same with attention and MLP halves, two for each block
+(`prune --sublayers --pairs`). All choose on calibration text and are judged on other text; random choices are five
+seeds. KL in nats per token with its standard error over sequences.
 """
 
 import argparse

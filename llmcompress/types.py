@@ -235,6 +235,34 @@ class Exchange(Noun):
     standard_error: float
 
 
+class JointTrial(Noun):
+    """Some blocks dropped and the rest within the budget, carried out on calibration text.
+
+    bits_per_weight  over the quantized linears of the original, those of dropped blocks at no bits
+    removal_kld      KL of dropping the blocks alone, and `expected_damage` that and the damage of the rest, in nats per
+                     token; `measured_kld` of both together, with its standard error over sequences
+    """
+
+    dropped: tuple[int, ...]
+    bits_per_weight: float
+    removal_kld: float
+    expected_damage: float
+    measured_kld: float
+    standard_error: float
+
+
+class Dropping(Noun):
+    """Whether blocks were dropped for bits elsewhere: what was tried, and which blocks of how many went.
+
+    `weights` are those of the original's linears that a budget in bits per weight counts.
+    """
+
+    trials: tuple[JointTrial, ...]
+    dropped: tuple[int, ...]
+    blocks: int
+    weights: int
+
+
 class Plan(Noun):
     """All decisions of a run, hashed; a resumed run compares it with the one that began."""
 
@@ -250,6 +278,7 @@ class Plan(Noun):
     allocation: BitAllocation
     trials: tuple[Trial, ...] = ()
     exchanges: tuple[Exchange, ...] = ()
+    dropping: Dropping | None = None
     seed: int
     batch_size: int
 

@@ -37,6 +37,7 @@ def lines_of(report: "EvalReport") -> list[str]:
         f"top-1       {with_interval(found.top1, 4)} agreement",
         *(_tokens(report.tokens, found.kld_largest_position) if report.tokens else ()),
         *_blocks(report),
+        *_voids(report),
         f"bits        {bits}{size.file_bits_per_weight:.4f} over the whole checkpoint",
         f"size        {size.reference_shard_bytes:,} -> {size.shard_bytes:,} bytes of weights "
         f"({megabytes(size.directory_bytes)} in all)",
@@ -60,6 +61,16 @@ def _blocks(report: "EvalReport") -> Iterator[str]:
     errors = [entry.relative_error for entry in report.trajectory if entry.block >= 0]
     if errors and None not in errors:
         yield f"blocks      hidden states off by {errors[0]:.2%} after the first block, {errors[-1]:.2%} after the last"
+
+
+def _voids(report: "EvalReport") -> Iterator[str]:
+    if report.voids is None:
+        return
+    yield f"voids       alpha {report.voids.alpha:g}; blocks used and KL on the prompts, then on what follows"
+    for run in report.voids.runs:
+        parts = ((run.usage_prompt, run.kld_prompt), (run.usage_response, run.kld_response))
+        said = "   ".join(f"{sum(usage) / len(usage):4.0%} {with_interval(kld)}" for usage, kld in parts)
+        yield f"  {run.protocol:<25} {said}"
 
 
 def _sampling(found: "Sampling") -> Iterator[str]:

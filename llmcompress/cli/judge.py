@@ -36,6 +36,8 @@ def verify_command(output: Path, device: str | None, speaker: Speaker) -> None:
 @click.option("--speed", is_flag=True, help="Also tokens per second and memory of both, as users load them.")
 @click.option("--tasks", metavar="NAME[=FILE],...", help="Also tasks of lm-evaluation-harness; FILE has the documents.")
 @click.option("--task-limit", type=click.IntRange(1), help="Documents of each task. Default: all.")
+@click.option("--skip-voids", is_flag=True, help="Also run MODEL with blocks skipped per token, where they are voids.")
+@click.option("--void-alpha", type=click.FloatRange(0), default=0.8, show_default=True, help="Larger: more voids.")
 @click.option("--device", default=None, help="cpu or cuda. Default: cpu.")
 @speaking
 def eval_command(model: str, ref: str, output: Path | None, speaker: Speaker, **flags: Any) -> None:
@@ -45,6 +47,11 @@ def eval_command(model: str, ref: str, output: Path | None, speaker: Speaker, **
 
     speaker.talk(f"comparing {request.model.name} with {request.reference.name} ...")
     report = run_eval(request)
+    if flags["skip_voids"]:
+        from llmcompress.eval.skipping import with_voids
+
+        speaker.talk("running it with voids skipped ...")
+        report = with_voids(report, request, flags["void_alpha"])
     path = write_report(report, output or Path(f"{request.model.name}-eval"))
     speaker.result(report.model_dump(mode="json"), [*lines_of(report), f"written to  {path}"])
 

@@ -16,7 +16,7 @@ from llmcompress.cli.drawing import (
     write_pictures,
 )
 from llmcompress.cli.options import pick_device, read_recipe, recipe_options, speaking
-from llmcompress.cli.say import Speaker, megabytes
+from llmcompress.cli.say import Speaker, dropping_lines, megabytes
 from llmcompress.cli.scoring import PICTURES, write_json
 
 SCORES = click.option(
@@ -149,7 +149,9 @@ def _from_model(model: str, budget: Any, flags: dict[str, Any], frontier: bool, 
     given = None if flags["scores_path"] is None else read_scores(flags["scores_path"])
     from llmcompress.compress import pipeline, planning
     from llmcompress.compress.decide import Desk
+    from llmcompress.compress.joint import dropped
     from llmcompress.compress.reuse import expected, reuse
+    from llmcompress.errors import InputError
     from llmcompress.model.hub import resolve
 
     source = resolve(model)
@@ -157,8 +159,13 @@ def _from_model(model: str, budget: Any, flags: dict[str, Any], frontier: bool, 
     whole_file = budget.whole_file
     opened = pipeline.open_model(source, recipe, pick_device(flags["device"]), whole_file=whole_file)
     batches = pipeline.calibration(opened, recipe) if reads or frontier else pipeline.NO_DATA
-    rewritten = pipeline.rewritten(opened, recipe, batches, whole_file=whole_file)
-    opened = click.get_current_context().with_resource(rewritten)
+    if given is not None and recipe.plan.voids:
+        raise InputError("plan.voids scores the model it leaves, too", "leave --scores out")
+    context = click.get_current_context()
+    opened, left, dropping = context.with_resource(dropped(opened, recipe, batches, budget))
+    for line in dropping_lines(dropping) if dropping is not None else ():
+        speaker.talk(line)
+    opened = context.with_resource(pipeline.rewritten(opened, recipe, batches, whole_file=whole_file))
     if given is None:
         speaker.talk(f"scoring {source.name} with {recipe.scorer} ...")
         scores = pipeline.score(opened, recipe, batches, opened.digest())
@@ -168,7 +175,7 @@ def _from_model(model: str, budget: Any, flags: dict[str, Any], frontier: bool, 
     desk = Desk(source.name, opened.trace, scores, size, file_bytes, opened.candidates)
 
     def decide(spent: Any) -> Any:
-        return planning.make_plan(opened, recipe, batches, scores, spent).allocation
+        return planning.make_plan(opened, recipe, batches, scores, left if spent == budget else spent).allocation
 
     def measure(found: list[Any]) -> list[float]:
         return planning.measured_frontier(opened, recipe, batches, found)

@@ -12,7 +12,7 @@ from llmcompress.cli.options import pick_device, read_recipe, recipe_options, sp
 from llmcompress.cli.planning import SCORES, read_scores
 from llmcompress.cli.progress import BlockProgress
 from llmcompress.cli.rewrite import tell_rewriting
-from llmcompress.cli.say import Speaker, command_line, megabytes
+from llmcompress.cli.say import Speaker, command_line, dropping_lines, megabytes
 
 
 def default_output(model: str, budget: str) -> Path:
@@ -104,7 +104,7 @@ def _dry_run(request: Any, speaker: Speaker) -> None:
 def _run(request: Any, speaker: Speaker) -> None:
     from llmcompress.compress.forecast import Forecast
     from llmcompress.compress.run import Finished, Planned, Resumed, Rewrote, Warned, quantize
-    from llmcompress.types import BlockOutcome
+    from llmcompress.types import BlockOutcome, Dropping
 
     began = time.monotonic()
     finished = None
@@ -118,6 +118,9 @@ def _run(request: Any, speaker: Speaker) -> None:
                         speaker.talk(line)
                 case Rewrote():
                     tell_rewriting(event.record, speaker)
+                case Dropping():
+                    for line in dropping_lines(event):
+                        speaker.talk(line)
                 case Planned():
                     _tell_plan(event, speaker)
                     progress.blocks(len(event.opened.trace.blocks))
@@ -184,8 +187,18 @@ def _tell_result(request: Any, finished: Any, seconds: float, speaker: Speaker) 
         "checks": [{"name": c.name, "passed": c.passed, "found": c.found} for c in finished.checks],
         "seconds": round(seconds, 2),
     }
+    dropping = finished.plan.dropping
+    of_original = (
+        []
+        if dropping is None or not dropping.dropped
+        else [
+            f"original    {allocation.storage_bits / dropping.weights:.4f} bits per weight over its linears, those of "
+            f"dropped blocks {', '.join(map(str, dropping.dropped))} counted"
+        ]
+    )
     lines = [
         f"asked       {allocation.budget}",
+        *of_original,
         f"linears     {allocation.bits_per_weight:.4f} bits per weight, codes, scales and shapes counted",
         f"checkpoint  {allocation.file_bits_per_weight:.4f} bits per weight, {allocation.file_bytes:,} bytes of shards"
         f" ({megabytes(finished.directory_bytes)} with tokenizer and records)",

@@ -111,3 +111,18 @@ def megabytes(size: float) -> str:
         if size >= limit:
             return f"{size / limit:.2f} {unit}"
     return f"{size:.0f} B"
+
+
+def dropping_lines(dropping: Any) -> list[str]:
+    """What dropping blocks measured beside keeping them all, and what was decided."""
+    lines = []
+    for trial in dropping.trials:
+        word = f"without blocks {', '.join(map(str, trial.dropped))}" if trial.dropped else "with all blocks"
+        lines.append(
+            f"  measured KL {trial.measured_kld:.5f} ± {trial.standard_error:.5f} at {trial.bits_per_weight:.4f} bits "
+            f"over the original's weights: {word}"
+        )
+    decided = f"drops blocks {', '.join(map(str, dropping.dropped))}" if dropping.dropped else "keeps all blocks"
+    if not any(not trial.dropped for trial in dropping.trials):
+        decided += "; with all of them the budget cannot be met"
+    return [*lines, f"joint plan: {decided}"]

@@ -228,6 +228,9 @@ def _remarks(story: Story) -> list[str]:
     if story.skipped:
         halves = ", ".join(story.skipped)
         said.append(f"Halves of blocks that are zeros, and not computed by `llmcompress.load`: {halves}.")
+    if (dropping := story.plan.dropping) is not None and dropping.dropped:
+        blocks = ", ".join(map(str, dropping.dropped))
+        said.append(f"Of {dropping.blocks} blocks, {blocks} (counted from 0) were dropped for bits elsewhere.")
     options = story.plan.options
     rounded = {"inputs of linears": options.inputs, "keys and values": options.kv_cache, "softmax": options.softmax}
     said += [f"Rounded while it runs: {what}, `{word}`." for what, word in rounded.items() if word != "none"]

@@ -1,8 +1,8 @@
 """`quantize`: the whole chain on one output, resumable, published by one rename."""
 
 import platform
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ from llmcompress import __version__
 from llmcompress.compress.allocate.budget import Budget
 from llmcompress.compress.apply import ApplyJob, apply, finished_logits
 from llmcompress.compress.forecast import Forecast, check_disk, forecast
+from llmcompress.compress.joint import decide_dropping, reopen_dropped, write_dropped
 from llmcompress.compress.journal import Journal, check_output
 from llmcompress.compress.output import Origin, Story, drop_strays, write_record, write_small_files
 from llmcompress.compress.pipeline import (
@@ -38,11 +39,12 @@ from llmcompress.model.hub import Source
 from llmcompress.model.text import Batches
 from llmcompress.recipes import Recipe
 from llmcompress.runtime.skipping import SkipRecord
-from llmcompress.types import BlockOutcome, Plan, RewriteRecord, ScoreFile, Scores
+from llmcompress.types import BlockOutcome, Dropping, Plan, RewriteRecord, ScoreFile, Scores
 
 SCORES_NAME = "scores.json"
 PLAN_NAME = "plan.json"
 REWRITTEN = "rewritten"
+DROPPED, DROPPING_NAME = "dropped", "dropping.json"
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ class Finished:
 
 
 Stage = str
-Event = Stage | Forecast | Resumed | Warned | Rewrote | Planned | BlockOutcome | Finished
+Event = Stage | Forecast | Resumed | Warned | Rewrote | Dropping | Planned | BlockOutcome | Finished
 
 
 def environment() -> dict[str, str]:
@@ -130,6 +132,8 @@ def quantize(request: QuantizeRequest) -> Iterator[Event]:
     yield "reading weights and text"
     digest = opened.digest()
     batches = calibration(opened, request.recipe) if needs_data(request.recipe) else NO_DATA
+    if request.scores is not None and request.recipe.plan.voids:
+        raise InputError("plan.voids scores the model it leaves, too", "leave --scores out")
     if not request.recipe.rewrite.methods:
         _given(request, batches, digest)
     asked = request_of(opened, request.recipe, batches, digest, request.budget)
@@ -159,13 +163,21 @@ def _locked(
         journal.record_request(asked, environment())
     elif changed := journal.changed_environment(environment()):
         yield Warned(f"going on with another {', '.join(changed)}: the result may differ in its last bits")
+    dropping = None
+    if request.recipe.plan.voids:
+        yield "weighing blocks against bits"
+        dropping = _dropping(request, journal, opened, batches, asked["model"])
+        yield dropping
+        request, opened = _without(request, journal, opened, dropping)
     if request.recipe.rewrite.methods:
         yield f"rewriting with {', '.join(request.recipe.rewrite.methods)}"
         opened = _rewritten(request, journal, opened, batches)
         if opened.rewriting is not None:
             yield Rewrote(opened.rewriting)
     yield "planning" if request.scores else f"scoring with {request.recipe.scorer} and planning"
-    plan = _plan(request, journal, opened, batches=batches, model=asked["model"])
+    digest = asked["model"] if opened.source.path == request.source.path else opened.digest()
+    plan = _plan(request, journal, opened, batches=batches, digest=digest)
+    plan = plan.model_copy(update={"dropping": dropping})
     yield Planned(plan, opened)
     job = ApplyJob(
         plan=plan,
@@ -178,13 +190,10 @@ def _locked(
     )
     if going_on:
         yield Resumed(max(len(journal.committed()) - 1, 0), len(opened.shards.shards) - 1)
-    outcomes = []
-    for outcome in apply(job, journal):
-        outcomes.append(outcome)
-        yield outcome
+    outcomes = yield from _applied(job, journal)
     yield "verifying"
     story = _story(request, opened, plan, text_digest=batches.text_digest, asked=asked)
-    checks = _close(request, journal, job, opened.source.path, story, outcomes=tuple(outcomes))
+    checks = _close(request, journal, job, opened.source.path, story, outcomes=outcomes)
     size = folder_bytes(journal.partial)
     journal.publish(request.force)
     yield Finished(plan, checks, size)
@@ -199,10 +208,44 @@ def _rewritten(request: QuantizeRequest, journal: Journal, opened: Opened, batch
     return reopen(opened, request.recipe, folder, whole_file=request.budget.whole_file)
 
 
-def _plan(request: QuantizeRequest, journal: Journal, opened: Opened, *, batches: Batches, model: str) -> Plan:
-    """The plan of this run, or what its state already holds of it. `model` is the digest of the source."""
+def _applied(job: ApplyJob, journal: Journal) -> Generator[BlockOutcome, None, tuple[BlockOutcome, ...]]:
+    """Yields the outcomes of a plan as they come; all of them at the end."""
+    outcomes = []
+    for outcome in apply(job, journal):
+        outcomes.append(outcome)
+        yield outcome
+    return tuple(outcomes)
+
+
+def _dropping(request: QuantizeRequest, journal: Journal, opened: Opened, batches: Batches, digest: str) -> Dropping:
+    """Which blocks this run drops, decided once."""
+    path = journal.state / DROPPING_NAME
+    if path.exists():
+        return Dropping.parse(path.read_bytes(), DROPPING_NAME)
+    scores = score(opened, request.recipe, batches, digest)
+    found = decide_dropping(opened, request.recipe, batches, scores, request.budget)
+    if not found.dropped and not request.recipe.rewrite.methods:
+        commit_json(journal.state / SCORES_NAME, scores.model_dump(mode="json"))
+    commit_json(path, found.model_dump(mode="json"))
+    return found
+
+
+def _without(
+    request: QuantizeRequest, journal: Journal, opened: Opened, dropping: Dropping
+) -> tuple[QuantizeRequest, Opened]:
+    """The model without dropped blocks, a checkpoint in the state of this run, made once; and its budget."""
+    if not dropping.dropped:
+        return request, opened
+    folder = journal.state / DROPPED
+    if not folder.is_dir():
+        write_dropped(opened, dropping, folder, request.recipe.seed)
+    opened, budget = reopen_dropped(opened, request.recipe, folder, request.budget)
+    return replace(request, budget=budget), opened
+
+
+def _plan(request: QuantizeRequest, journal: Journal, opened: Opened, *, batches: Batches, digest: str) -> Plan:
+    """The plan of this run, or what its state already holds of it. `digest` is that of what is quantized."""
     stored, planned = journal.state / SCORES_NAME, journal.state / PLAN_NAME
-    digest = model if opened.rewriting is None else opened.digest()
     if planned.exists():
         plan = Plan.parse(planned.read_bytes(), PLAN_NAME)
         if plan.model_digest != digest:

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from llmcompress.compress.head import HeadView, logits_reader
+from llmcompress.compress.learning import Logits
 from llmcompress.compress.measuring import MeasureJob, Text, sequence_dnll, sequence_kld
 from llmcompress.compress.rounds import BlockRounds, Streams
 from llmcompress.model.stream import BlockCall, BlockStream
-from llmcompress.types import BitAllocation, LinearSpec
+from llmcompress.types import BitAllocation, BlockTrace, LinearSpec
 
 
 @dataclass(frozen=True)
@@ -28,44 +29,81 @@ class Damage:
     dnll: Tensor
 
 
-def measure_allocations(job: MeasureJob, allocations: Sequence[BitAllocation], text: Text) -> Damage:
+@dataclass
+class _Way:
+    """One allocation: formats by linear, its hidden states by batch, and the blocks it passes over."""
+
+    specs: Mapping[str, LinearSpec]
+    hidden: list[Tensor]
+    drop: frozenset[int]
+
+
+def measure_allocations(
+    job: MeasureJob, allocations: Sequence[BitAllocation], text: Text, drops: Sequence[frozenset[int]] = ()
+) -> Damage:
     """Carry allocations out and compare them with the full-precision model.
 
-    Hessians come from `text.calibration` alone; sequences are those of `text.judging`.
+    Hessians come from `text.calibration` alone; sequences are those of `text.judging`. `drops` are blocks that are
+    passed over, a set for each allocation: it is rounded to compute what the full-precision model without them does,
+    and compared with the one that has them all.
     """
-    stream = BlockStream(job.skeleton)
-    full, calls = stream.start([*text.calibration, *text.judging])
-    job.skeleton.free_rest()
-    cut, compares = len(text.calibration), job.method.compares
-    chains = [list(full) for _ in allocations]
+    drops = drops or [frozenset()] * len(allocations)
+    walk = _Walk(job, text, drops)
     tables = [{a.linear: a.spec for a in allocation.assigned} for allocation in allocations]
+    ways = [_Way(specs, list(walk.aims[drop]), drop) for specs, drop in zip(tables, drops, strict=True)]
     for info in job.trace.blocks:
-        here = [call[info.index] for call in calls[:cut]]
-        logits = None
-        if job.method.learners and info is job.trace.blocks[-1]:
-            job.skeleton.load_rest()
-            logits = logits_reader(stream, text.calibration)
-        for specs, hidden in zip(tables, chains, strict=True):
-            block = job.skeleton.load_block(info.index)
-            streams = Streams(hidden[:cut], full[:cut] if compares else None, here, logits=logits)
-            rounds = BlockRounds(job.method, block, info, specs, streams)
-            for _ in rounds.rounded():
-                pass
-            hidden[:cut] = [rounds.leave_stored(place, call) for place, call in enumerate(here)]
-            _advance(stream, info.index, hidden, calls, cut)
-            rounds.close()
-        job.skeleton.load_block(info.index)
-        if compares:
-            full[:cut] = [rounds.leave_full(place) for place in range(cut)]
-        _advance(stream, info.index, full, calls, cut)
-        job.skeleton.free(job.skeleton.blocks[info.index])
+        walk.through(info, ways)
     job.skeleton.load_rest()
-    pairs = [
-        _damage(job, stream, text, reference=full, hidden=hidden, specs=specs)
-        for specs, hidden in zip(tables, chains, strict=True)
-    ]
+    pairs = [walk.damage(way) for way in ways]
     job.skeleton.free_rest()
     return Damage(torch.stack([kld for kld, _ in pairs]), torch.stack([dnll for _, dnll in pairs]))
+
+
+class _Walk:
+    """Allocations on their way through the blocks, and beside them the full-precision models they aim at."""
+
+    def __init__(self, job: MeasureJob, text: Text, drops: Sequence[frozenset[int]]) -> None:
+        self.job, self.text, self.cut = job, text, len(text.calibration)
+        self.stream = BlockStream(job.skeleton)
+        full, self.calls = self.stream.start([*text.calibration, *text.judging])
+        job.skeleton.free_rest()
+        self.aims = {drop: list(full) for drop in (frozenset[int](), *drops)}
+
+    def through(self, info: BlockTrace, ways: Sequence[_Way]) -> None:
+        """Everything through one block, each way as it would be stored."""
+        job, logits = self.job, None
+        if job.method.learners and info is job.trace.blocks[-1]:
+            job.skeleton.load_rest()
+            logits = logits_reader(self.stream, self.text.calibration)
+        rounds: dict[frozenset[int], BlockRounds] = {}
+        for way in ways:
+            if info.index not in way.drop:
+                rounds[way.drop] = self._carry_out(info, way, logits)
+        job.skeleton.load_block(info.index)
+        for drop, states in self.aims.items():
+            first = self.cut if drop in rounds or not job.method.compares else 0
+            if drop in rounds and job.method.compares:
+                states[:first] = [rounds[drop].leave_full(place) for place in range(first)]
+            if info.index not in drop:
+                _advance(self.stream, info.index, states, self.calls, first)
+        job.skeleton.free(job.skeleton.blocks[info.index])
+
+    def _carry_out(self, info: BlockTrace, way: _Way, logits: Logits | None) -> BlockRounds:
+        block, hidden, cut = self.job.skeleton.load_block(info.index), way.hidden, self.cut
+        here = [call[info.index] for call in self.calls[:cut]]
+        full = self.aims[way.drop][:cut] if self.job.method.compares else None
+        rounds = BlockRounds(self.job.method, block, info, way.specs, Streams(hidden[:cut], full, here, logits=logits))
+        for _ in rounds.rounded():
+            pass
+        hidden[:cut] = [rounds.leave_stored(place, call) for place, call in enumerate(here)]
+        _advance(self.stream, info.index, hidden, self.calls, cut)
+        rounds.close()
+        return rounds
+
+    def damage(self, way: _Way) -> tuple[Tensor, Tensor]:
+        """KL divergence and rise of the loss by sequence; the rest of the model must be loaded."""
+        reference = [*self.aims[way.drop][: self.cut], *self.aims[frozenset()][self.cut :]]
+        return _damage(self.job, self.stream, self.text, reference=reference, hidden=way.hidden, specs=way.specs)
 
 
 @torch.no_grad()

@@ -99,6 +99,30 @@ class TaskDocuments(Noun):
     candidate: tuple[float, ...]
 
 
+class VoidRun(Noun):
+    """One way to run the model, against the reference. `kld` in nats per token.
+
+    protocol  `whole`; `attribution`, the paper's, where every block runs; or `skip` and the parts it is done in
+    usage     of each block, the share of tokens it was no void for
+    """
+
+    protocol: str
+    usage_prompt: tuple[float, ...]
+    usage_response: tuple[float, ...]
+    kld_prompt: Estimate
+    kld_response: Estimate
+    dnll_response: Estimate
+    top1_response: Estimate
+
+
+class VoidSkipping(Noun):
+    """Voids skipped per token (L2 adaptive computation); the first `prompt_tokens` of a text are its prompt."""
+
+    alpha: float
+    prompt_tokens: int
+    runs: tuple[VoidRun, ...]
+
+
 class EvalReport(Noun):
     """The whole of report.json.
 
@@ -124,6 +148,7 @@ class EvalReport(Noun):
     reference_tasks: dict[str, dict[str, float | str]] = Field(default_factory=dict)
     harness: dict[str, Any] | None = None
     documents: dict[str, TaskDocuments] = Field(default_factory=dict)
+    voids: VoidSkipping | None = None
     plan: dict[str, Any] | None = None
     environment: dict[str, str]
     command: str

@@ -36,6 +36,7 @@ class PlanPart(Noun):
 
     `pin` fixes the width of the linears a name stands for, `candidates` lists the widths they may have. A
     name is a linear's full name, its last component, or a pattern (`*`, `?`, `[...]`) on the full name.
+    `voids` also tries to drop whole blocks for bits elsewhere, and does it where that measures better.
     `head_bits` are the widths of the output head where the budget counts the whole file; empty leaves it alone.
     """
 
@@ -44,6 +45,7 @@ class PlanPart(Noun):
     trials: bool = True
     program: Literal["integer", "quadratic", "order"] = "integer"
     exchange: int = Field(default=0, ge=0)
+    voids: bool = False
     pin: dict[str, int] = Field(default_factory=dict)
     candidates: dict[str, tuple[int, ...]] = Field(default_factory=dict)
     head_bits: tuple[int, ...] = (4, 6, 8)

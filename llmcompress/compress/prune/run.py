@@ -61,6 +61,11 @@ class PruneRequest:
     sublayers: bool = False
     pairs: bool = False
 
+    @property
+    def limit(self) -> float | None:
+        """What the upper bound of the KL may be, None where a count decides."""
+        return FREE if self.count is None and self.max_kld is None else self.max_kld
+
 
 @dataclass(frozen=True)
 class Ranked:
@@ -142,13 +147,12 @@ def prune(request: PruneRequest) -> Iterator[Event]:
     yield ranked
     yield f"measuring what removing {'halves of ' * request.sublayers}blocks costs"
     chooser = Chooser(measure, ranked.importance, request.search, exclude=units.exclude, pairs=units.pairs)
-    limit = FREE if request.count is None and request.max_kld is None else request.max_kld
     steps = []
-    for step in choose(chooser, count=request.count, max_kld=limit):
+    for step in choose(chooser, count=request.count, max_kld=request.limit):
         steps.append(step)
         yield units.named(step)
     if not steps:
-        raise _nothing(units.named(chooser.cheapest()), limit, request.sublayers)
+        raise _nothing(units.named(chooser.cheapest()), request.limit, request.sublayers)
     final = measure([frozenset(map(int, steps[-1].removed))], judging)[0].tolist()
     record = _record(
         request, steps, chooser, final, ranked=ranked, facts=_Facts(batches, digest, units, len(opened.trace.blocks))
