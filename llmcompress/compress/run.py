@@ -176,9 +176,8 @@ def _locked(
             yield Rewrote(opened.rewriting)
     yield "planning" if request.scores else f"scoring with {request.recipe.scorer} and planning"
     digest = asked["model"] if opened.source.path == request.source.path else opened.digest()
-    plan = _plan(request, journal, opened, batches=batches, digest=digest)
-    plan = plan.model_copy(update={"dropping": dropping})
-    yield Planned(plan, opened)
+    found = _plan(request, journal, opened, batches=batches, digest=digest)
+    yield Planned(plan := found.model_copy(update={"dropping": dropping}), opened)
     job = ApplyJob(
         plan=plan,
         trace=opened.trace,

@@ -1,5 +1,6 @@
 """One budget for widths and depth: what is measured is what comes out, and bits count against the original."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -16,16 +17,16 @@ from llmcompress.compress.measuring import Text
 from llmcompress.compress.pipeline import Opened, calibration, open_model, score
 from llmcompress.compress.planning import Planner
 from llmcompress.compress.prune.measure import removal_damage
-from llmcompress.compress.run import Finished, QuantizeRequest, quantize
+from llmcompress.compress.run import Finished, QuantizeRequest, Resumed, quantize
 from llmcompress.compress.trial import measure_allocations
 from llmcompress.errors import InputError
 from llmcompress.model.hub import resolve
 from llmcompress.recipes import Recipe, load_recipe
-from llmcompress.types import Assigned, Dropping
+from llmcompress.types import Assigned, BlockOutcome, Dropping
 
 SMALL = (
     "calibration.samples=8", "calibration.sequence_length=32", "calibration.score_samples=4", "plan.group_size=64",
-    "plan.bits=[2, 3, 4]", "plan.voids=true",
+    "plan.bits=[2, 3, 4]", "plan.voids=true", "plan.trials=false",
 )  # fmt: skip
 
 
@@ -91,17 +92,23 @@ def test_a_plan_with_blocks_missing_measures_what_it_does_on_the_model_without_t
     assert budget.amount == pytest.approx(2.7 * 6 / len(kept))
 
 
-@pytest.mark.parametrize("size", ["2.5bits", "9bits/file"])
+@pytest.mark.parametrize("size", ["2.5bits", "4.9bits/file"])
 def test_a_block_that_does_nothing_gives_its_bits_to_the_others(
     size: str, idle: Path, text_file: Path, tmp_path: Path
 ) -> None:
     source, recipe = resolve(str(idle)), told(text_file)
-    found = list(quantize(QuantizeRequest(source, tmp_path / "out", recipe, parse_budget(size), "cpu", "")))
+    request = QuantizeRequest(source, tmp_path / "out", recipe, parse_budget(size), "cpu", "")
+    running = quantize(request)
+    first = list(itertools.takewhile(lambda event: not isinstance(event, BlockOutcome), running))
+    running.close()  # type: ignore[attr-defined]
+    found = list(quantize(request))
+    assert any(isinstance(event, Resumed) for event in found)
     finished = found[-1]
     assert isinstance(finished, Finished)
     dropping = finished.plan.dropping
     assert dropping is not None
     assert 3 in dropping.dropped
+    assert dropping in first
     assert dropping in found
     whole, *others = dropping.trials
     assert not whole.dropped
@@ -113,15 +120,12 @@ def test_a_block_that_does_nothing_gives_its_bits_to_the_others(
         limit = 2.5 * sum(x.weights for x in opened.trace.linears)
         assert 0.9 * limit < allocation.storage_bits <= limit
     else:
-        assert allocation.file_bytes * 8 <= 9 * opened.trace.parameters
+        assert allocation.file_bytes * 8 <= 4.9 * opened.trace.parameters
     loaded: Any = llmcompress.load(tmp_path / "out")
     assert len(loaded.model.layers) == 6 - len(dropping.dropped)
     assert "were dropped for bits elsewhere" in (tmp_path / "out" / "README.md").read_text()
     record = json.loads((tmp_path / "out" / "llmcompress.json").read_text())
     assert record["plan"]["dropping"]["dropped"] == list(dropping.dropped)
-    again = list(quantize(QuantizeRequest(source, tmp_path / "out", recipe, parse_budget(size), "cpu", "")))
-    assert isinstance(again[-1], Finished)
-    assert not any(isinstance(event, Dropping) for event in again)
 
 
 def test_where_no_block_is_idle_the_plan_is_the_usual_one(model: Path, text_file: Path, tmp_path: Path) -> None:
