@@ -128,7 +128,7 @@ class EvalReport(Noun):
 
     `tasks` (the model) and `reference_tasks` have the shape of lm-evaluation-harness `results`, `harness` is what else
     it wrote: versions, shots, numbers of documents, task hashes. `trajectory` is empty where blocks cannot be compared.
-    Version 2 adds `tokens`, `trajectory`, `sampling`, `speed`, `reference_tasks`, `harness` and the bytes resident;
+    Version 2 adds `tokens`, `trajectory`, `sampling`, `speed`, `voids`, `reference_tasks`, `harness`, bytes resident;
     files of version 1, which have none of them, are read as well.
     """
 
@@ -159,8 +159,8 @@ class EvalReport(Noun):
         arrays = (self.per_sequence.kld, self.per_sequence.dnll)
         if self.finite and any(None in values for values in arrays):
             raise ValueError("finite is true but a sequence has no figure")
-        later = (self.tokens, self.trajectory, self.sampling, self.speed, self.reference_tasks, self.harness)
-        if self.schema_version == "1" and any(later):
+        later = (self.tokens, self.trajectory, self.sampling, self.speed, self.voids)
+        if self.schema_version == "1" and any((*later, self.reference_tasks, self.harness)):
             raise ValueError("schema_version is 1 but there are figures of version 2")
         return self
 
