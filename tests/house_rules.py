@@ -25,13 +25,13 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "model": (GROUND, ("click", "rich")),
     "compress": (("model", "runtime", "kernels", *GROUND), ("click", "rich")),
     "eval": (("model", "runtime", *GROUND), ("click", "rich")),
+    "gate": (("eval", *GROUND), ("torch", "transformers", "scipy", "click", "rich")),
     "cli": (GROUND, ("torch", "transformers")),
     "__main__": (("cli",), ("torch",)),
 }
 TORCHLESS = (
     "eval.facts",
     "eval.report",
-    "eval.gate",
     "eval.statistics",
     "compress.allocate.integer",
     "compress.allocate.budget",

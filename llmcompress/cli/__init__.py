@@ -10,6 +10,7 @@ import click
 
 from llmcompress import __version__
 from llmcompress.cli.bench import bench_command
+from llmcompress.cli.gate import gate_command
 from llmcompress.cli.judge import eval_command, verify_command
 from llmcompress.cli.look import env_command, inspect_command, list_command
 from llmcompress.cli.planning import plan_command
@@ -29,6 +30,7 @@ COMMANDS = (
     plan_command,
     verify_command,
     eval_command,
+    gate_command,
     bench_command,
     inspect_command,
     list_command,
@@ -46,7 +48,8 @@ def cli() -> None:
     llmcompress quantize demo --budget 3.5bits -o out
     llmcompress eval out --ref demo
 
-    Exit codes: 0 done, 2 your input, 3 the machine (work kept), 5 a bug, 6 output in use, 130/143 interrupted.
+    Exit codes: 0 done or gate passed, 1 gate failed, 2 your input, 3 the machine (work kept), 4 gate undecided,
+    5 a bug, 6 output in use, 130/143 interrupted.
     """
 
 
