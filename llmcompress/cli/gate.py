@@ -136,7 +136,7 @@ def _judged(subject: str, asked: Any, baseline: Any, *, speaker: Speaker, flags:
         report = _read(_file(subject))
         if wants_tasks and not report.documents:
             raise InputError(
-                "max_drop is set, but the report has no documents of tasks", "evaluate tasks, or leave it out"
+                "max_drop is set, but the report has no documents of tasks", "evaluate tasks, or set no max_drop"
             )
         return report, judge(report, limits, baseline)
     if wants_tasks:
@@ -147,19 +147,13 @@ def _judged(subject: str, asked: Any, baseline: Any, *, speaker: Speaker, flags:
 def _evaluated(subject: str, limits: Any, baseline: Any, *, speaker: Speaker, flags: dict[str, Any]) -> tuple[Any, Any]:
     from llmcompress.gate.looks import look_until_decided, sizes
 
-    evaluate, last = _evaluator(subject, flags), None
-    for report, verdict in look_until_decided(
-        evaluate, limits, sizes(flags["samples"], limits.looks, flags["max_samples"]), baseline
-    ):
-        count = report.data.sequences
-        speaker.talk(f"{count} sequences: {verdict.verdict}")
-        last = report, verdict
-    if last is None:
-        raise InputError("no look was asked for", "--looks 1 or more")
+    counts = sizes(flags["samples"], limits.looks, flags["max_samples"])
+    for report, verdict in look_until_decided(_evaluator(subject, flags), limits, counts, baseline):
+        speaker.talk(f"{report.data.sequences} sequences: {verdict.verdict}")
     from llmcompress.eval.run import write_report
 
-    write_report(last[0], flags["output"] or Path(f"{last[0].model.name}-eval"))
-    return last
+    write_report(report, flags["output"] or Path(f"{report.model.name}-eval"))
+    return report, verdict
 
 
 def _evaluator(subject: str, flags: dict[str, Any]) -> Callable[[int], Any]:
@@ -179,7 +173,7 @@ def _evaluator(subject: str, flags: dict[str, Any]) -> Callable[[int], Any]:
 
 def _say(speaker: Speaker, report: Any, verdict: Any, flags: dict[str, Any]) -> None:
     """Print the verdict in its format, and write the files that were asked for."""
-    from llmcompress.files import commit_bytes
+    from llmcompress.files import commit_bytes, to_json
     from llmcompress.gate import formats
 
     allowed = flags["allow_undecided"]
@@ -194,9 +188,10 @@ def _say(speaker: Speaker, report: Any, verdict: Any, flags: dict[str, Any]) -> 
         click.echo("\n".join([*formats.text(verdict), *annotations]))
     elif form in ("junit", "markdown"):
         click.echo(junit if form == "junit" else formats.markdown(report, verdict), nl=False)
+    elif form == "json":
+        click.echo(to_json(verdict.model_dump(mode="json") | {"exit_code": verdict.exit_code}), nl=False)
     else:
-        speaker.json = form == "json"
-        speaker.result(verdict.model_dump(mode="json") | {"exit_code": verdict.exit_code}, formats.text(verdict))
+        click.echo("\n".join(formats.text(verdict)))
 
 
 def _append(path: str | None, words: str) -> None:

@@ -65,21 +65,26 @@ def bootstrap_t(
 
     None for fewer than `FEWEST_RESAMPLED` values.
     """
-    count = len(values)
-    if count < FEWEST_RESAMPLED:
+    if len(values) < FEWEST_RESAMPLED:
         return None
-    mean, spread = float(values.mean()), float(values.std(ddof=1))
-    if spread == 0:
-        return mean, mean
+    low, high = bootstrap_reach(values, level, seed, resamples=resamples)
+    mean, error = float(values.mean()), float(values.std(ddof=1)) / math.sqrt(len(values))
+    return mean - high * error, mean - low * error
+
+
+def bootstrap_reach(
+    values: Floats, level: float = 0.95, seed: int = 0, *, resamples: int = RESAMPLES
+) -> tuple[float, float]:
+    """Quantiles of resampled t statistics, which stand where `cluster_t` has those of Student; 0 where nothing varies."""
+    count, mean = len(values), float(values.mean())
     draws = values[numpy.random.default_rng(seed).integers(count, size=(resamples, count))]
     means, spreads = draws.mean(1), draws.std(1, ddof=1)
     kept = spreads > 0
+    if not kept.any() or values.std() == 0:
+        return 0.0, 0.0
     pivots = (means[kept] - mean) / (spreads[kept] / math.sqrt(count))
-    if len(pivots) == 0:
-        return mean, mean
     low, high = numpy.quantile(pivots, [0.5 - level / 2, 0.5 + level / 2])
-    error = spread / math.sqrt(count)
-    return mean - float(high) * error, mean - float(low) * error
+    return float(low), float(high)
 
 
 def log_t(values: Floats, level: float = 0.95) -> tuple[float, float] | None:

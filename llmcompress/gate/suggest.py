@@ -52,7 +52,7 @@ def _rounded_up(value: float, field: str) -> str:
     """Two significant digits, written without an exponent."""
     least = max(value, SMALLEST)
     step = 10.0 ** (math.floor(math.log10(least)) - 1)
-    rounded = math.ceil(least / step * (1 - 1e-12)) * step
+    rounded = math.ceil(least / step) * step
     if field in ("max_drop", "max_top1_loss"):
         rounded = min(rounded, LARGEST_SHARE)
     return _plain(rounded)

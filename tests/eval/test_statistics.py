@@ -4,11 +4,28 @@ import math
 
 import numpy
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import stats
 
-from llmcompress.eval.statistics import bootstrap_t, cluster_t, design_effect, kl_interval, log_t
+from llmcompress.eval.statistics import (
+    bootstrap_t,
+    cluster_t,
+    design_effect,
+    kl_interval,
+    log_t,
+    student_coverage,
+    student_quantile,
+)
 
 VALUES = numpy.array([0.1, 0.12, 0.08, 0.2, 0.11, 0.09, 0.15, 0.1])
+
+
+@given(st.integers(1, 20_000), st.floats(0.01, 0.9999), st.floats(0, 50))
+def test_student_is_that_of_scipy(freedom: int, level: float, reach: float) -> None:
+    assert student_quantile(level, freedom) == pytest.approx(stats.t.isf((1 - level) / 2, freedom), rel=1e-8)
+    assert student_coverage(reach, freedom) == pytest.approx(1 - 2 * stats.t.sf(reach, freedom), abs=1e-10)
+    assert student_coverage(-reach, freedom) == student_coverage(reach, freedom)
 
 
 def test_cluster_t_is_the_textbook_interval() -> None:
