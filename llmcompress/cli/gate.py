@@ -183,7 +183,8 @@ def _say(speaker: Speaker, report: Any, verdict: Any, flags: dict[str, Any]) -> 
     if flags["junit"] is not None:
         commit_bytes(flags["junit"], junit.encode())
     if form == "github":
-        _append(os.environ.get("GITHUB_STEP_SUMMARY"), formats.step_summary(report, verdict))
+        _append("GITHUB_STEP_SUMMARY", formats.step_summary(report, verdict))
+        _append("GITHUB_OUTPUT", f"verdict={verdict.verdict}\n")
         annotations = formats.github(verdict, undecided="warning" if allowed else "error")
         click.echo("\n".join([*formats.text(verdict), *annotations]))
     elif form in ("junit", "markdown"):
@@ -194,12 +195,13 @@ def _say(speaker: Speaker, report: Any, verdict: Any, flags: dict[str, Any]) -> 
         click.echo("\n".join(formats.text(verdict)))
 
 
-def _append(path: str | None, words: str) -> None:
-    """Add to GitHub's step summary, where there is one. Raises MachineError."""
+def _append(variable: str, words: str) -> None:
+    """Add to the file that GitHub names in a variable, where it does. Raises MachineError."""
+    path = os.environ.get(variable)
     if not path:
         return
     try:
         with open(path, "a", encoding="utf-8") as stream:
             stream.write(words)
     except OSError as error:
-        raise MachineError(f"cannot write the step summary: {error.strerror}", "check GITHUB_STEP_SUMMARY") from None
+        raise MachineError(f"cannot write to {variable}: {error.strerror}", "check the runner's disk") from None

@@ -75,7 +75,7 @@ def bootstrap_t(
 def bootstrap_reach(
     values: Floats, level: float = 0.95, seed: int = 0, *, resamples: int = RESAMPLES
 ) -> tuple[float, float]:
-    """Quantiles of resampled t statistics, which stand where `cluster_t` has those of Student; 0 where nothing varies."""
+    """Quantiles of resampled t statistics, in place of Student's; 0 where nothing varies. Two values or more."""
     count, mean = len(values), float(values.mean())
     draws = values[numpy.random.default_rng(seed).integers(count, size=(resamples, count))]
     means, spreads = draws.mean(1), draws.std(1, ddof=1)
