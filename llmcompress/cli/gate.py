@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from llmcompress.cli.options import Command, speaking
+from llmcompress.cli.options import Command, pick_device, speaking
 from llmcompress.cli.say import Speaker, command_line
 from llmcompress.errors import InputError, MachineError
 
@@ -157,8 +157,10 @@ def _evaluated(subject: str, limits: Any, baseline: Any, *, speaker: Speaker, fl
 
 
 def _evaluator(subject: str, flags: dict[str, Any]) -> Callable[[int], Any]:
-    from llmcompress.cli.options import pick_device
-    from llmcompress.eval.run import EvalRequest, run_eval
+    try:
+        from llmcompress.eval.run import EvalRequest, run_eval
+    except ModuleNotFoundError as error:
+        raise InputError(f"--ref evaluates a model, which needs {error.name}", "install llmcompress whole") from None
     from llmcompress.model.hub import resolve
     from llmcompress.model.text import TextRequest
 
