@@ -77,8 +77,8 @@ def _answers(questions: tuple[Question, ...], alpha: float) -> tuple[Criterion, 
     levels = Levels(passing=alpha, failing=alpha / max(len(asked), 1))
     findings = [question.rule(levels) for question in asked]
     failed = holm([finding.p_above for finding in findings], alpha)
-    found = {q.name: (f, beyond) for q, f, beyond in zip(asked, findings, failed, strict=True)}
-    return tuple(_answer(q, *found[q.name]) if q.name in found else _too_few(q) for q in questions)
+    found = iter(zip(findings, failed, strict=True))
+    return tuple(_answer(q, *next(found)) if q.count >= FEWEST else _too_few(q) for q in questions)
 
 
 def _answer(question: Question, finding: Finding, beyond: bool) -> Criterion:
@@ -138,8 +138,15 @@ def _fidelity(report: EvalReport, limits: Limits) -> Iterator[Question]:
     count = len(arrays.seq_ids)
     if limits.max_kld is not None:
         kld, most = _array(arrays.kld), limits.max_kld
+        effect = report.summary.design_effect
         yield Question(
-            "KL divergence", "nats/token", "sequences", most, count, lambda levels: kl_rule(kld, most, levels)
+            "KL divergence",
+            "nats/token",
+            "sequences",
+            most,
+            count,
+            lambda levels: kl_rule(kld, most, levels),
+            note=f"design effect {effect:.3g}: tokens of one sequence are not independent" if effect else "",
         )
     if limits.max_ppl_increase is not None:
         dnll, rise = _array(arrays.dnll), math.log1p(limits.max_ppl_increase)

@@ -180,6 +180,18 @@ def test_tasks_are_paired_with_the_baseline() -> None:
     assert named(verdict, "task t against baseline").estimate == pytest.approx(0.08)
 
 
+def test_answers_go_to_their_questions_whatever_those_are_called() -> None:
+    tasks = {"t against baseline": documents(1000, 0, 200, 700), "t": documents(1000, 5, 5, 700)}
+    verdict = judge(report(0.02, name="new", documents=tasks), STANDARD, report(0.02, documents=tasks))
+    found = [(c.name, c.verdict) for c in verdict.criteria if c.name.startswith("task")]
+    assert found == [
+        ("task t against baseline", "fail"),
+        ("task t", "pass"),
+        ("task t against baseline against baseline", "pass"),
+        ("task t against baseline", "pass"),
+    ]
+
+
 def test_the_same_weights_are_no_regression() -> None:
     verdict = judge(report(0.02), STANDARD, report(0.02, count=64))
     assert verdict.verdict == "pass"

@@ -63,10 +63,10 @@ def test_tango_bounds_invert_the_score(counts: tuple[int, int, int], limit: floa
 
 def test_tango_of_a_published_kind_of_table_by_scanning() -> None:
     """1 gained, 5 lost of 68: every difference whose score is below the reach belongs to the interval."""
-    grid = numpy.linspace(-0.4, 0.4, 80_001)
+    grid = numpy.linspace(-0.4, 0.4, 8_001)
     inside = [-d for d in grid if abs(likelihood_score_closed(1, 5, 68, d)) <= 1.959964]
     found = paired_rule(1, 5, 68, 0.02, Levels(0.025, 0.025))
-    assert (found.low, found.high) == pytest.approx((min(inside), max(inside)), abs=2e-5)
+    assert (found.low, found.high) == pytest.approx((min(inside), max(inside)), abs=2e-4)
 
 
 def likelihood_score_closed(gained: int, lost: int, count: int, difference: float) -> float:
