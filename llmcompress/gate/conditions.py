@@ -6,7 +6,7 @@ from typing import Any
 
 from llmcompress.eval.report import EvalReport
 from llmcompress.gate.limits import Limits
-from llmcompress.gate.pairs import same_model
+from llmcompress.gate.pairs import same_model, shares
 from llmcompress.gate.verdict import Condition
 
 WORST_PERPLEXITY = 10.0  # times the reference's; beyond it no limit means anything
@@ -38,6 +38,9 @@ def _conditions(report: EvalReport, limits: Limits, baseline: EvalReport | None)
         holds = digests[name] == wanted
         found = "as expected" if holds else f"digest {digests[name]}, expected {wanted}"
         yield Condition(name=f"{name} digest", holds=holds, found=found)
+    for task, documents in report.documents.items():
+        if not shares(documents):
+            yield Condition(name=f"task {task}", holds=True, found="not judged: its scores are not between 0 and 1")
     if baseline is not None and same_model(report, baseline):
         yield Condition(name="baseline", holds=True, found="the baseline's weights, bit for bit")
 

@@ -16,7 +16,7 @@ from llmcompress.errors import InputError
 from llmcompress.eval.report import EvalReport, TaskDocuments
 from llmcompress.gate.conditions import conditions
 from llmcompress.gate.limits import Limits
-from llmcompress.gate.pairs import check_baseline, check_units, same_model
+from llmcompress.gate.pairs import check_baseline, check_units, same_model, shares
 from llmcompress.gate.rules import Finding, Floats, Levels, holm, kl_rule, mcnemar, mean_rule, paired_rule, ratio_rule
 from llmcompress.gate.verdict import Condition, Criterion, Verdict, Word
 
@@ -127,7 +127,7 @@ def _rise(difference: float) -> float:
 def _questions(report: EvalReport, limits: Limits, baseline: EvalReport | None) -> Iterator[Question]:
     yield from _fidelity(report, limits)
     if limits.max_drop is not None:
-        for name, documents in report.documents.items():
+        for name, documents in _judged_tasks(report):
             yield _task(f"task {name}", documents, limits.max_drop)
     if baseline is not None and not same_model(report, baseline):
         yield from _regressions(report, limits, baseline)
@@ -166,6 +166,10 @@ def _fidelity(report: EvalReport, limits: Limits) -> Iterator[Question]:
         )
 
 
+def _judged_tasks(report: EvalReport) -> Iterator[tuple[str, TaskDocuments]]:
+    yield from ((name, documents) for name, documents in report.documents.items() if shares(documents))
+
+
 def _task(name: str, documents: TaskDocuments, limit: float) -> Question:
     """Right or wrong answers by Tango's test; other scores, larger being better, by Student's t on differences."""
     before, after = _array(documents.reference), _array(documents.candidate)
@@ -200,7 +204,7 @@ def _regressions(report: EvalReport, limits: Limits, baseline: EvalReport) -> It
             lambda levels: ratio_rule(now, before, most, levels),
         )
     if limits.max_drop is not None:
-        for name, documents in baseline.documents.items():
+        for name, documents in _judged_tasks(baseline):
             pair = documents.model_copy(
                 update={"reference": documents.candidate, "candidate": report.documents[name].candidate}
             )

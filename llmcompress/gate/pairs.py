@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from llmcompress.errors import InputError
-from llmcompress.eval.report import EvalReport
+from llmcompress.eval.report import EvalReport, TaskDocuments
 
 LEAST_KLD = -1e-6  # nats per token; rounding in float64 is far smaller
 
@@ -29,6 +29,11 @@ def check_units(report: EvalReport) -> None:
 def _once(place: str, units: Sequence[int | str]) -> None:
     if len(set(units)) != len(units):
         raise InputError(f"{place}: something is counted twice", "every sequence and document counts once")
+
+
+def shares(documents: TaskDocuments) -> bool:
+    """Whether a task's scores are shares of something, so that a drop in points means something."""
+    return all(0 <= score <= 1 for score in (*documents.reference, *documents.candidate))
 
 
 def same_model(report: EvalReport, baseline: EvalReport) -> bool:

@@ -93,6 +93,14 @@ def test_scores_that_are_no_answers_use_students_t() -> None:
     assert named(verdict, "task worse").estimate == pytest.approx(0.1)
 
 
+def test_scores_that_are_no_shares_are_left_out_and_that_is_said() -> None:
+    likelihoods = {"metric": "ll", "doc_ids": list(range(9)), "reference": [-3.0] * 9, "candidate": [-9.0] * 9}
+    verdict = judge(report(0.01, documents={"wiki": likelihoods}), STANDARD)
+    assert verdict.verdict == "pass"
+    assert [c.name for c in verdict.criteria] == ["KL divergence", "perplexity"]
+    assert "not judged" in next(c.found for c in verdict.conditions if c.name == "task wiki")
+
+
 def test_several_criteria_need_more_to_fail_but_not_to_pass() -> None:
     """Beyond the limit at 5 %, but not at 5 % over nine criteria."""
     made = document(0.01)
