@@ -1,6 +1,6 @@
 """Does the gate keep its promises? Monte Carlo of its rules, with the truth known.
 
-    python bench/gate.py --json bench/results/gate.json      (about four minutes on one core)
+    python bench/gate.py --json bench/results/gate.json      (216 s of one core)
 
 Text is simulated as the gate meets it: a sequence has a mean KL divergence of its own, lognormal with a coefficient
 of variation of 0.53 (`typical`) or 0.95 (`mixed`), and its 256 tokens vary around that, lognormal with one of 2.
