@@ -16,7 +16,7 @@ from llmcompress.errors import InputError
 from llmcompress.eval.report import EvalReport, TaskDocuments
 from llmcompress.gate.conditions import conditions
 from llmcompress.gate.limits import Limits
-from llmcompress.gate.pairs import check_baseline, check_units, same_model, shares
+from llmcompress.gate.pairs import better_larger, check_baseline, check_units, same_model, shares
 from llmcompress.gate.rules import Finding, Floats, Levels, holm, kl_rule, mcnemar, mean_rule, paired_rule, ratio_rule
 from llmcompress.gate.verdict import Condition, Criterion, Verdict, Word
 
@@ -167,7 +167,10 @@ def _fidelity(report: EvalReport, limits: Limits) -> Iterator[Question]:
 
 
 def _judged_tasks(report: EvalReport) -> Iterator[tuple[str, TaskDocuments]]:
-    yield from ((name, documents) for name, documents in report.documents.items() if shares(documents))
+    """Tasks whose scores are shares, so turned that larger is better."""
+    for name, documents in report.documents.items():
+        if shares(documents):
+            yield name, better_larger(report, name, documents)
 
 
 def _task(name: str, documents: TaskDocuments, limit: float) -> Question:
@@ -205,9 +208,8 @@ def _regressions(report: EvalReport, limits: Limits, baseline: EvalReport) -> It
         )
     if limits.max_drop is not None:
         for name, documents in _judged_tasks(baseline):
-            pair = documents.model_copy(
-                update={"reference": documents.candidate, "candidate": report.documents[name].candidate}
-            )
+            after = better_larger(report, name, report.documents[name])
+            pair = documents.model_copy(update={"reference": documents.candidate, "candidate": after.candidate})
             yield _task(f"task {name} against baseline", pair, limits.max_drop)
 
 

@@ -36,6 +36,16 @@ def shares(documents: TaskDocuments) -> bool:
     return all(0 <= score <= 1 for score in (*documents.reference, *documents.candidate))
 
 
+def better_larger(report: EvalReport, task: str, documents: TaskDocuments) -> TaskDocuments:
+    """A task's scores so that larger is better: turned around where the harness says that smaller is."""
+    told = (report.harness or {}).get("higher_is_better")
+    row = told.get(task) if isinstance(told, dict) else None
+    if not isinstance(row, dict) or row.get(documents.metric) is not False:
+        return documents
+    turned = {side: tuple(1 - score for score in getattr(documents, side)) for side in ("reference", "candidate")}
+    return documents.model_copy(update=turned)
+
+
 def same_model(report: EvalReport, baseline: EvalReport) -> bool:
     """Whether both reports are of the same weights, bit for bit."""
     return report.model.model_digest == baseline.model.model_digest

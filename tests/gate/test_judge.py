@@ -101,6 +101,14 @@ def test_scores_that_are_no_shares_are_left_out_and_that_is_said() -> None:
     assert "not judged" in next(c.found for c in verdict.conditions if c.name == "task wiki")
 
 
+@pytest.mark.parametrize(("told", "word"), [(None, "pass"), (True, "pass"), (False, "fail")])
+def test_the_harness_says_whether_larger_is_better(told: bool | None, word: str) -> None:
+    tasks = {"t": documents(1000, 150, 0, 700) | {"metric": "error"}}
+    harness = None if told is None else {"higher_is_better": {"t": {"error": told}}}
+    made = report(0.01, documents=tasks, harness=harness, schema_version="2")
+    assert named(judge(made, STANDARD), "task t").verdict == word
+
+
 def test_several_criteria_need_more_to_fail_but_not_to_pass() -> None:
     """Beyond the limit at 5 %, but not at 5 % over nine criteria."""
     made = document(0.01)
