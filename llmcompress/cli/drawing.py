@@ -1,6 +1,5 @@
 """`--pictures`: which pictures the data at hand allow, and the folder they are written to."""
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -42,75 +41,19 @@ def write_pictures(folder: Path, title: str, figures: Sequence[Any], speaker: Sp
     speaker.talk(f"{len(figures)} picture(s) in {folder}: {', '.join(figure.name for figure in figures)}, {INDEX}")
 
 
-def file_word(words: str) -> str:
-    """A name from a file of unknown origin as part of a file name: lower-case letters, digits and `_` only."""
-    return re.sub(r"[^a-z0-9_]+", "_", words.lower())[:40] or "_"
-
-
-def score_figures(file: Any) -> list[Any]:
-    """Pictures of a score file: sensitivity curves for each scorer, a trajectory or void map where it has one."""
-    from llmcompress.pictures.page import Figure
-    from llmcompress.pictures.trajectory import path_of, trajectory
-
-    figures: list[Any] = []
-    for place, scores in enumerate(file.scores):
-        same = [other.scorer for other in file.scores[:place]].count(scores.scorer)
-        word = file_word(scores.scorer) + (f"-{same + 1}" if same else "")
-        figures.append(sensitivity_figure(f"sensitivity-{word}", file.trace, scores, name=file.model))
-        if path := path_of(scores.series):
-            rows = _series_rows(path)
-            figures.append(
-                Figure(f"trajectory-{word}", trajectory(scores.series, name=file.model), ["point", *path], rows)
-            )
-        figures += void_figures(f"voids-{word}", scores.series, file.model)
-    return figures
-
-
-def void_figures(word: str, series: Any, model: str) -> list[Any]:
-    """The void map as a picture, where series hold the usage of blocks."""
-    from llmcompress.pictures.page import Figure
-    from llmcompress.pictures.voidmap import usage_of, void_map
-
-    usage = usage_of(series)
-    return [Figure(word, void_map(series, name=model), ["block", *usage], _series_rows(usage))] if usage else []
-
-
-def _series_rows(series: Any) -> list[list[str]]:
-    lines = zip(*series.values(), strict=True)
-    return [[str(place), *(f"{value:.4g}" for value in line)] for place, line in enumerate(lines)]
-
-
-def sensitivity_figure(word: str, trace: Any, scores: Any, *, name: str, allocation: Any = None) -> Any:
-    """Damage against bits by kind of linear, with the widths of an allocation marked where there is one."""
-    from llmcompress.pictures.page import Figure
-    from llmcompress.pictures.sensitivity import damage_by_kind, sensitivity_curves
-    from llmcompress.pictures.words import number
-
-    rows = [
-        [kind, str(bits), number(s.low), number(s.middle), number(s.high), str(s.linears)]
-        for kind, curve in damage_by_kind(trace, scores).items()
-        for bits, s in curve.items()
-    ]
-    svg = sensitivity_curves(trace, scores, allocation=allocation, name=name)
-    return Figure(word, svg, ["kind of linear", "bits", "least", "median", "greatest", "linears"], rows)
-
-
 def plan_figures(desk: Any, allocation: Any, points: Sequence[Any]) -> list[Any]:
     """Pictures of a decision: bits heat map, sensitivity with the widths chosen, and the frontier where asked for."""
-    from llmcompress.pictures.heatmap import bits_heat_map
-    from llmcompress.pictures.page import Figure
+    from llmcompress.pictures.figures import bits_figure, sensitivity_figure
 
-    specs = {a.linear: str(a.spec.bits) for a in allocation.assigned}
-    rows = [[x.name, specs.get(x.name, "kept"), str(x.rows), str(x.columns)] for x in desk.trace.every]
-    bits = bits_heat_map(desk.trace, allocation, name=desk.model)
     figures = [
-        Figure("bits", bits, ["linear", "bits", "rows", "columns"], rows),
+        bits_figure(desk.trace, allocation, name=desk.model),
         sensitivity_figure("sensitivity", desk.trace, desk.scores, name=desk.model, allocation=allocation),
     ]
-    return [*figures, _frontier_figure(desk, allocation, points)] if points else figures
+    return [*figures, frontier_figure(desk, allocation, points)] if points else figures
 
 
-def _frontier_figure(desk: Any, allocation: Any, points: Sequence[Any]) -> Any:
+def frontier_figure(desk: Any, allocation: Any, points: Sequence[Any]) -> Any:
+    """Bits against damage: the frontier, uniform widths, and the allocation chosen."""
     from llmcompress.compress.decide import uniforms
     from llmcompress.pictures.frontier import Baseline, Point, frontier
     from llmcompress.pictures.page import Figure

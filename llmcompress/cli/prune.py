@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from llmcompress.cli.drawing import say_lines, say_table, terminal_bars, void_figures, write_pictures
+from llmcompress.cli.drawing import say_lines, say_table, terminal_bars, write_pictures
 from llmcompress.cli.options import pick_device, read_recipe, recipe_options, speaking
 from llmcompress.cli.say import Speaker, command_line, megabytes
 from llmcompress.cli.scoring import PICTURES
@@ -146,6 +146,7 @@ def _unit_names(record: Any) -> list[str]:
 
 def _draw(name: str, ranked: Any, folder: Path, speaker: Speaker) -> None:
     from llmcompress.errors import InputError
+    from llmcompress.pictures.figures import void_figures
 
     figures = void_figures("voids", ranked.measured.series, name)
     if not figures:

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from llmcompress.errors import CompressError
 from llmcompress.files import to_json
+from llmcompress.pictures.words import megabytes as megabytes
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 LOG = logging.getLogger("llmcompress")
@@ -103,14 +104,6 @@ def command_line() -> str:
         )
         words.append(f"{flag}={short}" if equals else short)
     return CONTROL.sub("?", " ".join(words))
-
-
-def megabytes(size: float) -> str:
-    """A size for people: kB, MB or GB, decimal."""
-    for limit, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if size >= limit:
-            return f"{size / limit:.2f} {unit}"
-    return f"{size:.0f} B"
 
 
 def dropping_lines(dropping: Any) -> list[str]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from llmcompress.cli.drawing import say_lines, say_table, score_figures, terminal_bars, write_pictures
+from llmcompress.cli.drawing import say_lines, say_table, terminal_bars, write_pictures
 from llmcompress.cli.options import pick_device, read_recipe, recipe_options, speaking
 from llmcompress.cli.say import Speaker
 
@@ -34,6 +34,8 @@ def score_command(model: str, output: Path | None, scorers: tuple[str, ...], spe
     if output is not None:
         write_json(output, found, speaker)
     if flags["pictures"] is not None:
+        from llmcompress.pictures.figures import score_figures
+
         write_pictures(flags["pictures"], f"Scores of {found.model}", score_figures(found), speaker)
     for scores in found.scores:
         _tell_scores(found.trace, scores, speaker)

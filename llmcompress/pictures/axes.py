@@ -8,6 +8,7 @@ from itertools import pairwise
 from llmcompress.pictures.svg import LINE, stroke, text, text_width, upright
 
 NARROWEST_LOG = 10.0  # a log axis spans at least this ratio, so that it always has three ticks
+RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 Box = tuple[float, float, float, float]
 
 
@@ -70,8 +71,11 @@ def _log_ticks(scale: Scale, most: int) -> list[float]:
 
 
 def label(value: float) -> str:
-    """A tick's value, short."""
-    return f"{value:.6g}"
+    """A tick's value, short; what would need an exponent has it raised: `2·10⁻⁷`."""
+    words = f"{value:.6g}"
+    factor, at, power = words.partition("e")
+    raised = str(int(power)).translate(RAISED) if at else ""
+    return words if not at else f"10{raised}" if factor == "1" else f"{factor}·10{raised}"
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,13 @@
 """The columns of everything drawn block by block: kinds of linears, `q_proj` and so on, and which are fused."""
 
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from llmcompress.types import ModelTrace
+from llmcompress.types import BlockTrace, LinearInfo, ModelTrace
+
+INSIDE = re.compile(r"(.+?\.(\d+))\.(.+)")  # of a block: its name, its number, the linear
 
 
 @dataclass(frozen=True)
@@ -39,3 +42,26 @@ def columns_of(trace: ModelTrace) -> Columns:
     if trace.head is not None:
         kind_of[trace.head.name] = trace.head.name
     return Columns(tuple(kind for unit in units for kind in unit), kind_of, tuple(units))
+
+
+def named_trace(names: Iterable[str]) -> ModelTrace:
+    """As much of a trace as names of linears tell: blocks by the first number in them, one name outside as the head.
+
+    Linears of one parent pass for one unit; shapes and sizes are 0.
+    """
+    blocks: dict[int, tuple[str, list[LinearInfo]]] = {}
+    outside = []
+    for name in names:
+        found = INSIDE.fullmatch(name)
+        unit = name.rpartition(".")[0]
+        info = LinearInfo(name=name, tensor=name, rows=0, columns=0, unit=unit, shared_input=0)
+        if found is None:
+            outside.append(info)
+        else:
+            blocks.setdefault(int(found[2]), (found[1], []))[1].append(info)
+    traced = tuple(
+        BlockTrace(index=index, name=name, linears=tuple(linears), norms=())
+        for index, (name, linears) in sorted(blocks.items())
+    )
+    head = outside[0] if len(outside) == 1 else None
+    return ModelTrace(model_type="", blocks=traced, head=head, parameters=0, other_bytes=0, untraced_share=0.0)

@@ -61,7 +61,7 @@ def _head(cell: Cell, name: str, top: float) -> list[str]:
 
 def _cell(linear: LinearInfo, spec: LinearSpec | None) -> Cell:
     name = shorten(linear.name, 80)
-    shape = f"{name} ({linear.rows} x {linear.columns})"
+    shape = f"{name} ({linear.rows} x {linear.columns})" if linear.rows else name
     if spec is None:
         return Cell(KEPT_WORD, KEPT, f"{shape}: source precision")
     made = f"groups of {spec.group_size}" if spec.label == f"int{spec.bits}" else spec.label

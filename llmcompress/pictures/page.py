@@ -1,21 +1,10 @@
-"""Several pictures on one page that needs nothing else: no script, no outside file, each with its data as a table."""
+"""A picture with its data as a table, and several of them on one page."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import unescape
 
-from llmcompress.pictures.words import escape
-
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-STYLE = """
-:root{color-scheme:light dark}
-body{font-family:system-ui,sans-serif;margin:1.5rem auto;max-width:60rem;padding:0 1rem;background:#fff;color:#1b1f24}
-figure{margin:1.5rem 0;overflow-x:auto}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums}
-th,td{padding:.15rem .6rem;text-align:right;border-bottom:1px solid #d8dee4}
-th:first-child{text-align:left}
-@media (prefers-color-scheme:dark){body{background:#15181d;color:#e6e9ee}th,td{border-color:#323a45}}
-@media print{details{display:none}}
-"""
+from llmcompress.pictures.html import Html, el, folded, svg, table, whole_page
 
 
 @dataclass(frozen=True)
@@ -28,26 +17,18 @@ class Figure:
     rows: Sequence[Sequence[str]]
 
 
-def data_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """The data of a picture as a folded HTML table, first column as row headers; every word is escaped."""
-    head = "".join(f'<th scope="col">{escape(word)}</th>' for word in columns)
-    lines = (
-        f'<tr><th scope="row">{escape(row[0])}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in row[1:])}</tr>'
-        for row in rows
-    )
-    body = "\n".join(lines)
-    table = f"<table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>"
-    return f"<details><summary>Data</summary>{table}</details>"
+def data_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Html:
+    """The data of a picture as a folded table."""
+    return folded(f"Data, {len(rows)} row{'s' * (len(rows) != 1)}", table(columns, rows))
+
+
+def shown(figure: Figure) -> Html:
+    """A picture in a box that scrolls by itself on a narrow screen, its data folded below it."""
+    title = unescape(figure.svg.partition("<title>")[2].partition("</title>")[0])
+    box = el("div", svg(figure.svg), class_="wide", tabindex="0", role="region", aria_label=title)
+    return el("figure", box, data_table(figure.columns, figure.rows))
 
 
 def page(title: str, figures: Sequence[Figure]) -> str:
     """One self-contained HTML page with the pictures in order, each followed by its data."""
-    parts = [
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">',
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body><h1>{escape(title)}</h1>",
-    ]
-    for figure in figures:
-        parts.append(f"<figure>{figure.svg}</figure>{data_table(figure.columns, figure.rows)}")
-    return "\n".join([*parts, "</body></html>\n"])
+    return whole_page(title, el("main", el("h1", title), *(shown(figure) for figure in figures)))

@@ -21,12 +21,14 @@ STYLE = """
 .llmc .rule{fill:none;stroke:#d8dee4;stroke-width:1}
 .llmc .axis{fill:none;stroke:#57606a;stroke-width:1}
 .llmc .lead{fill:none;stroke:#8b949e;stroke-width:.8}
+.llmc .edge{fill:none;stroke:#a40e26;stroke-width:1.5;stroke-dasharray:4 3}
 .llmc .line{fill:none;stroke:#0072b2;stroke-width:2;stroke-linejoin:round}
 .llmc .line2{fill:none;stroke:#d55e00;stroke-width:2;stroke-dasharray:6 3;stroke-linejoin:round}
 .llmc .dot{fill:#0072b2;stroke:#ffffff;stroke-width:1}
 .llmc .dot2{fill:#d55e00;stroke:#ffffff;stroke-width:1}
 .llmc .mark{fill:#1b1f24;stroke:#ffffff;stroke-width:1}
 .llmc .band{fill:#0072b2;fill-opacity:.2}
+.llmc .bar{fill:#0072b2;fill-opacity:.5}
 .llmc .pale{fill:#afb8c1}
 .llmc .cell{stroke:#57606a;stroke-width:.5}
 @media (prefers-color-scheme:dark){
@@ -36,12 +38,14 @@ STYLE = """
 .llmc .rule{stroke:#323a45}
 .llmc .axis{stroke:#a3adba}
 .llmc .lead{stroke:#77818e}
+.llmc .edge{stroke:#ff9a9a}
 .llmc .line{stroke:#56b4e9}
 .llmc .line2{stroke:#e69f00}
 .llmc .dot{fill:#56b4e9;stroke:#15181d}
 .llmc .dot2{fill:#e69f00;stroke:#15181d}
 .llmc .mark{fill:#e6e9ee;stroke:#15181d}
 .llmc .band{fill:#56b4e9;fill-opacity:.25}
+.llmc .bar{fill:#56b4e9}
 .llmc .pale{fill:#57606a}
 .llmc .cell{stroke:#a3adba}
 }
@@ -100,15 +104,16 @@ def circle(x: float, y: float, radius: float, *, kind: str, tip: str = "") -> st
 def square(x: float, y: float, radius: float, *, kind: str, tip: str = "") -> str:
     """A square mark."""
     low, high, left, right = y - radius, y + radius, x - radius, x + radius
-    return _mark([(left, low), (right, low), (right, high), (left, high)], kind, tip)
+    return polygon([(left, low), (right, low), (right, high), (left, high)], kind=kind, tip=tip)
 
 
 def diamond(x: float, y: float, radius: float, *, kind: str, tip: str = "") -> str:
     """A square mark that stands on its corner."""
-    return _mark([(x, y - radius), (x + radius, y), (x, y + radius), (x - radius, y)], kind, tip)
+    return polygon([(x, y - radius), (x + radius, y), (x, y + radius), (x - radius, y)], kind=kind, tip=tip)
 
 
-def _mark(corners: list[tuple[float, float]], kind: str, tip: str) -> str:
+def polygon(corners: Iterable[tuple[float, float]], *, kind: str, tip: str = "") -> str:
+    """A mark of any shape."""
     steps = " ".join(f"{num(x)},{num(y)}" for x, y in corners)
     return f'<polygon points="{steps}" class="{kind}">{told(tip)}</polygon>'
 

@@ -182,9 +182,9 @@ def test_score_prints_a_block_a_line(scored: Path) -> None:
 
 
 def test_score_draws_and_tells_paths_and_voids(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from llmcompress.cli.drawing import score_figures
     from llmcompress.cli.say import Speaker
     from llmcompress.cli.scoring import _tell_scores
+    from llmcompress.pictures.figures import score_figures
 
     file = make_file(8)
     names = [figure.name for figure in score_figures(file)]
