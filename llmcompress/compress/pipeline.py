@@ -311,10 +311,15 @@ def score_file(source: Source, recipe: Recipe, device: str, scorers: Sequence[st
     batches = calibration(opened, recipe) if wants else NO_DATA
     with rewritten(opened, recipe, batches) as opened:
         found = score_all(opened, recipe, batches, scorers=names, model_digest=opened.digest())
+    return as_score_file(opened, recipe, found)
+
+
+def as_score_file(opened: Opened, recipe: Recipe, found: tuple[Scores, ...]) -> ScoreFile:
+    """Scores with what is needed to plan from them without the model."""
     specs = {name: options[0] for name, options in opened.candidates.items()}
     bits = sum(specs[x.name].storage_bits(x.rows, x.columns) for x in opened.trace.linears if x.name in specs)
     return ScoreFile(
-        model=source.name,
+        model=opened.source.name,
         trace=opened.trace,
         scores=found,
         group_size=recipe.plan.group_size,

@@ -17,7 +17,9 @@ from llmcompress.compress.journal import Journal, check_output
 from llmcompress.compress.output import Origin, Story, drop_strays, write_record, write_small_files
 from llmcompress.compress.pipeline import (
     NO_DATA,
+    NO_SCORER,
     Opened,
+    as_score_file,
     calibration,
     needs_data,
     open_model,
@@ -33,7 +35,7 @@ from llmcompress.compress.reuse import expected, reuse
 from llmcompress.compress.rewrite import rewrite
 from llmcompress.compress.verify import Check, probe_of, read_record, require, verify
 from llmcompress.errors import InputError
-from llmcompress.files import commit_json
+from llmcompress.files import commit_bytes, commit_json
 from llmcompress.model.checkpoint import folder_bytes
 from llmcompress.model.hub import Source
 from llmcompress.model.text import Batches
@@ -192,7 +194,7 @@ def _locked(
     outcomes = yield from _applied(job, journal)
     yield "verifying"
     story = _story(request, opened, plan, text_digest=batches.text_digest, asked=asked)
-    checks = _close(request, journal, job, opened.source.path, story, outcomes=outcomes)
+    checks = _close(request, journal, job, opened, story, outcomes=outcomes)
     size = folder_bytes(journal.partial)
     journal.publish(request.force)
     yield Finished(plan, checks, size)
@@ -287,7 +289,7 @@ def _close(
     request: QuantizeRequest,
     journal: Journal,
     job: ApplyJob,
-    source: Path,
+    opened: Opened,
     story: Story,
     *,
     outcomes: tuple[BlockOutcome, ...],
@@ -297,6 +299,10 @@ def _close(
     if not bool(torch.isfinite(logits).all()):
         raise InputError("the quantized model gives logits that are not finite", "ask for more bits")
     drop_strays(journal.partial, job.shards)
-    write_small_files(journal.partial, source, job.shards, story, outside_linears(job.skeleton))
+    write_small_files(journal.partial, opened.source.path, job.shards, story, outside_linears(job.skeleton))
+    if story.plan.scorer != NO_SCORER:
+        scores = Scores.parse((journal.state / SCORES_NAME).read_bytes(), SCORES_NAME)
+        kept = as_score_file(opened, request.recipe, (scores,))
+        commit_bytes(journal.partial / SCORES_NAME, kept.model_dump_json().encode(), b"\n")
     write_record(journal.partial, story, __version__, outcomes, probe_of(job.probe, logits))
     return require(verify(journal.partial, request.device))
