@@ -26,6 +26,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "compress": (("model", "runtime", "kernels", *GROUND), ("click", "rich")),
     "eval": (("model", "runtime", *GROUND), ("click", "rich")),
     "gate": (("eval", *GROUND), ("torch", "transformers", "scipy", "click", "rich")),
+    "pages": (("eval", "gate", *GROUND), ("torch", "transformers", "click", "rich")),
     "cli": (GROUND, ("torch", "transformers")),
     "__main__": (("cli",), ("torch",)),
 }

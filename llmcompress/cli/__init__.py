@@ -16,6 +16,7 @@ from llmcompress.cli.look import env_command, inspect_command, list_command
 from llmcompress.cli.planning import plan_command
 from llmcompress.cli.prune import prune_command
 from llmcompress.cli.quantize import quantize_command
+from llmcompress.cli.report import report_command
 from llmcompress.cli.rewrite import rewrite_command
 from llmcompress.cli.say import tell_bug, tell_error
 from llmcompress.cli.scoring import score_command
@@ -30,6 +31,7 @@ COMMANDS = (
     plan_command,
     verify_command,
     eval_command,
+    report_command,
     gate_command,
     bench_command,
     inspect_command,

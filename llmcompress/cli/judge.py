@@ -26,7 +26,7 @@ def verify_command(output: Path, device: str | None, speaker: Speaker) -> None:
 @click.command("eval")
 @click.argument("model")
 @click.option("--ref", required=True, help="The original: a directory, org/name[@revision], a short name or demo.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for report.json. Default: MODEL-eval.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for the report. Default: MODEL-eval.")
 @click.option("--data", default="builtin", show_default=True, help="builtin (held-out files), or a text file.")
 @click.option("--samples", type=click.IntRange(2), default=64, show_default=True, help="Sequences.")
 @click.option("--sequence-length", type=click.IntRange(8), default=512, show_default=True, help="Tokens in each.")
@@ -43,7 +43,9 @@ def verify_command(output: Path, device: str | None, speaker: Speaker) -> None:
 def eval_command(model: str, ref: str, output: Path | None, speaker: Speaker, **flags: Any) -> None:
     """Compare MODEL with its original on held-out text: KL divergence, perplexity, agreement, single tokens, blocks."""
     request = _request(model, ref, flags)
+    from llmcompress.cli.report import PAGE_NAME, write_page
     from llmcompress.eval.run import run_eval, write_report
+    from llmcompress.pages.reading import run_of
 
     speaker.talk(f"comparing {request.model.name} with {request.reference.name} ...")
     report = run_eval(request)
@@ -53,7 +55,9 @@ def eval_command(model: str, ref: str, output: Path | None, speaker: Speaker, **
         speaker.talk("running it with voids skipped ...")
         report = with_voids(report, request, flags["void_alpha"])
     path = write_report(report, output or Path(f"{request.model.name}-eval"))
-    speaker.result(report.model_dump(mode="json"), [*lines_of(report), f"written to  {path}"])
+    page = path.with_name(PAGE_NAME)
+    write_page([run_of(report, request.model.path, path.parent)], page)
+    speaker.result(report.model_dump(mode="json"), [*lines_of(report), f"written to  {path} and {page.name}"])
 
 
 def _request(model: str, ref: str, flags: dict[str, Any]) -> Any:
