@@ -102,7 +102,6 @@ def make_report(
     size = Footprint(
         shard_bytes=3 * 10**9, directory_bytes=3 * 10**9 + 10**6, reference_shard_bytes=14 * 10**9,
         parameters=7 * 10**9, quantized_weights=6 * 10**9, bits_per_weight=3.48, file_bits_per_weight=3.43,
-        resident_bytes=3 * 10**9, reference_resident_bytes=14 * 10**9,
     )  # fmt: skip
     facts: dict[str, Any] = {
         "model": ModelFacts(name=name + words, model_digest="m" + name),

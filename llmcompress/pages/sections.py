@@ -165,23 +165,15 @@ def _change(before: float | str | None, after: float) -> str:
 
 def speed(run: Run) -> Section | None:
     """Tokens per second and memory, where they were measured."""
-    report = run.report
-    if report is None or not (report.speed or report.footprint.resident_bytes):
+    if run.report is None or not run.report.speed:
         return None
     rows = [
         [s.side, str(s.batch), f"{s.prefill_tokens_per_second:,.0f}", f"{s.decode_tokens_per_second:,.1f}",
          megabytes(s.resident_bytes), "-" if s.peak_bytes is None else megabytes(s.peak_bytes), s.dtype, s.device]
-        for s in report.speed
+        for s in run.report.speed
     ]  # fmt: skip
     columns = ["model", "batch", "prefill, tokens/s", "decode, tokens/s", "resident", "peak", "dtype", "device"]
-    size = report.footprint
-    resident = [
-        el("p", f"In memory: {megabytes(after)}" + (f", the reference {megabytes(before)}." if before else "."))
-        for after, before in [(size.resident_bytes, size.reference_resident_bytes)]
-        if after
-    ]
-    body = [*resident, *([table(columns, rows, caption="as users load it, on one machine")] if rows else [])]
-    return Section("speed", "Speed and memory", join(body))
+    return Section("speed", "Speed and memory", table(columns, rows, caption="as users load it, on one machine"))
 
 
 def provenance(run: Run) -> Section:

@@ -63,8 +63,7 @@ def test_behind_every_picture_is_a_table(folder: Path) -> None:
 def lean(report: Any) -> Any:
     """As version 1 of the schema had it."""
     gone = {"tokens": None, "trajectory": (), "sampling": None, "speed": (), "tasks": {}, "reference_tasks": {}}
-    small = report.footprint.model_copy(update={"resident_bytes": None, "reference_resident_bytes": None})
-    return report.model_copy(update=gone | {"footprint": small, "documents": {}})
+    return report.model_copy(update=gone | {"documents": {}})
 
 
 REMOVALS: dict[str, tuple[Callable[[Run], dict[str, Any]], set[str]]] = {
