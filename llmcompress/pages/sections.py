@@ -78,7 +78,13 @@ def trials(run: Run) -> Section | None:
     """The allocations that were measured before one was chosen."""
     if run.plan is None or not run.plan.trials:
         return None
-    found = sorted(run.plan.trials, key=lambda trial: trial.measured_kld)
+    found, taken = sorted(run.plan.trials, key=lambda trial: trial.measured_kld), run.plan.allocation
+    same = [
+        t.label
+        for t in found
+        if (t.bits_per_weight, t.expected_damage) == (taken.bits_per_weight, taken.expected_damage)
+    ]
+    chosen = f"; chosen: {shorten(same[0], 40)}" if same else ""
     rows = []
     for trial in found:
         reach = 1.96 * (trial.standard_error or 0.0)
@@ -88,7 +94,7 @@ def trials(run: Run) -> Section | None:
     svg = forest(
         rows,
         title=f"Allocations tried, {shorten(run.name, 44)}",
-        facts="measured on calibration text, with 1.96 standard errors; the first was chosen",
+        facts=f"measured on calibration text, with 1.96 standard errors{chosen}",
         across="KL, nats/token",
     )
     cells = [
@@ -97,7 +103,7 @@ def trials(run: Run) -> Section | None:
         for t in found
     ]  # fmt: skip
     columns = ["allocation", "bits per weight", "expected damage", "measured KL", "standard error"]
-    lead = "Allocations of the same size, each carried out on calibration text."
+    lead = "Allocations within the budget, each carried out on calibration text."
     return Section("trials", "What was tried", join([el("p", lead), shown(Figure("trials", svg, columns, cells))]))
 
 

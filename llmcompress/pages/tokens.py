@@ -5,7 +5,7 @@ from llmcompress.eval.report import EvalReport
 from llmcompress.pages.figures import fixed, percent, plain, with_interval
 from llmcompress.pages.reading import Run
 from llmcompress.pages.sections import Section
-from llmcompress.pictures.curves import Axes, Curve, Point, curves
+from llmcompress.pictures.curves import Axes, Point, curve
 from llmcompress.pictures.histogram import histogram
 from llmcompress.pictures.html import Html, el, join, table
 from llmcompress.pictures.page import Figure, shown
@@ -85,7 +85,7 @@ def positions(run: Run) -> Section | None:
         up=f"KL, {NATS}",
     )
     rows = [[f"{b.first} to {b.last}", f"{b.tokens:,}", plain(b.kld)] for b in bins]
-    figure = Figure("positions", curves([Curve("KL", points)], axes), ["positions", "tokens", "KL, nats/token"], rows)
+    figure = Figure("positions", curve(points, axes), ["positions", "tokens", "KL, nats/token"], rows)
     return Section("positions", "Along the text", shown(figure))
 
 
@@ -105,7 +105,7 @@ def hidden_states(run: Run) -> Section | None:
         across="block",
         up="relative error",
     )
-    drift = curves([Curve("error", [Point(float(e.block), e.relative_error or 0.0) for e in known])], axes, rules=turns)
+    drift = curve([Point(float(e.block), e.relative_error or 0.0) for e in known], axes, rules=turns)
     rows = [[str(e.block), plain(e.relative_error), fixed(e.cosine, 6)] for e in found]
     figure = Figure("drift", drift, ["block", "relative error", "cosine"], rows)
     return Section("drift", "Drift of the hidden states", shown(figure))
@@ -158,7 +158,7 @@ def _temperatures(report: EvalReport, name: str) -> list[Html]:
         up=f"KL, {NATS}",
     )
     rows = [[number(t.temperature), with_interval(t.kld, 5)] for t in tempered]
-    return [shown(Figure("temperatures", curves([Curve("KL", points)], axes), ["temperature", "KL, nats/token"], rows))]
+    return [shown(Figure("temperatures", curve(points, axes), ["temperature", "KL, nats/token"], rows))]
 
 
 def _continuations(report: EvalReport) -> list[Html]:

@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llmcompress.pictures.axes import Box, Frame, Scale, line_room, linear_scale, log_scale, place_labels, ticks
-from llmcompress.pictures.svg import circle, document, square, stroke, text, text_width
+from llmcompress.pictures.axes import Frame, Scale, linear_scale, ticks
+from llmcompress.pictures.svg import circle, document, stroke, text, text_width
 from llmcompress.pictures.words import number, shorten
 
-LEFT, TOP, WIDE = 84.0, 68.0, 620.0
+LEFT, TOP, WIDE, TALL = 84.0, 74.0, 620.0, 240.0
+MANY = 40  # points; more get smaller dots
 
 
 @dataclass(frozen=True)
@@ -21,94 +22,62 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Curve:
-    """Points in order and what they are; at most two curves share a plot."""
-
-    name: str
-    points: Sequence[Point]
-
-
-@dataclass(frozen=True)
 class Axes:
-    """What the plot is about: its title, a line below it, the names of both axes, and whether they are logarithmic."""
+    """What a plot is about: its title, a line below it, and the names of both axes."""
 
     title: str
     facts: str
     across: str
     up: str
-    log_x: bool = False
-    log_y: bool = False
-    tall: float = 240.0
 
 
-def curves(drawn: Sequence[Curve], axes: Axes, *, rules: Sequence[tuple[float, str]] = ()) -> str:
-    """SVG of one or two curves, named at the plot; `rules` are places of the axis marked by a line and a word.
+def curve(points: Sequence[Point], axes: Axes, *, rules: Sequence[tuple[float, str]] = ()) -> str:
+    """SVG of a curve from left to right over an axis that begins at zero, with the band of its intervals.
 
-    A linear vertical axis begins at zero, so that heights can be compared.
+    `rules` are places of the axis marked by an upright line and a word.
     """
-    frame = _frame(drawn, axes)
+    most = max([v for p in points for v in (p.y, p.high) if v is not None] + [1e-12])
+    x = linear_scale((point.x for point in points), LEFT, LEFT + WIDE)
+    frame = Frame(x, Scale(0.0, most * 1.08, TOP + TALL, TOP))
     title, facts = shorten(axes.title, 90), shorten(axes.facts, 160)
     parts = [text(LEFT, 24, title, kind="head ink"), text(LEFT, 44, facts, kind="soft")]
-    parts += frame.axes(_across(frame.x), across_name=axes.across, up_name=axes.up)
-    parts += _rules(frame, rules)
-    taken: list[Box] = []
-    names = []
-    for place, curve in enumerate(drawn[:2]):
-        lines, boxes, named = _curve(curve, frame, second=place == 1)
-        parts += lines
-        taken += boxes
-        names.append(named)
-    if len(drawn) > 1:
-        inside = (LEFT + 2, TOP + 2, LEFT + WIDE + 30, TOP + axes.tall - 2)
-        parts += place_labels(names, inside=inside, taken=taken)
-    words = "; ".join(_in_words(curve) for curve in drawn[:2])
+    parts += frame.axes(_across(x), across_name=axes.across, up_name=axes.up)
+    parts += [*_rules(frame, rules), *_band(frame, points)]
+    places = [(x.at(p.x), frame.y.at(p.y)) for p in points]
+    parts.append(stroke(places, kind="line"))
+    for (at, height), point in zip(places, points, strict=True):
+        tip = f"{number(point.x)}: {number(point.y)}{_between(point)}"
+        parts.append(circle(at, height, 3.5 if len(points) <= MANY else 2.5, kind="dot", tip=tip))
     width = max(LEFT + WIDE + 40, LEFT + text_width(facts) + 10)
-    return document(width, TOP + axes.tall + 48, title=title, description=f"{facts}. {words}.", parts=parts)
-
-
-def _frame(drawn: Sequence[Curve], axes: Axes) -> Frame:
-    points = [point for curve in drawn for point in curve.points]
-    ends = [v for p in points for v in (p.y, p.low, p.high) if v is not None]
-    bottom = TOP + axes.tall
-    y = log_scale(ends, bottom, TOP) if axes.log_y else Scale(0.0, max([*ends, 1e-12]) * 1.08, bottom, TOP)
-    xs = [point.x for point in points]
-    x = (log_scale if axes.log_x else linear_scale)(xs, LEFT, LEFT + WIDE)
-    if axes.log_x and len(xs) > 1 and min(xs) > 0:
-        x = Scale(min(xs) / 1.15, max(max(xs), min(xs) * 1.01) * 1.15, LEFT, LEFT + WIDE, log=True)
-    return Frame(x, y)
+    words = f"{facts}. {axes.up} by {axes.across}: {_in_words(points)}."
+    return document(width, TOP + TALL + 48, title=title, description=words, parts=parts)
 
 
 def _across(scale: Scale) -> list[float]:
+    """Ticks of the horizontal axis, whole numbers where there are enough of them."""
     found = ticks(scale, 9)
     whole = [value for value in found if value == round(value)]
     return whole if len(whole) > 3 else found
 
 
 def _rules(frame: Frame, rules: Sequence[tuple[float, str]]) -> list[str]:
-    parts, shown = [], -99.0
-    for at, words in rules:
-        x = frame.x.at(at)
+    parts, end = [], -99.0
+    for at, words in sorted(rules):
+        x, half = frame.x.at(at), text_width(words) / 2
         parts.append(stroke([(x, frame.y.start), (x, frame.y.stop)], kind="lead"))
-        if x - shown > text_width(words) + 6:
+        if x - half > end:
             parts.append(text(x, frame.y.stop - 5, words, kind="soft small", anchor="middle", most=12))
-            shown = x
+            end = x + half + 4
     return parts
 
 
-def _curve(curve: Curve, frame: Frame, *, second: bool) -> tuple[list[str], list[Box], tuple[float, float, str]]:
-    places = [(frame.x.at(p.x), frame.y.at(p.y)) for p in curve.points]
-    parts, banded = [], [p for p in curve.points if p.low is not None and p.high is not None]
-    if len(banded) > 1:
-        above = [(frame.x.at(p.x), frame.y.at(p.high or 0.0)) for p in banded]
-        below = [(frame.x.at(p.x), frame.y.at(p.low or 0.0)) for p in banded]
-        parts.append(stroke([*above, *reversed(below)], kind="band", closed=True))
-    parts.append(stroke(places, kind="line2" if second else "line"))
-    mark = square if second else circle
-    size = 3.5 if len(places) <= 40 else 2.5
-    for place, point in zip(places, curve.points, strict=True):
-        tip = f"{shorten(curve.name, 40)}, {number(point.x)}: {number(point.y)}{_between(point)}"
-        parts.append(mark(*place, size, kind="dot2" if second else "dot", tip=tip))
-    return parts, line_room(places), (*places[-1 if second else len(places) // 2], shorten(curve.name, 30))
+def _band(frame: Frame, points: Sequence[Point]) -> list[str]:
+    ends = [(frame.x.at(p.x), p.low, p.high) for p in points if p.low is not None and p.high is not None]
+    if len(ends) < 2:
+        return []
+    above = [(x, frame.y.at(high)) for x, _, high in ends]
+    below = [(x, frame.y.at(low)) for x, low, _ in reversed(ends)]
+    return [stroke([*above, *below], kind="band", closed=True)]
 
 
 def _between(point: Point) -> str:
@@ -117,10 +86,10 @@ def _between(point: Point) -> str:
     return f" [{number(point.low)}, {number(point.high)}]"
 
 
-def _in_words(curve: Curve) -> str:
-    first, last = curve.points[0], curve.points[-1]
-    most = max(curve.points, key=lambda point: point.y)
+def _in_words(points: Sequence[Point]) -> str:
+    first, last = points[0], points[-1]
+    most = max(points, key=lambda point: point.y)
     return (
-        f"{shorten(curve.name, 60)}: {number(first.y)} at {number(first.x)}, {number(last.y)} at {number(last.x)}, "
+        f"{number(first.y)} at {number(first.x)}, {number(last.y)} at {number(last.x)}, "
         f"greatest {number(most.y)} at {number(most.x)}"
     )

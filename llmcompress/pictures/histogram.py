@@ -37,7 +37,10 @@ def histogram(
     """SVG of `counts` between increasing positive `edges`, one more than counts; `marks` are values with a name."""
     edges, counts = merged(edges, counts)
     most = max([*counts, 1])
-    low, high = edges[0], max(edges[-1], edges[0] * 10)
+    marks = [mark for mark in marks if mark[1] > 0 and math.isfinite(mark[1])]
+    values = [value for _, value in marks]
+    low, high = min([edges[0], *values]), max([edges[-1], *values])
+    high = max(high, low * 10)
     x = Scale(low, high, LEFT, LEFT + WIDE, log=True)
     y = Scale(0.8, max(most * 1.3, 10.0), TOP + TALL, TOP, log=True)
     frame = Frame(x, y)
@@ -50,9 +53,9 @@ def histogram(
             tip = f"{number(left)} to {number(right)}: {count:,}"
             width = max(x.at(right) - at - 1, 0.5)
             parts.append(rectangle(at, top, width, TOP + TALL - top, kind="bar", look=("", tip)))
-    parts += _marks(frame, [mark for mark in marks if mark[1] > 0 and math.isfinite(mark[1])])
+    parts += _marks(frame, marks)
     told = "; ".join(f"{name} {number(value)}" for name, value in marks)
-    width = max(LEFT + WIDE + 40, LEFT + text_width(facts) + 10)
+    width = max(LEFT + WIDE + 110, LEFT + text_width(facts) + 10)
     words = f"{facts}. {sum(counts):,} tokens in {len(counts)} bins. {told}."
     return document(width, TOP + TALL + 48, title=title, description=words, parts=parts)
 

@@ -33,18 +33,10 @@ def svg(picture: str) -> Html:
     return Html(picture)
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, caption: str = "", mark: int = -1) -> Html:
-    """A table, first column as row headers, in a box that scrolls by itself where it is wide; row `mark` stands out."""
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, caption: str = "") -> Html:
+    """A table, first column as row headers, in a box that scrolls by itself where it is wide."""
     head = el("tr", *(el("th", word, scope="col") for word in columns))
-    lines = [
-        el(
-            "tr",
-            el("th", row[0], scope="row"),
-            *(el("td", cell) for cell in row[1:]),
-            **({"class_": "marked"} if k == mark else {}),
-        )
-        for k, row in enumerate(rows)
-    ]
+    lines = [el("tr", el("th", row[0], scope="row"), *(el("td", cell) for cell in row[1:])) for row in rows]
     above = (el("caption", caption),) if caption else ()
     whole = el("table", *above, el("thead", head), el("tbody", join(lines)))
     return el("div", whole, class_="wide", tabindex="0", role="region", aria_label=caption or columns[0])

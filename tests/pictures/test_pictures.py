@@ -7,18 +7,30 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from synthetic_reports import make_blocks
 from synthetic_scores import make_file, make_scores, make_trace, path_series, usage_series
 
 from llmcompress.compress.allocate.budget import parse_budget
 from llmcompress.compress.decide import decide, desk_of, pick
 from llmcompress.pictures.colours import contrast, letters_on, shade, width_colour
+from llmcompress.pictures.columns import columns_of, named_trace
+from llmcompress.pictures.curves import Axes, curve
+from llmcompress.pictures.curves import Point as Along
+from llmcompress.pictures.forest import Interval, forest
 from llmcompress.pictures.frontier import Baseline, Point, frontier
 from llmcompress.pictures.heatmap import bits_heat_map
+from llmcompress.pictures.histogram import histogram, merged
+from llmcompress.pictures.html import Html, el
+from llmcompress.pictures.losses import block_losses
 from llmcompress.pictures.page import Figure, page
+from llmcompress.pictures.runs import Sized, size_against_kl
 from llmcompress.pictures.sensitivity import damage_by_kind, sensitivity_curves
 from llmcompress.pictures.svg import STYLE
 from llmcompress.pictures.trajectory import breakpoint_words, breakpoints, path_of, trajectory
 from llmcompress.pictures.voidmap import usage_of, void_map, void_words
+from llmcompress.pictures.words import visible
 from llmcompress.types import BitAllocation, ModelTrace, Series
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -43,6 +55,22 @@ def every_picture(blocks: int, name: str = "a model") -> Iterator[tuple[str, str
     yield "voids", void_map(usage_series(blocks), name=name)
     base = [Baseline(name, Point(4.1, 0.2)), Baseline("other", Point(4.1, 0.2, 0.3))]
     yield "frontier", frontier(points(), unit="nats/token", baselines=base, chosen=Point(3.5, 0.1), name=name)
+    yield (
+        "curve",
+        curve(
+            [Along(k, 1.0 + k % 3, 0.8 + k % 3, 1.5 + k % 3) for k in range(-1, blocks)],
+            Axes(name, name, "block", "error"),
+            rules=[(float(k), str(k)) for k in range(0, blocks, 3)],
+        ),
+    )
+    marks = [("median", 0.01), ("90 %", 0.1), ("95 %", 0.11), ("99 %", 0.12), ("99.9 %", 0.5)]
+    edges, counts = [10.0 ** (k / 9 - 5) for k in range(blocks + 1)], [4 ** (k % 9) for k in range(blocks)]
+    yield "histogram", histogram(edges, counts, title=name, facts=name, unit="nats", marks=marks)
+    rows = [Interval(name, 0.1 * k, 0.1 * k - 0.05, 10.0**k, name) for k in range(min(blocks, 8))]
+    yield "forest", forest(rows, title=name, facts=name, across="share", rule=(1.0, "limit"), zero=True)
+    sizes = [Sized(f"{k} {name}", 3 + k / 9, 4.0 ** (-k % 5), 0.9 * 4.0 ** (-k % 5), 4.2 ** (-k % 5)) for k in range(9)]
+    yield "runs", size_against_kl(sizes, title=name, size="bits")
+    yield "losses", block_losses(make_blocks(make_file(blocks)), name=name)
     yield "two panels", frontier(points(9e4), unit="proxy loss", baselines=base, name=name)
 
 
@@ -257,3 +285,32 @@ def test_a_page_holds_pictures_and_their_data() -> None:
     assert '<th scope="row">a&lt;b</th><td>3</td>' in whole
     assert whole.count("<svg") == 1
     assert "<details>" in whole
+
+
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=300), st.integers(1, 90))
+def test_bins_put_together_lose_no_token(counts: list[int], most: int) -> None:
+    edges = [1.01**k for k in range(len(counts) + 1)]
+    ends, found = merged(edges, counts, most)
+    assert sum(found) == sum(counts)
+    assert len(found) <= max(most, 1) or not any(counts)
+    assert len(ends) == len(found) + 1
+    assert ends == sorted(ends)
+    for low, high, count in zip(ends, ends[1:], found, strict=False):
+        inside = (c for edge, c in zip(edges, counts, strict=False) if low <= edge < high)
+        assert count == sum(inside)
+
+
+def test_a_cell_of_hidden_characters_is_spelt() -> None:
+    assert visible("a\u202eb\n\tc\x1b\u200b\U000e0041") == "a[U+202E]b↵⇥c[U+001B][U+200B][U+E0041]"
+    assert el("p", "<b>", Html("<b>x</b>"), title='"') == '<p title="&quot;">&lt;b&gt;<b>x</b></p>'
+    assert el("p", f"{Html('<b>')}") == "<p>&lt;b&gt;</p>"
+
+
+def test_blocks_are_told_from_names_alone() -> None:
+    trace, _ = planned(8)
+    named = named_trace(x.name for x in trace.every)
+    assert [[x.name for x in b.linears] for b in named.blocks] == [[x.name for x in b.linears] for b in trace.blocks]
+    assert named.head is not None
+    assert trace.head is not None
+    assert named.head.name == trace.head.name
+    assert columns_of(named).kind_of == columns_of(trace).kind_of

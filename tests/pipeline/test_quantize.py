@@ -70,6 +70,26 @@ def test_side_files_are_copied_byte_for_byte(output: Path, llama: Path) -> None:
     assert list(section["config_groups"]) == sorted(section["config_groups"])
 
 
+def test_the_scores_of_the_plan_are_kept_and_shown(output: Path, tmp_path: Path) -> None:
+    from click.testing import CliRunner
+
+    from llmcompress.cli import cli
+    from llmcompress.types import ScoreFile
+
+    file = ScoreFile.parse((output / "scores.json").read_bytes(), "scores.json")
+    plan = json.loads((output / "llmcompress.json").read_text())["plan"]
+    assert [scores.scorer for scores in file.scores] == [plan["scorer"]]
+    assert file.scores[0].model_digest == plan["model_digest"]
+    assert file.scores[0].calibration_digest == plan["calibration_digest"]
+    words = ["plan", str(output / "scores.json"), "--budget", "4bits", "--json"]
+    again = json.loads(CliRunner().invoke(cli, words, catch_exceptions=False).stdout)["allocation"]
+    assert 3.9 < again["bits_per_weight"] <= 4
+    page = tmp_path / "page.html"
+    CliRunner().invoke(cli, ["report", str(output), "-o", str(page)], catch_exceptions=False)
+    for part in ("bits", "sensitivity", "frontier", "trials", "losses"):
+        assert f'<section id="{part}"' in page.read_text()
+
+
 def test_record_names_no_machine_and_hashes_everything(output: Path) -> None:
     text = (output / "llmcompress.json").read_text()
     assert str(output.parent) not in text
@@ -124,13 +144,18 @@ def test_verify_passes_and_sees_every_kind_of_damage(output: Path, run: Run, tmp
         assert "error: verify:" in found.stderr
 
 
-def test_eval_agrees_with_an_independent_script(output: Path, llama: Path, run: Run, text_file: Path) -> None:
+def test_eval_agrees_with_an_independent_script(
+    output: Path, llama: Path, run: Run, text_file: Path, tmp_path: Path
+) -> None:
     other = text_file.with_name("held-out.txt")
     other.write_text("it was the best of times, it was the worst of times. " * 80)
     flags = ("--data", other, "--samples", "8", "--sequence-length", "32", "--json")
     found = run("eval", output, "--ref", llama, "-o", "report", *flags)
     assert found.returncode == 0, found.stderr
     report = json.loads(found.stdout)
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert f"{report['summary']['kld']['mean']:.4f}" in page
+    assert '<section id="losses"' in page
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     ids = AutoTokenizer.from_pretrained(llama)(other.read_text()).input_ids
