@@ -37,7 +37,7 @@ def report_command(runs: tuple[Path, ...], output: Path | None, markdown: bool, 
     from llmcompress.pages.reading import read_run
 
     found = [read_run(path) for path in runs]
-    _check(runs, found)
+    _check(runs, found, output)
     if markdown:
         _markdown(found, output, profile, speaker=speaker)
     else:
@@ -47,9 +47,11 @@ def report_command(runs: tuple[Path, ...], output: Path | None, markdown: bool, 
         speaker.result(document, [f"written to  {target}"])
 
 
-def _check(paths: tuple[Path, ...], runs: list[Any]) -> None:
+def _check(paths: tuple[Path, ...], runs: list[Any], output: Path | None) -> None:
     from llmcompress.errors import InputError
 
+    if output is not None and not output.absolute().parent.is_dir():
+        raise InputError(f"no such folder for the output: {output.parent}", "create it, or choose another -o")
     for path, run in zip(paths, runs, strict=True):
         if run.report is None and len(runs) > 1:
             hint = f"llmcompress eval {path} --ref MODEL"

@@ -119,6 +119,8 @@ def test_the_command_compares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert found.stdout.startswith("### llmcompress: 2 compressed models")
     found = CliRunner().invoke(cli, ["report", "a", "--md", "-o", "c.md"], catch_exceptions=False)
     assert (tmp_path / "c.md").read_text().startswith("### llmcompress")
+    with pytest.raises(InputError, match="no such folder"):
+        CliRunner().invoke(cli, ["report", "a", "-o", "nowhere/x.html"], catch_exceptions=False)
     (tmp_path / "b" / "report.json").unlink()
     with pytest.raises(InputError, match="not evaluated"):
         CliRunner().invoke(cli, ["report", "a", "b"], catch_exceptions=False)
