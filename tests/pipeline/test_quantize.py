@@ -80,7 +80,7 @@ def test_the_scores_of_the_plan_are_kept_and_shown(output: Path, tmp_path: Path)
     plan = json.loads((output / "llmcompress.json").read_text())["plan"]
     assert [scores.scorer for scores in file.scores] == [plan["scorer"]]
     assert file.scores[0].model_digest == plan["model_digest"]
-    assert file.scores[0].calibration_digest == plan["calibration_digest"]
+    assert {layer.linear for layer in file.scores[0].layers} >= {a["linear"] for a in plan["allocation"]["assigned"]}
     words = ["plan", str(output / "scores.json"), "--budget", "4bits", "--json"]
     again = json.loads(CliRunner().invoke(cli, words, catch_exceptions=False).stdout)["allocation"]
     assert 3.9 < again["bits_per_weight"] <= 4
