@@ -58,7 +58,12 @@ def test_intervals_lie_between_their_ends_on_one_axis() -> None:
 
 def test_losses_lie_on_one_logarithmic_axis_in_their_block() -> None:
     blocks = make_blocks(make_file(8))
-    found = marks(block_losses(blocks))
+    svg = block_losses(blocks)
+    found = marks(svg)
+    joined = {line[0][0]: sorted(y for _, y in line) for line in lines(svg, "lead") if line[0][0] == line[1][0]}
+    for x, ends in joined.items():
+        assert ends == [act(y for at, y, _ in found if at == x) for act in (min, max)]
+    assert len(joined) == len(blocks)
     wanted = [(block.block, math.log(x.relative_loss), x.linear) for block in blocks for x in block.linears]
     assert [tip.split(":")[0] for _, _, tip in found] == [name for _, _, name in wanted]
     (_, first, _), (_, second, _) = found[0], max(found, key=lambda mark: mark[1])
@@ -78,9 +83,8 @@ def test_models_lie_by_size_and_divergence_and_the_best_are_joined() -> None:
     assert cx - bx == pytest.approx(dx - cx, abs=0.02)
     assert dy - by == pytest.approx(2 * (by - cy), abs=0.05)
     whiskers = [line for line in lines(svg, "axis") if line[0][0] == line[1][0] == bx]
-    assert sorted(y for _, y in max(whiskers, key=lambda line: abs(line[0][1] - line[1][1]))) == pytest.approx(
-        [by - (by - cy), by + (by - cy)], abs=0.05
-    )
+    ends = max((sorted(y for _, y in line) for line in whiskers), key=lambda pair: pair[1] - pair[0])
+    assert ends == pytest.approx([by - (by - cy), by + (by - cy)], abs=0.05)
     stairs = lines(svg, "line")[0]
     assert (cx, cy) not in stairs
     assert {(bx, by), (dx, dy)} <= set(stairs)
