@@ -28,7 +28,7 @@ pre{margin:.3rem 0 1.2rem;padding:.6rem .8rem;background:var(--wash);border-radi
 .tile dd{margin:0}
 .tile .figure{font-size:1.85rem;line-height:1.25;font-weight:600;letter-spacing:-.02em}
 .tile .unit{font-size:1rem;font-weight:400;letter-spacing:0;color:var(--soft)}
-nav{border-top:1px solid var(--rule);border-bottom:1px solid var(--rule);padding:.6rem 0;margin-top:1.2rem;font-size:.875rem}
+nav{border:solid var(--rule);border-width:1px 0;padding:.6rem 0;margin-top:1.2rem;font-size:.875rem}
 nav ul{display:flex;flex-wrap:wrap;gap:.15rem 1.1rem;list-style:none;margin:0;padding:0}
 section{margin:2.6rem 0 0}
 section,figure,details{scroll-margin-top:1rem}
