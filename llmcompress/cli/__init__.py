@@ -11,6 +11,7 @@ import click
 from llmcompress import __version__
 from llmcompress.cli.bench import bench_command
 from llmcompress.cli.gate import gate_command
+from llmcompress.cli.heal import heal_command
 from llmcompress.cli.judge import eval_command, verify_command
 from llmcompress.cli.look import env_command, inspect_command, list_command
 from llmcompress.cli.planning import plan_command
@@ -27,6 +28,7 @@ COMMANDS = (
     quantize_command,
     rewrite_command,
     prune_command,
+    heal_command,
     score_command,
     plan_command,
     verify_command,

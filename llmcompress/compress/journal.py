@@ -107,8 +107,11 @@ class Journal:
         if not (self.run_file.is_file() and record.is_file()):
             return None
         run, made = read_json(self.run_file), read_json(record)
-        same = isinstance(run, dict) and isinstance(made, dict) and run.get("request") == made.get("request")
-        return dict(made["request"]) if same else None
+        if not (isinstance(run, dict) and isinstance(made, dict)):
+            return None
+        last = made.get("healing") or [made]  # what was done to it last
+        asked = last[-1].get("request")
+        return dict(asked) if run.get("request") == asked else None
 
     @contextmanager
     def in_one_go(self) -> Iterator[None]:

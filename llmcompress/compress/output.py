@@ -12,6 +12,7 @@ from typing import Any, Self
 import yaml
 
 from llmcompress.compress.formats import exporter_of
+from llmcompress.compress.heal.records import HealRecord
 from llmcompress.compress.shards import INDEX_NAME, ShardMap, index_document
 from llmcompress.files import commit_bytes, commit_json, file_digest, to_json
 from llmcompress.model.hub import Source
@@ -81,21 +82,30 @@ class Origin(Noun):
         )
 
 
-class RunRecord(Noun):
-    """`llmcompress.json`: what was asked, decided and done, and a digest of every file beside it."""
+class OutputRecord(Noun):
+    """`llmcompress.json` of any output: what was asked and done, and a digest of every file beside it.
+
+    `healing` holds what was done after the rest, in order; its `request` is what the files were made from then.
+    """
 
     version: int = 1
     llmcompress: str
     origin: Origin
     request: dict[str, str]
-    recipe: dict[str, Any]
-    rewriting: RewriteRecord | None = None
-    plan: Plan
     calibration_text_digest: str
-    blocks: tuple[BlockOutcome, ...]
     probe: Probe
     environment: dict[str, str]
     files: tuple[FileRecord, ...]
+    healing: tuple[HealRecord, ...] = ()
+
+
+class RunRecord(OutputRecord):
+    """`llmcompress.json` of a quantized model: what was decided besides."""
+
+    recipe: dict[str, Any]
+    rewriting: RewriteRecord | None = None
+    plan: Plan
+    blocks: tuple[BlockOutcome, ...]
 
 
 @dataclass(frozen=True)
@@ -149,14 +159,18 @@ def write_small_files(folder: Path, source: Path, shards: ShardMap, story: Story
     commit_json(folder / INDEX_NAME, index_document(layouts, story.trace.parameters))
 
 
-def write_record(folder: Path, story: Story, version: str, blocks: tuple[BlockOutcome, ...], probe: Probe) -> RunRecord:
-    """Write `llmcompress.json` over the files as they stand. Times are left out: two equal runs give equal bytes."""
+def file_records(folder: Path) -> tuple[FileRecord, ...]:
+    """Every file of an output but its record, by name."""
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    files = tuple(
+    return tuple(
         FileRecord(name=name, size_bytes=(folder / name).stat().st_size, sha256=file_digest(folder / name))
         for name in names
         if name != RECORD_NAME
     )
+
+
+def write_record(folder: Path, story: Story, version: str, blocks: tuple[BlockOutcome, ...], probe: Probe) -> RunRecord:
+    """Write `llmcompress.json` over the files as they stand. Times are left out: two equal runs give equal bytes."""
     record = RunRecord(
         llmcompress=version,
         origin=story.origin,
@@ -168,7 +182,7 @@ def write_record(folder: Path, story: Story, version: str, blocks: tuple[BlockOu
         blocks=tuple(b.model_copy(update={"seconds": 0.0, "resumed": False}) for b in blocks),
         probe=probe,
         environment=dict(story.environment),
-        files=files,
+        files=file_records(folder),
     )
     commit_bytes(folder / RECORD_NAME, to_json(record.model_dump(mode="json")).encode())
     return record

@@ -119,16 +119,20 @@ def text_request(opened: Opened, recipe: Recipe) -> TextRequest:
 
 def calibration(opened: Opened, recipe: Recipe) -> Batches:
     """The calibration tokens of a run. Raises InputError where the text is missing or too short."""
-    request = text_request(opened, recipe)
+    return read_text(text_request(opened, recipe), opened.skeleton)
+
+
+def read_text(request: TextRequest, skeleton: Skeleton) -> Batches:
+    """Tokens of a model's text, or sampled from the model. Raises InputError where the text is missing or too short."""
+    folder = skeleton.files.folder
     if request.spec != "self":
-        return token_batches(request, opened.source.path)
-    skeleton = opened.skeleton
+        return token_batches(request, folder)
     skeleton.load_rest()
     for index in range(len(skeleton.blocks)):
         skeleton.load_block(index)
     tokens = sample_tokens(
         skeleton.model,
-        load_tokenizer(opened.source.path),
+        load_tokenizer(folder),
         samples=request.samples,
         sequence_length=request.sequence_length,
         seed=request.seed,

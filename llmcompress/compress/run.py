@@ -14,7 +14,15 @@ from llmcompress.compress.apply import ApplyJob, apply, finished_logits
 from llmcompress.compress.forecast import Forecast, check_disk, forecast
 from llmcompress.compress.joint import decide_dropping, reopen_dropped, write_dropped
 from llmcompress.compress.journal import Journal, check_output
-from llmcompress.compress.output import Origin, Story, drop_strays, write_record, write_small_files
+from llmcompress.compress.output import (
+    RECORD_NAME,
+    Origin,
+    RunRecord,
+    Story,
+    drop_strays,
+    write_record,
+    write_small_files,
+)
 from llmcompress.compress.pipeline import (
     NO_DATA,
     NO_SCORER,
@@ -33,7 +41,7 @@ from llmcompress.compress.pipeline import (
 from llmcompress.compress.planning import make_plan
 from llmcompress.compress.reuse import expected, reuse
 from llmcompress.compress.rewrite import rewrite
-from llmcompress.compress.verify import Check, probe_of, read_record, require, verify
+from llmcompress.compress.verify import Check, probe_of, require, verify
 from llmcompress.errors import InputError
 from llmcompress.files import commit_bytes, commit_json
 from llmcompress.model.checkpoint import folder_bytes
@@ -141,7 +149,7 @@ def quantize(request: QuantizeRequest) -> Iterator[Event]:
     asked = request_of(opened, request.recipe, batches, digest, request.budget)
     with journal.locked():
         if published == asked:
-            record = read_record(request.output)
+            record = RunRecord.parse((request.output / RECORD_NAME).read_bytes(), RECORD_NAME)
             checks = require(verify(request.output, request.device))
             journal.clear()
             yield Finished(record.plan, checks, folder_bytes(request.output))

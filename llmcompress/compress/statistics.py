@@ -39,3 +39,11 @@ def upper_bound_signed(values: Sequence[float], level: float = 0.95) -> float:
     if len(values) < 2:
         return math.inf
     return mean(values) + float(stats.t.ppf(level, len(values) - 1)) * standard_error(values)
+
+
+def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
+    """Two-sided Student-t interval of a mean; the whole line for fewer than two sequences."""
+    if len(values) < 2:
+        return -math.inf, math.inf
+    reach = float(stats.t.ppf((1 + level) / 2, len(values) - 1)) * standard_error(values)
+    return mean(values) - reach, mean(values) + reach

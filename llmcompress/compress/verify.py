@@ -9,15 +9,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llmcompress.compress.output import RECORD_NAME, Probe, RunRecord
+from llmcompress.compress.output import RECORD_NAME, OutputRecord, Probe, RunRecord
 from llmcompress.errors import CompressError, InputError
-from llmcompress.files import file_digest
+from llmcompress.files import file_digest, parse_json
 from llmcompress.model.checkpoint import CheckpointReader
 from llmcompress.model.header import TensorEntry
 from llmcompress.model.integrity import scan
 from llmcompress.model.preflight import check_source
 from llmcompress.model.skeleton import Skeleton
 from llmcompress.model.stream import BlockStream
+from llmcompress.runtime.adapter import reader_of
 from llmcompress.runtime.packed import PackedReader
 from llmcompress.types import LinearSpec
 
@@ -34,12 +35,18 @@ class Check:
     found: str
 
 
-def read_record(folder: Path) -> RunRecord:
-    """`llmcompress.json` of an output. Raises InputError when it is missing or damaged."""
+def read_record(folder: Path) -> OutputRecord:
+    """`llmcompress.json` of an output, with the plan where it is quantized. Raises InputError when it is damaged."""
     path = folder / RECORD_NAME
     if not path.is_file():
-        raise InputError(f"{folder.name}: no {RECORD_NAME}", "give a directory written by `llmcompress quantize`")
-    return RunRecord.parse(path.read_bytes(), RECORD_NAME)
+        raise InputError(
+            f"{folder.name}: no {RECORD_NAME}",
+            "give a directory written by `llmcompress quantize` or `llmcompress heal`",
+        )
+    data = path.read_bytes()
+    document = parse_json(data, RECORD_NAME)
+    quantized = isinstance(document, dict) and "plan" in document
+    return (RunRecord if quantized else OutputRecord).parse(data, RECORD_NAME)
 
 
 def probe_of(tokens: Tensor, logits: Tensor) -> Probe:
@@ -59,13 +66,14 @@ def verify(folder: Path, device: str = "cpu") -> Iterator[Check]:
     files = check_source(folder, packed=True)
     yield Check("shards and index", True, f"{len(files.shards)} shards, {len(files.tensors)} tensors agree")
     yield _check_hashes(folder, record)
-    yield _check_bits(PackedReader(CheckpointReader(files.tensors), files.config), files.tensors, record)
-    yield _check_size(files.shards, folder, record)
+    if isinstance(record, RunRecord):
+        yield _check_bits(PackedReader(CheckpointReader(files.tensors), files.config), files.tensors, record)
+        yield _check_size(files.shards, folder, record)
     yield _check_finite(folder)
     yield _check_logits(folder, record, device)
 
 
-def _check_hashes(folder: Path, record: RunRecord) -> Check:
+def _check_hashes(folder: Path, record: OutputRecord) -> Check:
     for known in record.files:
         path = folder / known.name
         if not path.is_file():
@@ -109,11 +117,11 @@ def _check_finite(folder: Path) -> Check:
 
 def probe_logits(folder: Path, tokens: tuple[int, ...], device: str) -> Tensor:
     """Logits `(1, tokens, vocabulary)` of a short input from the reopened files."""
-    skeleton = Skeleton.open(folder, device, decode=PackedReader)
+    skeleton = Skeleton.open(folder, device, decode=reader_of(folder))
     return next(iter(BlockStream(skeleton).logits([torch.tensor([tokens])])))
 
 
-def _check_logits(folder: Path, record: RunRecord, device: str) -> Check:
+def _check_logits(folder: Path, record: OutputRecord, device: str) -> Check:
     logits = probe_logits(folder, record.probe.tokens, device)[0, -1].double().cpu()
     difference = 0.0
     for place, expected in zip(record.probe.places, record.probe.logits, strict=True):
@@ -134,7 +142,7 @@ def require(checks: Iterator[Check]) -> tuple[Check, ...]:
     for check in checks:
         if not check.passed:
             raise VerifyError(
-                f"verify: {check.name}: {check.found}", "the files were changed or damaged: quantize again"
+                f"verify: {check.name}: {check.found}", "the files were changed or damaged: make them again"
             )
         found.append(check)
     return tuple(found)

@@ -41,6 +41,7 @@ from llmcompress.model.text import (
     token_batches,
     tokenizer_digest,
 )
+from llmcompress.runtime.adapter import reader_of
 from llmcompress.runtime.packed import PackedReader
 
 RECORD_NAME = "llmcompress.json"
@@ -74,12 +75,14 @@ def run_eval(request: EvalRequest) -> EvalReport:
     Raises InputError when their vocabularies or tokenizers differ, when the text was the one the model was calibrated
     on, or when tasks cannot be run.
     """
-    candidate = Skeleton.open(request.model.path, request.device, decode=PackedReader)
-    reference = Skeleton.open(request.reference.path, request.device, decode=PackedReader)
+    candidate, reference = (
+        Skeleton.open(source.path, request.device, decode=reader_of(source.path))
+        for source in (request.model, request.reference)
+    )
     digest = _common_tokenizer(request)
     record = _record(request.model.path)
     batches = token_batches(_fitted(request.text, reference), request.reference.path)
-    if same_text(str(record.get("calibration_text_digest")), batches):
+    if any(same_text(str(part.get("calibration_text_digest")), batches) for part in (record, *_healing(record))):
         raise InputError(
             f"{batches.source} is the text the model was calibrated on", "evaluate on other text: --data FILE"
         )
@@ -153,6 +156,12 @@ def _record(folder: Path) -> Mapping[str, Any]:
         return {}
     document = read_json(path)
     return document if isinstance(document, dict) else {}
+
+
+def _healing(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """What was healed after the rest, and on which text."""
+    found = record.get("healing")
+    return [part for part in found if isinstance(part, dict)] if isinstance(found, list) else []
 
 
 def _facts(source: Source, skeleton: Skeleton) -> ModelFacts:

@@ -1,0 +1,169 @@
+"""What is trained: norm gains and quantization scales here, low-rank adapters in `lora.py`.
+
+A tuning knows its trainable numbers by block, how the model looks once they are stored in a file (in the file's own
+dtypes), and which tensors of the file that changes. Held-out text always judges the stored form.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from llmcompress.errors import InputError
+from llmcompress.kernels import stored
+from llmcompress.kernels.codes import Codes
+from llmcompress.model.checkpoint import TORCH_DTYPES
+from llmcompress.model.skeleton import Skeleton
+from llmcompress.runtime.inputs import attach
+from llmcompress.runtime.packed import PackedReader
+from llmcompress.spec import FOUR_BIT
+
+OUTSIDE = -1  # stands for what lies outside the blocks
+NOT_NORMS = (nn.Linear, nn.Embedding)
+
+
+class Tuning(Protocol):
+    """Trainable numbers of a loaded model; those under `OUTSIDE` are trained all the time."""
+
+    @property
+    def trained(self) -> Mapping[int, Mapping[str, nn.Parameter]]: ...
+
+    def as_stored(self) -> AbstractContextManager[None]: ...
+
+    def tensors(self) -> dict[str, Tensor]: ...
+
+
+class Scaled(nn.Module):
+    """A weight as a function of its scales: `unit` is the weight where every scale is one."""
+
+    def __init__(self, codes: Codes, transposed: bool) -> None:
+        super().__init__()
+        self.transposed = transposed
+        self.scale = codes.scale.float()
+        self.unit = nn.Buffer(replace(codes, scale=torch.ones_like(self.scale)).dequantize(), persistent=False)
+
+    def forward(self, scale: Tensor) -> Tensor:
+        """`(rows, groups)` to the weight of the module."""
+        grouped = self.unit.view(*scale.shape, -1) * scale.unsqueeze(-1)
+        weight = grouped.view(self.unit.shape)
+        return weight.T if self.transposed else weight
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """The scales, whatever the weight: they are what is known of it."""
+        return self.scale.to(weight.device)
+
+
+def has_scales(codes: Codes) -> bool:
+    """Whether the weight of a linear is proportional to scales that the file holds, group by group."""
+    return codes.spec.kind not in FOUR_BIT and codes.codebook is None
+
+
+class NormTuning:
+    """Weights and biases of norms in some blocks and after the last, and the scales of packed linears in the blocks.
+
+    The numbers trained are float32; those of the file keep their dtypes.
+    """
+
+    def __init__(self, skeleton: Skeleton, blocks: Sequence[int]) -> None:
+        self._skeleton = skeleton
+        self._names: dict[nn.Parameter, str] = {}  # in the file
+        by_parameter = {module: name for name, module in skeleton.names.module_of.items()}
+        self.trained: dict[int, dict[str, nn.Parameter]] = {}
+        for index in blocks:
+            prefix = skeleton.block_name(index)
+            found = self._norms(skeleton.blocks[index], prefix, by_parameter)
+            self.trained[index] = found | self._scales(skeleton.blocks[index], prefix, by_parameter)
+        outside = _outside_norms(skeleton)
+        self.trained[OUTSIDE] = {}
+        for name, module in outside.items():
+            self.trained[OUTSIDE] |= self._norms(module, name, by_parameter)
+        if not any(self.trained.values()):
+            raise InputError("no norms and no scales to tune in these blocks", "use --method lora")
+
+    def _norms(self, root: nn.Module, prefix: str, by_parameter: Mapping[str, str]) -> dict[str, nn.Parameter]:
+        found = {}
+        for name, parameter in _norm_parameters(root, prefix):
+            if name in by_parameter:
+                parameter.requires_grad_(True)
+                self._names[parameter] = by_parameter[name]
+                found[name] = parameter
+        return found
+
+    def _scales(self, block: nn.Module, prefix: str, by_parameter: Mapping[str, str]) -> dict[str, nn.Parameter]:
+        reader, found = self._skeleton.reader, {}
+        if not isinstance(reader, PackedReader):
+            return {}
+        for name, module in list(block.named_modules(prefix=prefix)):
+            weight = by_parameter.get(f"{name}.weight", "")
+            if weight not in reader.row_major:
+                continue
+            stem = weight.removesuffix(".weight")
+            codes = reader.linear(stem)
+            if has_scales(codes):
+                scaled = Scaled(codes, transposed=not isinstance(module, nn.Linear)).to(self._skeleton.device)
+                parametrize.register_parametrization(module, "weight", scaled, unsafe=True)
+                parameter = module.parametrizations.weight.original
+                parameter.requires_grad_(True)
+                self._names[parameter] = stem + stored.SCALE
+                found[f"{name}.scale"] = parameter
+        return found
+
+    def _dtype(self, parameter: nn.Parameter) -> torch.dtype:
+        return TORCH_DTYPES[self._skeleton.files.tensors[self._names[parameter]].dtype]
+
+    @contextmanager
+    def as_stored(self) -> Iterator[None]:
+        """The model with its trained numbers rounded to the dtypes of the file."""
+        exact = {parameter: parameter.data for parameter in self._names}
+        try:
+            for parameter, data in exact.items():
+                parameter.data = data.to(self._dtype(parameter)).float()
+            yield
+        finally:
+            for parameter, data in exact.items():
+                parameter.data = data
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The trained tensors as the file holds them, by their names in it."""
+        shapes = self._skeleton.files.tensors
+        return {n: p.detach().to(self._dtype(p)).cpu().view(shapes[n].shape) for p, n in self._names.items()}
+
+
+def by_name(trained: Mapping[int, Mapping[str, nn.Parameter]], blocks: Iterable[int]) -> dict[str, nn.Parameter]:
+    """The trainable numbers of some blocks, and of what lies outside them, in a fixed order."""
+    return {name: p for index in sorted({OUTSIDE, *blocks}) for name, p in sorted(trained.get(index, {}).items())}
+
+
+def _norm_parameters(root: nn.Module, prefix: str) -> list[tuple[str, nn.Parameter]]:
+    """Parameters of modules that have nothing but vectors, and are no linears or embeddings."""
+    found = []
+    for name, module in root.named_modules(prefix=prefix):
+        own = list(module.named_parameters(recurse=False))
+        if own and all(p.ndim == 1 for _, p in own) and not isinstance(module, NOT_NORMS):
+            found += [(f"{name}.{leaf}", parameter) for leaf, parameter in own]
+    return found
+
+
+def _outside_norms(skeleton: Skeleton) -> dict[str, nn.Module]:
+    """Modules outside the blocks, without their children's blocks: the final norm is among them."""
+    inside = {id(module) for module in skeleton.blocks.modules()}
+    return {
+        name: module
+        for name, module in skeleton.model.named_modules()
+        if id(module) not in inside and not list(module.children())
+    }
+
+
+def gradients_pass(skeleton: Skeleton) -> None:
+    """Let gradients through linears that multiply integers: their inputs are rounded, their products are float32."""
+    reader = skeleton.reader
+    if not isinstance(reader, PackedReader):
+        return
+    for weight in reader.row_major:
+        inputs = reader.linear(weight.removesuffix(".weight")).inputs
+        if inputs is not None:
+            attach(skeleton.model.get_submodule(skeleton.names.module_of[weight].rpartition(".")[0]), inputs)
