@@ -29,7 +29,7 @@ OPTIONS = (
     click.option("--period", type=click.IntRange(1), default=20, show_default=True, help="Steps between draws of K."),
     click.option("--rank", type=click.IntRange(1), default=32, show_default=True, help="Of the adapters."),
     click.option("--alpha", type=click.FloatRange(0, min_open=True), help="Of the adapters. Default: 2 rank."),
-    click.option("--lr", type=click.FloatRange(0, min_open=True), help="Default: 0.002 for lora, 0.02 for norms."),
+    click.option("--lr", type=click.FloatRange(0, min_open=True), help="Default: 0.002 for lora, 0.005 for norms."),
     click.option("--steps", type=click.IntRange(1), default=1000, show_default=True),
     click.option("--batch-size", type=click.IntRange(1), default=4, show_default=True, help="Sequences in a step."),
     click.option("--samples", type=click.IntRange(1), default=1024, show_default=True, help="Sequences of text."),

@@ -13,7 +13,7 @@ from llmcompress.model.hub import Source
 from llmcompress.model.text import Batches, TextRequest
 
 LORA, NORMS = "lora", "norms"
-RATES = {LORA: 2e-3, NORMS: 2e-2}
+RATES = {LORA: 2e-3, NORMS: 5e-3}
 
 
 @dataclass(frozen=True)

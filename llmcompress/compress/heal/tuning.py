@@ -38,23 +38,28 @@ class Tuning(Protocol):
 
 
 class Scaled(nn.Module):
-    """A weight as a function of its scales: `unit` is the weight where every scale is one."""
+    """A weight as a function of gains `(rows, groups)` on its scales; `unit` is the weight where every scale is one.
+
+    While `stored` is set, those scales count instead, which are what a file would hold.
+    """
 
     def __init__(self, codes: Codes, transposed: bool) -> None:
         super().__init__()
         self.transposed = transposed
-        self.scale = codes.scale.float()
+        self.stored: Tensor | None = None
+        self.scale = nn.Buffer(codes.scale.float(), persistent=False)
         self.unit = nn.Buffer(replace(codes, scale=torch.ones_like(self.scale)).dequantize(), persistent=False)
 
-    def forward(self, scale: Tensor) -> Tensor:
-        """`(rows, groups)` to the weight of the module."""
+    def forward(self, gain: Tensor) -> Tensor:
+        """The weight of the module."""
+        scale = self.scale * gain if self.stored is None else self.stored
         grouped = self.unit.view(*scale.shape, -1) * scale.unsqueeze(-1)
         weight = grouped.view(self.unit.shape)
         return weight.T if self.transposed else weight
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """The scales, whatever the weight: they are what is known of it."""
-        return self.scale.to(weight.device)
+        """A gain of one everywhere, whatever the weight."""
+        return torch.ones_like(self.scale)
 
 
 def has_scales(codes: Codes) -> bool:
@@ -71,6 +76,7 @@ class NormTuning:
     def __init__(self, skeleton: Skeleton, blocks: Sequence[int]) -> None:
         self._skeleton = skeleton
         self._names: dict[nn.Parameter, str] = {}  # in the file
+        self._scaled: dict[nn.Parameter, Scaled] = {}
         by_parameter = {module: name for name, module in skeleton.names.module_of.items()}
         self.trained: dict[int, dict[str, nn.Parameter]] = {}
         for index in blocks:
@@ -108,29 +114,36 @@ class NormTuning:
                 parametrize.register_parametrization(module, "weight", scaled, unsafe=True)
                 parameter = module.parametrizations.weight.original
                 parameter.requires_grad_(True)
-                self._names[parameter] = stem + stored.SCALE
+                self._names[parameter], self._scaled[parameter] = stem + stored.SCALE, scaled
                 found[f"{name}.scale"] = parameter
         return found
 
-    def _dtype(self, parameter: nn.Parameter) -> torch.dtype:
-        return TORCH_DTYPES[self._skeleton.files.tensors[self._names[parameter]].dtype]
+    def _rounded(self, parameter: nn.Parameter) -> Tensor:
+        """What the file holds for a parameter: itself, or the scales that it is the gain of."""
+        exact, scaled = parameter.detach(), self._scaled.get(parameter)
+        exact = exact if scaled is None else scaled.scale * exact
+        return exact.to(TORCH_DTYPES[self._skeleton.files.tensors[self._names[parameter]].dtype])
 
     @contextmanager
     def as_stored(self) -> Iterator[None]:
         """The model with its trained numbers rounded to the dtypes of the file."""
-        exact = {parameter: parameter.data for parameter in self._names}
+        norms = {parameter: parameter.data for parameter in self._names if parameter not in self._scaled}
         try:
-            for parameter, data in exact.items():
-                parameter.data = data.to(self._dtype(parameter)).float()
+            for parameter in norms:
+                parameter.data = self._rounded(parameter).float()
+            for parameter, scaled in self._scaled.items():
+                scaled.stored = self._rounded(parameter).float()
             yield
         finally:
-            for parameter, data in exact.items():
+            for parameter, data in norms.items():
                 parameter.data = data
+            for scaled in self._scaled.values():
+                scaled.stored = None
 
     def tensors(self) -> dict[str, Tensor]:
         """The trained tensors as the file holds them, by their names in it."""
         shapes = self._skeleton.files.tensors
-        return {n: p.detach().to(self._dtype(p)).cpu().view(shapes[n].shape) for p, n in self._names.items()}
+        return {name: self._rounded(p).cpu().view(shapes[name].shape) for p, name in self._names.items()}
 
 
 def by_name(trained: Mapping[int, Mapping[str, nn.Parameter]], blocks: Iterable[int]) -> dict[str, nn.Parameter]:
