@@ -41,7 +41,7 @@ from llmcompress.model.text import (
     token_batches,
     tokenizer_digest,
 )
-from llmcompress.runtime.adapter import reader_of
+from llmcompress.runtime.adapter import adapter_bytes, reader_of
 from llmcompress.runtime.packed import PackedReader
 
 RECORD_NAME = "llmcompress.json"
@@ -183,17 +183,19 @@ def _data(batches: Batches, tokenizer: str, seed: int) -> DataFacts:
 
 
 def shard_bytes(skeleton: Skeleton) -> int:
-    """Size of a model's weight shards, headers included."""
-    return sum((skeleton.files.folder / name).stat().st_size for name in skeleton.files.shards)
+    """Size of a model's weight shards, headers included, and of an adapter beside them."""
+    folder = skeleton.files.folder
+    return sum((folder / name).stat().st_size for name in skeleton.files.shards) + adapter_bytes(folder)
 
 
 def packed_bits(skeleton: Skeleton) -> int:
-    """Storage bits of packed linears, counted from the tensors themselves; 0 where nothing is packed."""
+    """Storage bits of packed linears, counted from the tensors, adapters included; 0 where nothing is packed."""
     reader, tensors = skeleton.reader, skeleton.files.tensors
     if not isinstance(reader, PackedReader):
         return 0
     names = [name for stem in reader.stems() for name in reader.parts(stem)]
-    return sum(8 * (tensors[name].stop - tensors[name].start) for name in names)
+    own = sum(8 * (tensors[name].stop - tensors[name].start) for name in names)
+    return own + 8 * adapter_bytes(skeleton.files.folder)
 
 
 def _footprint(candidate: Skeleton, reference: Skeleton, speed: Sequence[Speed]) -> Footprint:

@@ -52,6 +52,12 @@ class AdaptedReader(PackedReader):
         return found if change is None else found + change
 
 
+def adapter_bytes(folder: Path) -> int:
+    """Size of the adapter's weights in a directory, 0 where there is none."""
+    path = folder / FOLDER / WEIGHTS_NAME
+    return path.stat().st_size if path.is_file() else 0
+
+
 def reader_of(folder: Path) -> Callable[[Reader, Mapping[str, Any]], PackedReader]:
     """How to read the packed checkpoint in a directory: with its adapter, where there is one."""
     if not (folder / FOLDER).is_dir():

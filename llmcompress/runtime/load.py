@@ -37,6 +37,7 @@ def load(
     Weights stay packed, so that the model takes the memory of its file; `save_pretrained` writes the same tensors
     again. Linears whose inputs are rounded round them, and multiply integers where both sides are 8-bit integers.
     Skipped halves of blocks are not computed, and their weights are not in memory.
+    An adapter that `heal` left beside the checkpoint is not added: peft opens it over a dense model.
     Raises InputError where the directory is not such a checkpoint, or is damaged.
     """
     folder = Path(path)

@@ -1,77 +1,41 @@
 """Healing: what is trained, that it goes on to the bit, and that what comes out is never worse than what went in."""
 
 import json
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy
 import pytest
 import torch
 from conftest import llama_config, program, save_model
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from heal_help import SCHEDULE, TOKENS, contents, logits_of, noisy, quantized
 from torch import Tensor
 
-from llmcompress.compress.allocate.budget import parse_budget
 from llmcompress.compress.heal.lora import LoraOptions
-from llmcompress.compress.heal.places import Places, active, select
+from llmcompress.compress.heal.places import Places
 from llmcompress.compress.heal.request import HealRequest
-from llmcompress.compress.heal.run import Healed, Started, heal, load_whole
-from llmcompress.compress.heal.state import Measured, Position, Saves
-from llmcompress.compress.heal.training import Original, Schedule
-from llmcompress.compress.heal.tuning import NormTuning, has_scales
-from llmcompress.compress.run import QuantizeRequest, quantize
-from llmcompress.compress.scorers.rdp import breakpoint_scores, breakpoints
+from llmcompress.compress.heal.run import Healed, Started, heal
+from llmcompress.compress.heal.state import Position
+from llmcompress.compress.heal.training import Schedule
 from llmcompress.compress.verify import require, verify
 from llmcompress.errors import InputError
 from llmcompress.eval.run import EvalRequest, run_eval
 from llmcompress.model.hub import resolve
 from llmcompress.model.skeleton import Skeleton
-from llmcompress.model.stream import BlockStream
 from llmcompress.model.text import TextRequest
-from llmcompress.recipes import load_recipe
-from llmcompress.runtime.adapter import reader_of
 from llmcompress.runtime.packed import PackedReader
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
-SCHEDULE = Schedule(steps=12, batch_size=4, rate=5e-3, every=4, period=3)
-
-
-def noisy(source: Path, folder: Path) -> Path:
-    """A copy of a model with noise on its matrices: something that can be healed."""
-    from transformers import AutoModelForCausalLM
-
-    shutil.copytree(source, folder)
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 2 and "layers" in name:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * parameter.std() * 0.3)
-    model.save_pretrained(folder, max_shard_size="200KB")
-    return folder
 
 
 @pytest.fixture(scope="module")
 def damaged(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return noisy(llama, tmp_path_factory.mktemp("damaged") / "damaged")
-
-
-def quantized(source: Path, folder: Path, budget: str, *changes: str) -> Path:
-    small = ("calibration.samples=4", "calibration.sequence_length=16", "calibration.score_samples=4")
-    recipe = load_recipe("balanced", (*small, "plan.group_size=32", "plan.trials=false", *changes))
-    for _ in quantize(QuantizeRequest(resolve(str(source)), folder, recipe, parse_budget(budget), "cpu", "quantize")):
-        pass
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -95,23 +59,10 @@ def finished(request: HealRequest) -> Healed:
     return last
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-@torch.no_grad()
-def logits_of(folder: Path, tokens: Tensor) -> Tensor:
-    """As `eval` and `verify` read it."""
-    return next(iter(BlockStream(Skeleton.open(folder, decode=reader_of(folder))).logits([tokens])))
-
-
 @torch.no_grad()
 def kld(p_model: Any, q_model: Any, tokens: Tensor) -> float:
     p, q = (torch.log_softmax(model(tokens).logits.double(), -1) for model in (p_model, q_model))
     return float((p.exp() * (p - q)).sum(-1).mean())
-
-
-TOKENS = torch.randint(3, 40, (6, 16), generator=torch.Generator().manual_seed(3))
 
 
 def test_a_plain_checkpoint_is_healed_and_opens_in_transformers(request_: HealRequest, llama: Path) -> None:
@@ -185,8 +136,36 @@ def test_adapters_beside_codes_open_with_peft_and_count_in_eval(
     assert torch.allclose(together, logits_of(out, TOKENS), atol=1e-3)
     assert not torch.allclose(together, alone, atol=1e-2)
     require(verify(out))
+    text = TextRequest("builtin", 4, 16, 0, "evaluation")
+    sources = resolve(str(packed)), resolve(str(out))
+    apart = [run_eval(EvalRequest(source, request.against, text, 4, "cpu", "")) for source in sources]
+    assert apart[1].summary.kld.mean != apart[0].summary.kld.mean
+    assert apart[1].footprint.shard_bytes == apart[0].footprint.shard_bytes + record.adapter_bytes
     with pytest.raises(InputError, match="adapter already"):
         list(heal(replace(request, source=resolve(str(out)), output=tmp_path / "again")))
+
+
+def test_linears_kept_the_other_way_round_are_healed_too(request_: HealRequest, tmp_path: Path) -> None:
+    """GPT-2's `Conv1D`, plain with merged adapters, packed with adapters beside it, and with other scales."""
+    from transformers import GPT2Config
+
+    config = GPT2Config(vocab_size=96, n_embd=64, n_layer=2, n_head=4, n_positions=64)
+    source = resolve(str(save_model(tmp_path / "gpt2", config)))
+    small = quantized(source.path, tmp_path / "q", "3.6bits", "quantizer=rtn", "scorer=zd")
+    other = noisy(source.path, tmp_path / "noisy", within="h.")
+    for place, method in ((other, "lora"), (small, "lora"), (small, "norms")):
+        output = tmp_path / f"{place.name}-{method}"
+        request = replace(request_, source=resolve(str(place)), against=source, output=output, method=method)
+        record = finished(request).record
+        assert record.helped
+        assert record.kld.mean < record.kld_before.mean
+        assert ((output / "adapter").is_dir()) == (place == small and method == "lora")
+
+
+def test_a_limit_of_time_stops_after_the_look_that_passes_it(request_: HealRequest) -> None:
+    record = finished(replace(request_, schedule=replace(SCHEDULE, minutes=1e-9))).record
+    assert record.steps == SCHEDULE.every
+    assert "minutes" not in record.settings
 
 
 @pytest.mark.parametrize("method", ["lora", "norms"])
@@ -255,111 +234,6 @@ def test_killed_and_run_again_is_the_same_to_the_bit(
     same = [name for name in ours if name.endswith(".safetensors")]
     assert same
     assert all(ours[name] == theirs[name] for name in same)
-
-
-def test_a_damaged_save_is_passed_over(tmp_path: Path) -> None:
-    saves, history = Saves(tmp_path), ()
-    assert saves.latest() is None
-    for step in range(4):
-        history = (*history, Measured(step=step, kld=1.0 / (step + 1)))
-        saves.save(Position(step=step, history=history, seconds=0.0), {"now.x": torch.full((3,), float(step))})
-    assert len(list(tmp_path.iterdir())) == 4  # two saves
-    newest = tmp_path / "heal-00004.safetensors"
-    newest.write_bytes(newest.read_bytes()[:-1] + b"\x01")
-    found = saves.latest()
-    assert found is not None
-    assert found[0].step == 2
-    assert found[1]["now.x"].tolist() == [2.0] * 3
-    (tmp_path / "heal-00003.json").write_text("{")
-    assert saves.latest() is None
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.integers(1, 12), st.integers(1, 30), st.integers(0, 999))
-def test_every_sequence_is_read_once_before_any_is_read_again(batch: int, available: int, seed: int) -> None:
-    schedule = Schedule(batch_size=batch, seed=seed)
-    read = [row for step in range(-(-3 * available // batch)) for row in schedule.rows(step, available)]
-    for epoch in range(3):
-        assert sorted(read[epoch * available : (epoch + 1) * available]) == list(range(available))
-
-
-def test_lisa_trains_so_many_blocks_each_as_often() -> None:
-    drawn = [active((1, 3, 4, 6), period, 2, 0) for period in range(2000)]
-    assert all(len(some) == 2 and some <= {1, 3, 4, 6} for some in drawn)
-    shares = [count / 2000 for count in Counter(block for some in drawn for block in some).values()]
-    assert shares == pytest.approx([0.5] * 4, abs=0.04)
-    assert drawn[:5] == [active((1, 3, 4, 6), period, 2, 0) for period in range(5)]
-    assert active((1, 3), 7, None, 0) == active((1, 3), 7, 5, 0) == {1, 3}
-
-
-def test_rates_rise_and_fall() -> None:
-    schedule = Schedule(steps=100, rate=1.0)
-    rates = [schedule.rate_at(step) for step in range(100)]
-    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
-    assert all(late < early for early, late in pairwise(rates[5:]))
-    assert rates[-1] == pytest.approx(0.1, abs=0.01)
-
-
-def test_rdp_takes_the_blocks_after_which_the_path_bends(tmp_path: Path) -> None:
-    source = save_model(tmp_path / "deep", llama_config(num_hidden_layers=6))
-    skeleton = Skeleton.open(source)
-    load_whole(skeleton)
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
-    tokens = TOKENS[:1]
-    seen = [model.model.embed_tokens(tokens)]
-    hooks = [block.register_forward_hook(lambda *given: seen.append(given[2])) for block in model.model.layers]
-    model(tokens)
-    assert len(hooks) == 6
-    path = numpy.stack([s[0, 1:].mean(0).detach().double().numpy() for s in seen])
-    path /= numpy.linalg.norm(path, axis=1, keepdims=True)
-    best = breakpoints(breakpoint_scores(path), 1)  # one path: the corner that one breakpoint keeps gets every vote
-    found = select(Places("rdp", 1), skeleton, [tokens], 0)
-    assert len(found) == 1
-    assert set(found) <= {point - 1 for point in breakpoints(breakpoint_scores(path), 6)}
-    assert best[0] - 1 in select(Places("rdp", 3), skeleton, [tokens], 0)
-    assert select(Places("all"), skeleton, [], 0) == (0, 1, 2, 3, 4, 5)
-    assert select(Places("4,1,4"), skeleton, [], 0) == (1, 4)
-    some = {select(Places("random"), skeleton, [], seed) for seed in range(20)}
-    assert len(some) > 5
-    assert all(len(set(each)) == 2 for each in some)
-
-
-def test_the_original_answers_as_transformers_does(llama: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
-    original = Original(llama, TOKENS, batch_size=4, device="cpu")
-    model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).eval()
-    with torch.no_grad():
-        expected = torch.log_softmax(model(TOKENS[[4, 1]]).logits, -1)
-    assert torch.allclose(original.answers([4, 1]), expected, atol=1e-5)
-
-
-@pytest.mark.parametrize(("budget", "changes"), [
-    ("4.6bits", ("quantizer=gptq",)), ("6.1bits", ("quantizer=nf4",)), ("8.6bits", ("quantizer=fp8",)),
-    ("4.6bits", ("quantizer=twotier",)), ("4.6bits", ("quantizer=hqq",)), ("4.6bits", ("quantizer=codebook",)),
-    ("8.6bits", ("quantize.inputs=int8",)),
-])  # fmt: skip
-def test_scales_of_every_format_begin_at_what_the_file_says(
-    budget: str, changes: tuple[str, ...], llama: Path, text_file: Path, tmp_path: Path
-) -> None:
-    """Tuned and not trained yet, the model is the reopened one, as it stands and as stored."""
-    folder = quantized(llama, tmp_path / "q", budget, f"calibration.source={text_file}", *changes)
-    expected = logits_of(folder, TOKENS)
-    skeleton = Skeleton.open(folder, decode=PackedReader)
-    reader = skeleton.reader
-    assert isinstance(reader, PackedReader)
-    scaled = sum(has_scales(reader.linear(stem)) for stem in reader.stems())
-    load_whole(skeleton)
-    tuning = NormTuning(skeleton, range(3))
-    assert sum(name.endswith(".scale") for group in tuning.trained.values() for name in group) == scaled
-    found = skeleton.model(TOKENS).logits
-    assert torch.allclose(found, expected, atol=2e-3)
-    with torch.no_grad(), tuning.as_stored():
-        assert torch.equal(skeleton.model(TOKENS).logits, found)
-    tensors = skeleton.files.tensors
-    assert all(tuple(t.shape) == tensors[n].shape for n, t in tuning.tensors().items())
 
 
 def test_what_cannot_be_healed(request_: HealRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
