@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from llmcompress.cli.options import pick_device, speaking
-from llmcompress.cli.say import Speaker, command_line, megabytes
+from llmcompress.cli.say import Speaker, command_line, megabytes, typed
 
 OPTIONS = (
     click.option("--against", required=True, metavar="MODEL", help="The original: a directory, org/name or demo."),
@@ -161,7 +161,7 @@ def _tell_result(request: Any, finished: Any, speaker: Speaker) -> None:
         )
     lines += [
         f"written to  {request.output}  ({megabytes(finished.directory_bytes)})",
-        f"next        llmcompress eval {request.output} --ref {request.against.name}",
+        f"next        llmcompress eval {request.output} --ref {typed(request.against)}",
     ]
     document = {"output": request.output.name, "helped": record.helped, "recovered": record.recovered}
     speaker.result(document | record.model_dump(mode="json"), lines)

@@ -1,6 +1,5 @@
 """`llmcompress quantize`: the whole chain."""
 
-import os
 import re
 import time
 from pathlib import Path
@@ -12,7 +11,7 @@ from llmcompress.cli.options import pick_device, read_recipe, recipe_options, sp
 from llmcompress.cli.planning import SCORES, read_scores
 from llmcompress.cli.progress import BlockProgress
 from llmcompress.cli.rewrite import tell_rewriting
-from llmcompress.cli.say import Speaker, command_line, dropping_lines, megabytes
+from llmcompress.cli.say import Speaker, command_line, dropping_lines, megabytes, typed
 
 
 def default_output(model: str, budget: str) -> Path:
@@ -166,12 +165,6 @@ def _tell_plan(event: Any, speaker: Speaker) -> None:
         speaker.talk(f"  fused experts left at the source precision: {trace.untraced_share:.0%} of the block weights")
 
 
-def _typed(source: Any) -> str:
-    """A word that names this source on a command line again."""
-    named = source.repository is not None or source.name == "demo"
-    return str(source.name) if named else os.path.relpath(source.path)
-
-
 def _tell_result(request: Any, finished: Any, seconds: float, speaker: Speaker) -> None:
     allocation = finished.plan.allocation
     document = {
@@ -204,6 +197,6 @@ def _tell_result(request: Any, finished: Any, seconds: float, speaker: Speaker) 
         f" ({megabytes(finished.directory_bytes)} with tokenizer and records)",
         f"verified    {', '.join(check.name for check in finished.checks)}",
         f"written to  {request.output}  in {seconds:.0f} s",
-        f"next        llmcompress eval {request.output} --ref {_typed(request.source)}",
+        f"next        llmcompress eval {request.output} --ref {typed(request.source)}",
     ]
     speaker.result(document, lines)

@@ -1,6 +1,7 @@
 """What the program says: results to stdout, talk to stderr, exactly one JSON document with --json."""
 
 import logging
+import os
 import re
 import sys
 import traceback
@@ -119,3 +120,9 @@ def dropping_lines(dropping: Any) -> list[str]:
     if not any(not trial.dropped for trial in dropping.trials):
         decided += "; with all of them the budget cannot be met"
     return [*lines, f"joint plan: {decided}"]
+
+
+def typed(source: Any) -> str:
+    """A word that names this source on a command line again."""
+    named = source.repository is not None or source.name == "demo"
+    return str(source.name) if named else os.path.relpath(source.path)

@@ -168,12 +168,13 @@ def test_a_limit_of_time_stops_after_the_look_that_passes_it(request_: HealReque
     assert "minutes" not in record.settings
 
 
-@pytest.mark.parametrize("method", ["lora", "norms"])
-def test_what_does_not_help_leaves_every_weight_as_it_was(request_: HealRequest, method: str) -> None:
-    """Against itself nothing can be gained, and at an absurd rate something is lost."""
-    schedule = replace(SCHEDULE, steps=4, every=2, rate=0.5)
+@pytest.mark.parametrize(("method", "rate"), [("lora", 0.5), ("norms", 0.5), ("lora", 1e20)])
+def test_what_does_not_help_leaves_every_weight_as_it_was(request_: HealRequest, method: str, rate: float) -> None:
+    """Against itself nothing can be gained, and at an absurd rate something is lost, or no number is left."""
+    schedule = replace(SCHEDULE, steps=4, every=2, rate=rate)
     record = finished(replace(request_, against=request_.source, method=method, schedule=schedule)).record
     assert not record.helped
+    assert record.steps == (2 if rate > 1 else 4)
     assert record.kld == record.kld_before
     before, after = contents(request_.source.path), contents(request_.output)
     assert all(after[name] == data for name, data in before.items() if not name.endswith((".md", ".jinja")))

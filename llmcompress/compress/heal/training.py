@@ -18,11 +18,12 @@ from llmcompress.compress.heal.state import Measured, Position, Saves
 from llmcompress.compress.heal.tuning import Tuning, by_name
 from llmcompress.compress.measuring import sequence_dnll, sequence_kld
 from llmcompress.compress.statistics import mean
-from llmcompress.errors import MachineError
+from llmcompress.errors import InputError
 from llmcompress.model.skeleton import Skeleton
 from llmcompress.model.stream import BlockStream
 from llmcompress.runtime.adapter import reader_of
 
+DIVERGED = 1e9  # nats: stands for what is not finite, and ends training
 LEAST_SHARE = 0.1  # of the rate, at the end
 WARM_SHARE = 0.05  # of the steps, at the beginning
 LONGEST_GRADIENT = 1.0
@@ -132,7 +133,7 @@ class Trainer:
         self._blocks = tuple(index for index in tuning.trained if index >= 0)
         self._numbers = by_name(tuning.trained, self._blocks)
         self._best: dict[str, Tensor] = {}
-        self._optimizer = torch.optim.AdamW([torch.zeros(1)])
+        self._optimizer = self._begun(0)
 
     def run(self, saves: Saves) -> Iterator[Position]:
         """Yield where training stands, at the start and after every look at held-out text."""
@@ -162,7 +163,8 @@ class Trainer:
     def _goes_on(self, position: Position) -> bool:
         schedule = self._schedule
         late = schedule.minutes is not None and position.seconds >= 60 * schedule.minutes
-        return position.step < schedule.steps and position.waited < schedule.patience and not late
+        lost = position.history[-1].kld >= DIVERGED
+        return position.step < schedule.steps and position.waited < schedule.patience and not (late or lost)
 
     def _look(self, position: Position) -> Position:
         """The position with one more figure; the numbers are remembered where it is the lowest."""
@@ -173,7 +175,9 @@ class Trainer:
             klds, _ = distances(answers, original, rows, self._schedule.batch_size)
         kld = mean(klds.tolist())
         if not math.isfinite(kld):
-            raise MachineError("training diverged: the held-out KL is not finite", "use a lower --lr, and --restart")
+            if not position.history:
+                raise InputError("the model to heal gives logits that are not finite", "make it again")
+            kld = DIVERGED
         found = position.model_copy(update={"history": (*position.history, Measured(step=position.step, kld=kld))})
         if found.best.step == position.step:
             self._best = {name: parameter.detach().clone() for name, parameter in self._numbers.items()}
@@ -184,13 +188,13 @@ class Trainer:
         chosen = active(self._blocks, step // schedule.period, schedule.lisa, schedule.seed)
         return by_name(self._tuning.trained, chosen)
 
-    def _begin(self, step: int) -> None:
+    def _begun(self, step: int) -> torch.optim.AdamW:
         """A new optimizer for the blocks of this period; those of the others, and their moments, are let go."""
         chosen = self._trained_at(step)
         for name, parameter in self._numbers.items():
             parameter.requires_grad_(name in chosen)
             parameter.grad = None
-        self._optimizer = torch.optim.AdamW(chosen.values(), betas=BETAS, weight_decay=0.0)
+        return torch.optim.AdamW(chosen.values(), betas=BETAS, weight_decay=0.0)
 
     def _starts_at(self, step: int) -> int:
         """The step at which the optimizer of this one began."""
@@ -201,7 +205,7 @@ class Trainer:
     def _step(self, step: int) -> None:
         schedule, data = self._schedule, self._data
         if self._starts_at(step) == step:
-            self._begin(step)
+            self._optimizer = self._begun(step)
         for group in self._optimizer.param_groups:
             group["lr"] = schedule.rate_at(step)
         rows = [data.training[place] for place in schedule.rows(step, len(data.training))]
@@ -229,7 +233,7 @@ class Trainer:
         self._put(parts("now."))
         self._best = parts("best.")
         if step and self._starts_at(step) != step:
-            self._begin(self._starts_at(step))
+            self._optimizer = self._begun(self._starts_at(step))
             for part in ("step", "exp_avg", "exp_avg_sq"):
                 for name, tensor in parts(f"{part}.").items():
                     parameter = self._numbers[name]
