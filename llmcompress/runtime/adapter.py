@@ -25,6 +25,7 @@ class Adapter:
         if document.get("peft_type") != "LORA" or not isinstance(rank, int) or not isinstance(alpha, int | float):
             raise InputError(f"{FOLDER}/{CONFIG_NAME}: not an adapter this can read", "the files are damaged")
         self._scale = alpha / rank
+        self.columns_first = bool(document.get("fan_in_fan_out"))  # how weights that are not packed lie
         ending = ".lora_A.weight"
         names = self._shards.names()
         self._modules = tuple(n.removeprefix(PREFIX).removesuffix(ending) for n in names if n.endswith(ending))
@@ -47,9 +48,11 @@ class AdaptedReader(PackedReader):
 
     def read(self, name: str) -> Tensor:
         """A tensor as stored, or a packed weight dequantized to float32, with what the adapter adds."""
-        found = super().read(name)
-        change = self._adapter.change_of(name.removesuffix(".weight")) if name in self.row_major else None
-        return found if change is None else found + change
+        found, stem = super().read(name), name.removesuffix(".weight")
+        change = None if stem == name else self._adapter.change_of(stem)
+        if change is None:
+            return found
+        return found + (change.T if self._adapter.columns_first and name not in self.row_major else change)
 
 
 def adapter_bytes(folder: Path) -> int:

@@ -146,10 +146,13 @@ def test_adapters_beside_codes_open_with_peft_and_count_in_eval(
 
 
 def test_linears_kept_the_other_way_round_are_healed_too(request_: HealRequest, tmp_path: Path) -> None:
-    """GPT-2's `Conv1D`, plain with merged adapters, packed with adapters beside it, and with other scales."""
+    """GPT-2's `Conv1D`, plain with merged adapters, packed with adapters beside it, and with other scales.
+
+    No group size divides 100: one linear of each block stays plain among packed ones.
+    """
     from transformers import GPT2Config
 
-    config = GPT2Config(vocab_size=96, n_embd=64, n_layer=2, n_head=4, n_positions=64)
+    config = GPT2Config(vocab_size=96, n_embd=64, n_inner=100, n_layer=2, n_head=4, n_positions=64)
     source = resolve(str(save_model(tmp_path / "gpt2", config)))
     small = quantized(source.path, tmp_path / "q", "3.6bits", "quantizer=rtn", "scorer=zd")
     other = noisy(source.path, tmp_path / "noisy", within="h.")
