@@ -38,7 +38,7 @@ OPTIONS = (
         "--held-out", type=click.IntRange(2), default=32, show_default=True,
         help="Sequences to stop by, and as many to judge by, of the samples.",
     ),
-    click.option("--every", type=click.IntRange(1), default=50, show_default=True, help="Steps between looks, and saves."),
+    click.option("--every", type=click.IntRange(1), default=50, show_default=True, help="Steps from look to look."),
     click.option("--patience", type=click.IntRange(1), default=5, show_default=True, help="Looks without a new best."),
     click.option("--minutes", type=click.FloatRange(0, min_open=True), help="Stop training after this long."),
     click.option(
