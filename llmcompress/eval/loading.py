@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from llmcompress.errors import InputError
 from llmcompress.files import read_json
+from llmcompress.runtime.adapter import adapter_bytes
 from llmcompress.runtime.load import load
 
 
@@ -15,8 +17,11 @@ def opened(folder: Path, device: str, dtype: torch.dtype | None = None) -> Any:
 
     dtype  of everything that is not packed, and of what flows; what config.json says, where not given
 
-    Raises InputError where a quantized checkpoint is not one that `load` reads.
+    Raises InputError where a quantized checkpoint is not one that `load` reads, or has an adapter beside it.
     """
+    if adapter_bytes(folder):
+        what = f"{folder.name} has an adapter, which sampling, speed and tasks would leave out"
+        raise InputError(what, "leave --sweep, --speed and --tasks out")
     if "quantization_config" in read_json(folder / "config.json"):
         return load(folder, dtype=dtype, device=device)
     model = AutoModelForCausalLM.from_pretrained(

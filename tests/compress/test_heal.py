@@ -24,6 +24,7 @@ from llmcompress.compress.heal.state import Position
 from llmcompress.compress.heal.training import Schedule
 from llmcompress.compress.verify import require, verify
 from llmcompress.errors import InputError
+from llmcompress.eval.loading import opened as opened_whole
 from llmcompress.eval.run import EvalRequest, run_eval
 from llmcompress.model.hub import resolve
 from llmcompress.model.skeleton import Skeleton
@@ -141,6 +142,8 @@ def test_adapters_beside_codes_open_with_peft_and_count_in_eval(
     apart = [run_eval(EvalRequest(source, request.against, text, 4, "cpu", "")) for source in sources]
     assert apart[1].summary.kld.mean != apart[0].summary.kld.mean
     assert apart[1].footprint.shard_bytes == apart[0].footprint.shard_bytes + record.adapter_bytes
+    with pytest.raises(InputError, match="has an adapter, which"):
+        opened_whole(out, "cpu")
     with pytest.raises(InputError, match="adapter already"):
         list(heal(replace(request, source=resolve(str(out)), output=tmp_path / "again")))
 
