@@ -1,6 +1,7 @@
 """Healing: what is trained, that it goes on to the bit, and that what comes out is never worse than what went in."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from llmcompress.compress.verify import require, verify
 from llmcompress.errors import InputError
 from llmcompress.eval.loading import opened as opened_whole
 from llmcompress.eval.run import EvalRequest, run_eval
+from llmcompress.model.checkpoint import read_raw
 from llmcompress.model.hub import resolve
 from llmcompress.model.skeleton import Skeleton
 from llmcompress.model.text import TextRequest
@@ -102,8 +104,6 @@ def test_what_was_quantized_keeps_its_codes_and_gets_other_scales_and_norms(
     assert record.helped
     assert record.kld.mean < record.kld_before.mean
     before, after = (Skeleton.open(x, decode=PackedReader).files.tensors for x in (packed, request.output))
-    from llmcompress.model.checkpoint import read_raw
-
     changed = {name for name in before if read_raw(before[name]) != read_raw(after[name])}
     assert {name.rpartition(".")[2] for name in changed} == {"weight_scale", "weight"}
     assert all("norm" in name for name in changed if name.endswith(".weight"))
@@ -166,6 +166,21 @@ def test_linears_kept_the_other_way_round_are_healed_too(request_: HealRequest, 
         assert record.helped
         assert record.kld.mean < record.kld_before.mean
         assert ((output / "adapter").is_dir()) == (place == small and method == "lora")
+
+
+@pytest.mark.parametrize("method", ["lora", "norms"])
+def test_skipped_halves_stay_zeros(request_: HealRequest, damaged: Path, tmp_path: Path, method: str) -> None:
+    half = shutil.copytree(damaged, tmp_path / "half")
+    document = json.loads((half / "config.json").read_text())
+    skip = {"halves": ["1.mlp"], "zero": {"model.layers.1.mlp": 0}, "idle": ["model.layers.1.post_attention_layernorm"]}
+    (half / "config.json").write_text(json.dumps(document | {"llmcompress_skip": skip}))
+    inside = ("model.layers.1.mlp.", "model.layers.1.post_attention_layernorm.")
+    record = finished(replace(request_, source=resolve(str(half)), method=method)).record
+    assert record.helped
+    before, after = (Skeleton.open(folder).files.tensors for folder in (half, request_.output))
+    changed = {name for name in before if read_raw(before[name]) != read_raw(after[name])}
+    assert changed
+    assert not [name for name in changed if name.startswith(inside)]
 
 
 def test_a_limit_of_time_stops_after_the_look_that_passes_it(request_: HealRequest) -> None:

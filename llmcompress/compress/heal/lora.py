@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress.compress.heal.places import number
+from llmcompress.compress.heal.tuning import stored_names
 from llmcompress.errors import InputError
 from llmcompress.model.checkpoint import TORCH_DTYPES
 from llmcompress.model.skeleton import Skeleton
@@ -134,7 +135,7 @@ def _targets(skeleton: Skeleton, blocks: Sequence[int]) -> dict[str, str]:
 
     Raises InputError where there are none, or where linears round what they read.
     """
-    by_parameter = {module: name for name, module in skeleton.names.module_of.items()}
+    by_parameter = stored_names(skeleton)
     found: dict[str, str] = {}
     for index in blocks:
         for leaf in linear_modules(skeleton.blocks[index]):

@@ -20,6 +20,7 @@ from llmcompress.model.checkpoint import TORCH_DTYPES
 from llmcompress.model.skeleton import Skeleton
 from llmcompress.runtime.inputs import attach
 from llmcompress.runtime.packed import PackedReader
+from llmcompress.runtime.skipping import SkipRecord
 from llmcompress.spec import FOUR_BIT
 
 OUTSIDE = -1  # stands for what lies outside the blocks
@@ -77,7 +78,7 @@ class NormTuning:
         self._skeleton = skeleton
         self._names: dict[nn.Parameter, str] = {}  # in the file
         self._scaled: dict[nn.Parameter, Scaled] = {}
-        by_parameter = {module: name for name, module in skeleton.names.module_of.items()}
+        by_parameter = stored_names(skeleton)
         self.trained: dict[int, dict[str, nn.Parameter]] = {}
         for index in blocks:
             prefix = skeleton.block_name(index)
@@ -144,6 +145,12 @@ class NormTuning:
         """The trained tensors as the file holds them, by their names in it."""
         shapes = self._skeleton.files.tensors
         return {name: self._rounded(p).cpu().view(shapes[name].shape) for p, name in self._names.items()}
+
+
+def stored_names(skeleton: Skeleton) -> dict[str, str]:
+    """Names in the file by those of parameters; skipped halves of blocks are zeros, stay so, and are left out."""
+    record, names = SkipRecord.of(skeleton.files.config), skeleton.names.module_of
+    return {module: name for name, module in names.items() if record is None or not record.covers(module)}
 
 
 def by_name(trained: Mapping[int, Mapping[str, nn.Parameter]], blocks: Iterable[int]) -> dict[str, nn.Parameter]:
