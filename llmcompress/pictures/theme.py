@@ -48,6 +48,7 @@ th:first-child{text-align:left}
 .words th{white-space:nowrap;vertical-align:baseline}
 .words table{width:100%}
 .words td{overflow-wrap:anywhere;white-space:normal}
+.words td:nth-child(2):not(:last-child){overflow-wrap:normal}
 mark{background:none;color:var(--bad);font-weight:650;border-bottom:2px solid}
 .worst{padding-left:1.6rem}.worst li{margin:0 0 1.3rem}.worst pre{margin:.2rem 0 .4rem}.worst p{margin:0}
 .beliefs{margin:0;display:grid;gap:.15rem}.beliefs div{display:flex;gap:.8rem}
