@@ -3,12 +3,15 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.forked import Forker
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads that wait for each other are no faster on two processors
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -93,13 +96,22 @@ def program(*words: str | Path) -> list[str]:
     return [sys.executable, "-m", "llmcompress", *map(str, words)]
 
 
+@pytest.fixture(scope="session")
+def forker() -> Iterator[Forker]:
+    """What runs the program without importing everything anew."""
+    found = Forker()
+    yield found
+    found.close()
+
+
 @pytest.fixture
-def run(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run the program for real, in an empty folder."""
+def run(tmp_path: Path, forker: Forker) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run the program for real, in a process of its own and an empty folder."""
 
     def call(*words: str | Path, **more: Any) -> subprocess.CompletedProcess[str]:
-        options = {"cwd": tmp_path, "capture_output": True, "text": True, "timeout": 240} | more
-        return subprocess.run(program(*words), check=False, **options)
+        given = {"cwd": tmp_path, "env": {}, "timeout": 240} | more
+        changes = {key: value for key, value in given["env"].items() if os.environ.get(key) != value}
+        return forker.run(words, given["cwd"], changes=changes, timeout=given["timeout"])
 
     return call
 

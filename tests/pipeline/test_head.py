@@ -185,7 +185,7 @@ def kill(moment: str, words: tuple[str | Path, ...], folder: Path) -> None:
 
 @pytest.mark.parametrize("moment", ["calibrating", "written", "committed", "shard damaged", "logits damaged"])
 def test_a_run_killed_in_the_head_step_goes_on_to_the_same_bytes(
-    moment: str, outputs: dict[str, Path], llama: Path, text_file: Path, tmp_path: Path
+    moment: str, outputs: dict[str, Path], llama: Path, text_file: Path, tmp_path: Path, run: Run
 ) -> None:
     words = ("quantize", llama, "-o", "out", "--calibration", text_file, *SMALL, *BUDGETS["pin"])
     kill(moment, words, tmp_path)
@@ -200,7 +200,7 @@ def test_a_run_killed_in_the_head_step_goes_on_to_the_same_bytes(
         data = bytearray(path.read_bytes())
         data[-3] ^= 1
         path.write_bytes(data)
-    finished = subprocess.run(program(*words), cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
+    finished = run(*words)
     assert finished.returncode == 0, finished.stderr
     assert "resuming" in finished.stderr
     assert contents(tmp_path / "out") == contents(outputs["pin"])

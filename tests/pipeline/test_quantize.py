@@ -16,6 +16,8 @@ import torch
 from conftest import SMALL, llama_config, program, save_model
 from safetensors import safe_open
 
+from tests.forked import Forker
+
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -38,10 +40,10 @@ def recount(folder: Path) -> float:
 
 
 @pytest.fixture(scope="module")
-def output(tmp_path_factory: pytest.TempPathFactory, llama: Path, text_file: Path) -> Path:
+def output(tmp_path_factory: pytest.TempPathFactory, forker: Forker, llama: Path, text_file: Path) -> Path:
     folder = tmp_path_factory.mktemp("out")
-    words = program("quantize", llama, "--budget", "3.3bits", "-o", "out", "--calibration", text_file, *SMALL)
-    subprocess.run(words, cwd=folder, check=True, capture_output=True, timeout=240)
+    words = ("quantize", llama, "--budget", "3.3bits", "-o", "out", "--calibration", text_file, *SMALL)
+    assert forker.run(words, folder).returncode == 0
     return folder / "out"
 
 
@@ -230,7 +232,7 @@ def test_two_runs_give_equal_bytes(quantizer: str, llama: Path, text_file: Path,
 
 
 def test_kill_at_random_moments_then_rerun_is_bit_identical(
-    output: Path, llama: Path, text_file: Path, tmp_path: Path
+    output: Path, forker: Forker, llama: Path, text_file: Path, tmp_path: Path
 ) -> None:
     """OUT is absent or complete after every kill -9, and the rerun gives the very same bytes."""
     words = ("quantize", llama, "--budget", "3.3bits", "-o", "out", "--calibration", text_file, *SMALL)
@@ -250,7 +252,7 @@ def test_kill_at_random_moments_then_rerun_is_bit_identical(
             assert contents(tmp_path / "out") == expected
             if not (tmp_path / ".out.llmcompress" / "run.json").exists():
                 continue  # it had finished
-        finished = subprocess.run(program(*words), cwd=tmp_path, capture_output=True, timeout=240, check=False)
+        finished = forker.run(words, tmp_path)
         assert finished.returncode == 0, finished.stderr
         assert contents(tmp_path / "out") == expected
         assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]

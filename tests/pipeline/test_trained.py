@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import program
+
+from tests.forked import Forker
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 SMALL = ("--set", "calibration.samples=48", "--set", "calibration.sequence_length=256")
@@ -48,11 +49,11 @@ def test_calibrating_on_text_of_the_model_itself_works(run: Run) -> None:
 
 
 @pytest.fixture(scope="module")
-def nearest(tmp_path_factory: pytest.TempPathFactory) -> float:
+def nearest(tmp_path_factory: pytest.TempPathFactory, forker: Forker) -> float:
     """KL divergence of the demo model rounded to nearest at 3 bits."""
 
     def run(*words: str | Path) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(program(*words), cwd=folder, capture_output=True, text=True, timeout=240, check=False)
+        return forker.run(words, folder)
 
     folder = tmp_path_factory.mktemp("nearest")
     found = run("quantize", "demo", "--budget", "8bits", "-o", "out", "--recipe", "fast", "--set", "plan.bits=[3]")
