@@ -220,7 +220,7 @@ def wrong_directions(module: str, tree: ast.Module) -> list[str]:
 def plugins_importing_each_other(module: str, tree: ast.Module) -> list[str]:
     """Plug-ins share code through the room's other modules, never through each other."""
     folder = module.rpartition(".")[0]
-    if folder.rpartition(".")[2] not in ("scorers", "quantizers", "exporters", "reparam"):
+    if folder.rpartition(".")[2] not in ("scorers", "quantizers", "exporters", "formats", "reparam"):
         return []
     return [f"{line}: {name}" for line, name in imports(tree) if name.startswith(folder + ".") and name != module]
 

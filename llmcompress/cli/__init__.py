@@ -10,6 +10,7 @@ import click
 
 from llmcompress import __version__
 from llmcompress.cli.bench import bench_command
+from llmcompress.cli.export import export_command
 from llmcompress.cli.gate import gate_command
 from llmcompress.cli.heal import heal_command
 from llmcompress.cli.judge import eval_command, verify_command
@@ -29,6 +30,7 @@ COMMANDS = (
     rewrite_command,
     prune_command,
     heal_command,
+    export_command,
     score_command,
     plan_command,
     verify_command,

@@ -233,7 +233,8 @@ class Skeleton:
             empty = torch.empty_like(parameter, device="meta")
             setattr(part, leaf, nn.Parameter(empty, requires_grad=False))
 
-    def _read(self, name: str) -> Tensor:
+    def read(self, name: str) -> Tensor:
+        """A tensor of the checkpoint as its module keeps it: packed weights dequantized, `Conv1D` transposed."""
         tensor = self.reader.read(name)
         if name in getattr(self.reader, "row_major", ()):
             module = self.model.get_submodule(self.names.module_of[name].rpartition(".")[0])
@@ -241,7 +242,7 @@ class Skeleton:
         return tensor
 
     def _fill(self, names: Iterable[str]) -> None:
-        tensors = {name: self._read(name) for name in names}
+        tensors = {name: self.read(name) for name in names}
         settings = LoadStateDictConfig(
             weight_mapping=get_model_conversion_mapping(self.model),
             dtype=torch.float32,

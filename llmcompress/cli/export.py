@@ -1,0 +1,61 @@
+"""`llmcompress export`: a checkpoint in a format that other programs read."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from llmcompress.cli.options import speaking
+from llmcompress.cli.say import Speaker, command_line, megabytes
+from llmcompress.plugins import available
+
+FORMATS = "llmcompress.compress.export.formats"
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+@click.command("export")
+@click.argument("checkpoint")
+@click.option("--format", "format_", type=click.Choice(available(FORMATS)), required=True, help="What to write.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Where it goes. Default: CHECKPOINT-FORMAT.")
+@click.option("--dtype", type=click.Choice(DTYPES), help="bf16, gguf: of what is not packed. Default: bfloat16.")
+@click.option("--kind", type=click.Choice(("nf4", "fp4")), help="bnb: the table of values. Default: nf4.")
+@click.option("--double/--no-double", default=None, help="bnb: quantize scales once more. Default: yes.")
+@click.option("--force", is_flag=True, help="Replace an existing output, atomically, once the new one is complete.")
+@speaking
+def export_command(
+    checkpoint: str, format_: str, output: Path | None, force: bool, speaker: Speaker, **options: Any
+) -> None:
+    """Write CHECKPOINT, an output of ours or a plain model, in another format.
+
+    Codes are carried over without loss where the format has a place for them, otherwise the command says what becomes
+    of them, or refuses with the reason. Everything is read back from the files and compared before it is published.
+    """
+    from llmcompress.compress.export.checkpoint import Options
+    from llmcompress.compress.export.run import Exported, ExportRequest, export
+    from llmcompress.model.hub import resolve
+
+    source = resolve(checkpoint)
+    output = output or Path(f"{source.name}-{format_}")
+    request = ExportRequest(source, output, format_, command_line(), Options(**options), force)
+    for event in export(request):
+        if isinstance(event, Exported):
+            _tell(output, event, speaker)
+        else:
+            speaker.talk(f"{event} ...")
+
+
+def _tell(output: Path, event: Any, speaker: Speaker) -> None:
+    record = event.record
+    kinds = [(weight.was, weight.type) for weight in record.weights]
+    lines = [
+        f"weights     {kinds.count((was, kind))} from {was} to {kind}, "
+        f"largest relative error {max(w.error for w in record.weights if (w.was, w.type) == (was, kind)):.2g}"
+        for was, kind in sorted(set(kinds))
+    ]
+    lines += [f"note        {note}" for note in record.notes]
+    lines += [
+        f"read back   {'every weight is the same' if record.lossless else 'every weight is what was meant'}; logits "
+        f"within {record.logit_difference:.2g}, KL {record.kld:.2g} nats/token on {record.probe_tokens} random tokens",
+        f"written to  {output}  ({megabytes(event.directory_bytes)})",
+    ]
+    speaker.result({"output": output.name, **record.model_dump(mode="json")}, lines)

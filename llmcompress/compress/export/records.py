@@ -1,0 +1,45 @@
+"""`export.json`: what a checkpoint was exported to, and what reading it back showed."""
+
+from llmcompress.compress.output import FileRecord, Origin
+from llmcompress.types import Noun
+
+RECORD_NAME = "export.json"
+
+
+class ExportedWeight(Noun):
+    """One weight: what it was, what it became, and `|difference| / |weight|` as read back from the files."""
+
+    tensor: str
+    was: str
+    type: str
+    error: float
+
+
+class ExportRecord(Noun):
+    """Everything about one export.
+
+    origin             of the checkpoint that was exported
+    base               of the model that was compressed, as far as the checkpoint tells
+    logit_difference   largest on the probe, between the checkpoint and what was read back
+    kld                nats per token on the probe, the same two
+    probe_tokens       random tokens the two were run on
+    """
+
+    version: int = 1
+    llmcompress: str
+    origin: Origin
+    base: Origin
+    format: str
+    command: str
+    weights: tuple[ExportedWeight, ...]
+    notes: tuple[str, ...]
+    largest_error: float
+    logit_difference: float
+    kld: float
+    probe_tokens: int
+    files: tuple[FileRecord, ...]
+
+    @property
+    def lossless(self) -> bool:
+        """Whether every weight read back is the one the checkpoint stands for, bit for bit."""
+        return self.largest_error == 0
