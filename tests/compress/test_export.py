@@ -221,6 +221,36 @@ def test_what_reads_back_differently_is_not_published(
     assert [path.name for path in tmp_path.iterdir()] == []
 
 
+def test_bitsandbytes_is_carried_over_or_made_and_said(llama: Path, mixed: Path, tmp_path: Path) -> None:
+    import transformers
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
+
+    source = quantized(llama, tmp_path / "source", "8bits", "quantize.double=false", recipe="nf4")
+    same = exported(source, tmp_path / "same", "bnb")
+    assert same.record.lossless
+    assert "none has changed" in same.record.notes[0]
+    for shard in source.glob("*.safetensors"):
+        ours, theirs = load_file(shard), load_file(tmp_path / "same" / shard.name)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    section = [json.loads((f / "config.json").read_text())["quantization_config"] for f in (source, tmp_path / "same")]
+    assert section[0] == section[1]
+    again = exported(mixed, tmp_path / "again", "bnb", kind="fp4")
+    assert 0.05 < again.record.largest_error < 0.3
+    assert "once more" in again.record.notes[0]
+    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    ours = llmcompress.load(tmp_path / "again", dense=True)
+    linears = [(name, module) for name, module in theirs.named_modules() if isinstance(module, Linear4bit)]
+    assert len(linears) == 3 * 7
+    for name, module in linears:
+        weight = dequantize_4bit(module.weight.data, module.weight.quant_state)
+        assert torch.equal(weight, ours.get_submodule(name).weight)
+    with pytest.raises(InputError, match="nothing in it is quantized"):
+        exported(llama, tmp_path / "plain", "bnb")
+
+
 def test_rounded_inputs_are_refused(llama: Path, tmp_path: Path) -> None:
     out = quantized(llama, tmp_path / "w8a8", "8.6bits", recipe="int8")
     with pytest.raises(InputError, match="inputs are rounded"):

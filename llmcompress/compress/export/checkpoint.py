@@ -7,6 +7,7 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from llmcompress.compress.shards import index_document, write_shard
 from llmcompress.errors import InputError
@@ -123,9 +124,9 @@ class Checkpoint:
         return sum(parameter.numel() for parameter in self.skeleton.model.parameters())
 
     def linears_left_alone(self, quantized: Mapping[str, object]) -> list[str]:
-        """Modules of `nn.Linear` that are not among the tensors `quantized`."""
+        """Linears of the model, transposed ones too, that are not among the tensors `quantized`."""
         done = {self.module_name(name) for name in quantized}
-        names = (n for n, module in self.skeleton.model.named_modules() if isinstance(module, nn.Linear))
+        names = (n for n, module in self.skeleton.model.named_modules() if isinstance(module, nn.Linear | Conv1D))
         return sorted(set(names) - done)
 
 

@@ -39,8 +39,15 @@ def config_document(
     source: Mapping[str, object], plan: Plan, trace: ModelTrace, heads: Iterable[str]
 ) -> dict[str, Any]:
     """The config.json of the output: the source's, with the quantization section added."""
-    spec = plan.allocation.assigned[0].spec
-    section = {
+    return {
+        **source,
+        "quantization_config": section(plan.allocation.assigned[0].spec, source, plan.left_alone(heads)),
+    }
+
+
+def section(spec: LinearSpec, source: Mapping[str, object], left_alone: list[str]) -> dict[str, Any]:
+    """The `quantization_config`; `left_alone` are the linears that are not quantized."""
+    return {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
         "load_in_8bit": False,
@@ -48,9 +55,8 @@ def config_document(
         "bnb_4bit_use_double_quant": spec.double,
         "bnb_4bit_compute_dtype": source.get("dtype") or source.get("torch_dtype") or "float32",
         "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": plan.left_alone(heads),
+        "llm_int8_skip_modules": left_alone,
     }
-    return {**source, "quantization_config": section}
 
 
 def opens_with(transposed: bool) -> str:

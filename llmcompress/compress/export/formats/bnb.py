@@ -1,0 +1,113 @@
+"""bitsandbytes 4-bit: weights in its format are carried over, all others quantized once more to nf4 or fp4.
+
+Quantizing once more adds an error of its own, which is measured and said: `quantize --recipe nf4` from the original is
+better. A weight whose rows are not whole blocks of 64 is dequantized to the source's dtype instead.
+"""
+
+import json
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
+
+from llmcompress.compress.export.checkpoint import Checkpoint, Options, Written, relative_error, write_shards
+from llmcompress.compress.exporters import bnb
+from llmcompress.compress.grid import table_codes, table_format
+from llmcompress.errors import InputError
+from llmcompress.files import commit_json
+from llmcompress.kernels import stored
+from llmcompress.kernels.codes import Codes
+from llmcompress.model.checkpoint import TORCH_DTYPES
+from llmcompress.model.skeleton import Skeleton
+from llmcompress.runtime.packed import PackedReader
+from llmcompress.spec import FOUR_BIT, LinearSpec
+
+TITLE = bnb.TITLE
+TAG = bnb.TAG
+LIBRARY = bnb.LIBRARY
+OPTIONS = ("kind", "double")
+BETTER = "llmcompress quantize MODEL --recipe nf4 quantizes the original"
+
+
+def _wanted(checkpoint: Checkpoint, options: Options) -> tuple[Literal["nf4", "fp4"], bool]:
+    """The one kind of the file: what was asked for, else what the checkpoint has, else nf4 with scales in 8 bits."""
+    every = [spec for name in checkpoint.skeleton.reader.names() if (spec := checkpoint.spec_of(name)) is not None]
+    if not every:
+        raise InputError("nothing in it is quantized", BETTER)
+    usual = next((spec for spec in every if spec.kind in FOUR_BIT), None)
+    word = options.kind or (usual.kind if usual is not None else "nf4")
+    double = options.double if options.double is not None else usual is None or usual.double
+    return "fp4" if word == "fp4" else "nf4", double
+
+
+def write(checkpoint: Checkpoint, folder: Path, options: Options) -> Written:
+    """Weights and config.json. Raises InputError where nothing is quantized."""
+    kind, double = _wanted(checkpoint, options)
+    document = json.loads((checkpoint.skeleton.files.folder / "config.json").read_bytes())
+    errors: dict[str, float] = {}
+    types: dict[str, str] = {}
+    specs: dict[str, LinearSpec] = {}
+    again: set[str] = set()
+
+    def make(name: str) -> dict[str, Tensor]:
+        if checkpoint.spec_of(name) is None:
+            return {name: checkpoint.skeleton.read(name)}
+        weight = checkpoint.skeleton.reader.read(name)  # with what an adapter adds
+        spec = table_format(kind, 4, weight.shape[1], double=double)
+        if spec is None:
+            dtype = _dense_dtype(checkpoint)
+            types[name] = f"dequantized, {dtype}"
+            tensor = checkpoint.skeleton.read(name)
+            errors[name] = relative_error(tensor.to(TORCH_DTYPES[dtype]), tensor)
+            return {name: tensor.to(TORCH_DTYPES[dtype])}
+        codes = _carried(checkpoint, name, spec)
+        if codes is None:
+            codes = table_codes(weight, spec)
+            again.add(name)
+        specs[name], types[name] = spec, f"{kind}{', scales in 8 bits' if double else ''}"
+        found = stored.tensors_of(name.removesuffix(".weight"), codes)
+        errors[name] = relative_error(_as_stored(found, name, spec), weight)
+        return found
+
+    write_shards(checkpoint, folder, make)
+    if not specs:
+        raise InputError("no weight has rows of whole blocks of 64", "export it to bf16")
+    section = bnb.section(next(iter(specs.values())), document, checkpoint.linears_left_alone(specs))
+    commit_json(folder / "config.json", document | {"quantization_config": section})
+    note = (
+        f"{len(again)} weights were quantized once more; {BETTER}, which loses less."
+        if again
+        else "Every weight was in this format already, and none has changed."
+    )
+    return Written(errors, types, (note,))
+
+
+def _carried(checkpoint: Checkpoint, name: str, spec: LinearSpec) -> Codes | None:
+    """The codes as they are, where they are of this format already and no adapter changes them."""
+    return checkpoint.codes(name) if checkpoint.spec_of(name) == spec and not checkpoint.adapted else None
+
+
+def _as_stored(tensors: dict[str, Tensor], name: str, spec: LinearSpec) -> Tensor:
+    """The weight that tensors stand for: the offset of scales is rounded in their record."""
+    return stored.codes_of(name.removesuffix(".weight"), spec, lambda part: tensors[part]).dequantize()
+
+
+def _dense_dtype(checkpoint: Checkpoint) -> str:
+    """The commonest dtype of floats in the checkpoint that are no part of a packed weight."""
+    entries = checkpoint.skeleton.files.tensors
+    plain = (name for name in checkpoint.skeleton.reader.names() if checkpoint.spec_of(name) is None)
+    sizes: dict[str, int] = {}
+    for entry in (entries[name] for name in plain):
+        if TORCH_DTYPES[entry.dtype].is_floating_point:
+            sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.elements
+    return max(sizes, key=sizes.__getitem__, default="BF16")
+
+
+def reopen(checkpoint: Checkpoint, folder: Path) -> Skeleton:
+    """The model in the files."""
+    return Skeleton.open(folder, decode=PackedReader)
+
+
+def opens_with(folder: Path) -> str:
+    """What opens it."""
+    return bnb.opens_with(False)
