@@ -125,6 +125,7 @@ LISTS: dict[str, Callable[[], list[tuple[str, str]]]] = {
     "scorers": lambda: _plugins("llmcompress.compress.scorers"),
     "quantizers": lambda: _plugins("llmcompress.compress.quantizers"),
     "formats": lambda: _plugins("llmcompress.compress.exporters"),
+    "exports": lambda: _plugins("llmcompress.compress.export.formats"),
     "recipes": _recipes,
     "models": _models,
 }

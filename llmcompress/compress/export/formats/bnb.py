@@ -74,10 +74,11 @@ def write(checkpoint: Checkpoint, folder: Path, options: Options) -> Written:
         raise InputError("no weight has rows of whole blocks of 64", "export it to bf16")
     section = bnb.section(next(iter(specs.values())), document, checkpoint.linears_left_alone(specs))
     commit_json(folder / "config.json", document | {"quantization_config": section})
+    lossy = sum(errors[name] > 0 for name in again)
     note = (
-        f"{len(again)} weights were quantized once more; {BETTER}, which loses less."
-        if again
-        else "Every weight was in this format already, and none has changed."
+        f"{lossy} weights were quantized once more; {BETTER}, which loses less."
+        if lossy
+        else f"Every weight was {'of this kind' if again else 'in this format'} already, and none has changed."
     )
     return Written(errors, types, (note,))
 

@@ -213,5 +213,9 @@ def opens_with(folder: Path) -> str:
     """What opens it."""
     section = json.loads((folder / "config.json").read_bytes())["quantization_config"]
     mixed = any(pattern.startswith("+") for pattern in section.get("dynamic", {}))
-    plain = "Plain transformers refuses it, because widths differ." if mixed else "Plain transformers needs gptqmodel."
+    plain = (
+        "Plain transformers refuses it, because widths differ."
+        if mixed
+        else "Plain transformers needs gptqmodel and optimum."
+    )
     return f"`GPTQModel.load` opens it; vLLM and SGLang read 4 and 8 bits. {plain}"
