@@ -15,6 +15,7 @@ from llmcompress.files import commit_json
 from llmcompress.kernels.codes import Codes
 from llmcompress.kernels.stored import Layout
 from llmcompress.model.checkpoint import DTYPE_NAMES
+from llmcompress.model.hub import Source
 from llmcompress.model.preflight import INDEX_NAME, SINGLE_NAME
 from llmcompress.model.skeleton import Skeleton
 from llmcompress.runtime.adapter import AdaptedReader, reader_of
@@ -54,14 +55,15 @@ class Written:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint of ours, or a plain one."""
+    """A checkpoint of ours, or a plain one, and what it is called."""
 
     skeleton: Skeleton
+    name: str
 
     @classmethod
-    def open(cls, folder: Path) -> Self:
-        """Validate and open a directory. Raises InputError, also where activations are rounded: no export says so."""
-        found = cls(Skeleton.open(folder, decode=reader_of(folder)))
+    def open(cls, source: Source) -> Self:
+        """Validate and open a model. Raises InputError, also where activations are rounded: no export says so."""
+        found = cls(Skeleton.open(source.path, decode=reader_of(source.path)), source.name)
         reader = found.skeleton.reader
         if isinstance(reader, PackedReader):
             if reader.attention:

@@ -55,7 +55,7 @@ def export(request: ExportRequest) -> Iterator[str | Exported]:
             raise InputError(f"--{option.name} says nothing about {request.format}", "leave it out")
     check_output(request.output, request.source.path, request.force)
     yield "opening"
-    checkpoint = Checkpoint.open(request.source.path)
+    checkpoint = Checkpoint.open(request.source)
     files = checkpoint.skeleton.files
     origin = Origin.of(request.source, digest_source(scan(files), files.config))
     made = (request.source.path / OUTPUT_RECORD).is_file()

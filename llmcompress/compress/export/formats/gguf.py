@@ -111,7 +111,7 @@ def write(checkpoint: Checkpoint, folder: Path, options: Options) -> Written:
     types: dict[str, str] = {}
     changed = 0
     writer = gguf.GGUFWriter(folder / FILE_NAME, "llama", use_temp_file=True)
-    _describe(writer, config, skeleton.files.folder.name)
+    _describe(writer, config, checkpoint.name)
     _describe_tokenizer(writer, config, vocabulary)
     if checkpoint.adapted:
         next(checkpoint.every_code())  # says why not
