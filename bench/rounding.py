@@ -53,13 +53,13 @@ class LearningJob(MeasureJob):
         return Method(self.quantizer, self.options, self.dtype, learns=True)
 
 
-def allocation(opened: Opened, bits: int) -> BitAllocation:
-    """Every linear that has it at one width."""
+def allocation(opened: Opened, bits: int, wide: tuple[str, ...] = ()) -> BitAllocation:
+    """Every linear that has it at one width; those whose last name is in `wide` one bit more."""
     assigned = tuple(
         Assigned(linear=x.name, spec=spec)
         for x in opened.trace.linears
         for spec in opened.candidates.get(x.name, ())
-        if spec.bits == bits
+        if spec.bits == bits + (x.name.rpartition(".")[2] in wide)
     )
     sizes = {x.name: x for x in opened.trace.linears}
     stored = sum(a.spec.storage_bits(sizes[a.linear].rows, sizes[a.linear].columns) for a in assigned)

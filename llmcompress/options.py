@@ -243,6 +243,8 @@ class QuantizerOptions(Noun):
     (and for plain `int8` and `int4` a zero-point), or `-token`, a scale for each token. 8-bit weights then have one
     scale per row. `input_clip`: ranges from calibration reach to the extremes, or to the least squared error of a grid.
     `kv_cache`: keys and values are rounded as a cache would keep them, under one scale each per block.
+    `correction_rank`: beside its codes each linear keeps two 16-bit factors of this rank, whose product is added to its
+    weight: the best approximation of the rounding error on what the linear reads.
     `softmax`: attention weights become codes of `softmax_bits` bits that count half octaves (`log2`).
     """
 
@@ -260,6 +262,7 @@ class QuantizerOptions(Noun):
     high_share: float = Field(default=0.0625, gt=0, lt=1)  # twotier: of the columns, with two bits more
     inputs: InputsWord = "none"
     input_clip: Literal["none", "grid"] = "grid"
+    correction_rank: int = Field(default=0, ge=0)
     kv_cache: Literal["none", "int8", "fp8"] = "none"
     softmax: Literal["none", "log2"] = "none"
     softmax_bits: int = Field(default=4, ge=2, le=8)

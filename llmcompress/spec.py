@@ -26,6 +26,7 @@ STATE_BYTES = {False: 96, True: 192}  # of the JSON record of a 4-bit linear, pa
 FOUR_BIT = ("nf4", "fp4")
 GROUPED = ("int", "asymmetric")  # the kinds whose group size is the recipe's
 
+PACKED_KINDS = (*GROUPED, "codebook")  # what can have a low-rank correction beside its codes
 PER_ROW = ("int8", "fp8")  # one byte for each weight and one scale for each row: what integer and float8 hardware reads
 
 InputsWord = Literal[
@@ -112,6 +113,7 @@ class LinearSpec(Noun):
     double      `nf4` and `fp4`: scales are 8-bit codes themselves, in blocks of 256
     high_share  `int`: the share of columns that has two bits more than the others; the file says which
     inputs      how what the linear reads is rounded; not at all where None
+    rank        of the low-rank correction added to the codes' weight, two 16-bit factors; none where 0
     """
 
     bits: int = Field(ge=2, le=8)
@@ -120,6 +122,7 @@ class LinearSpec(Noun):
     double: bool = False
     high_share: float = Field(default=0.0, ge=0, lt=1)
     inputs: InputSpec | None = None
+    rank: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -133,20 +136,25 @@ class LinearSpec(Noun):
             raise ValueError("double is for nf4 and fp4")
         if self.high_share and (self.kind != "int" or self.bits + HIGH_BITS > 8):
             raise ValueError(f"high_share is for int of at most {8 - HIGH_BITS} bits")
+        if self.rank and self.kind not in PACKED_KINDS:
+            raise ValueError(f"rank is for {', '.join(PACKED_KINDS)}")
         return self
 
     @model_serializer(mode="wrap")
     def _short(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Without what is as usual, so that plain integers look in a file as they always have."""
-        usual = {"kind": "int", "double": False, "high_share": 0.0, "inputs": None}
+        usual = {"kind": "int", "double": False, "high_share": 0.0, "inputs": None, "rank": 0}
         return {key: value for key, value in handler(self).items() if key not in usual or value != usual[key]}
 
     @property
     def label(self) -> str:
-        """A short name for tables: `int3`, `nf4`, `int3+2` with high columns, `int4 x int8-token` on rounded inputs."""
+        """A short name for tables: `int3`, `nf4`, `int3+2` with high columns, `int3 r8` with a correction,
+        `int4 x int8-token` on rounded inputs.
+        """
         stem = self.kind if self.kind in (*FOUR_BIT, "fp8") else f"{self.kind}{self.bits}"
         stem = "int8 rows" if self.kind == "int8" else stem
         stem = f"{stem}+{HIGH_BITS}" if self.high_share else stem
+        stem = f"{stem} r{self.rank}" if self.rank else stem
         return f"{stem} x {self.inputs.label}" if self.inputs else stem
 
     @property
@@ -154,13 +162,23 @@ class LinearSpec(Noun):
         """Whether the product with its inputs is one of 8-bit integers, with nothing to scale but the sums."""
         return self.kind == "int8" and self.inputs is not None and self.inputs.kind == "int"
 
+    @property
+    def plain(self) -> "LinearSpec":
+        """The format of the codes alone: nothing rounded before them, nothing added after them."""
+        return self.model_copy(update={"inputs": None, "rank": 0})
+
+    def rank_of(self, rows: int, columns: int) -> int:
+        """The rank of the correction of a `(rows, columns)` weight, which has no higher one than its sides."""
+        return min(self.rank, rows, columns)
+
     def high_columns(self, columns: int) -> int:
         """How many of `columns` have two bits more."""
         return round(columns * self.high_share)
 
     def storage_bits(self, rows: int, columns: int) -> int:
         """True bits on disk of a `(rows, columns)` weight: every tensor that stands for it, padding included."""
-        return self._weight_storage(rows, columns) + (self.inputs.storage_bits if self.inputs else 0)
+        factors = self.rank_of(rows, columns) * (rows + columns) * SCALE_BITS
+        return self._weight_storage(rows, columns) + factors + (self.inputs.storage_bits if self.inputs else 0)
 
     def _weight_storage(self, rows: int, columns: int) -> int:
         if self.kind in PER_ROW:

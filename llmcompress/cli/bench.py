@@ -72,7 +72,8 @@ def _of_model(path: Path) -> dict[Any, Any]:
     reader = PackedReader(shards, read_document(path / "config.json"))
     stems: dict[Any, list[str]] = defaultdict(list)
     for stem in reader.stems():
-        stems[reader.spec_of(stem), reader.size_of(stem)].append(stem)
+        codes_alone = reader.spec_of(stem).model_copy(update={"rank": 0})
+        stems[codes_alone, reader.size_of(stem)].append(stem)
     return {
         key: ([{n.removeprefix(s): shards.read(n) for n in reader.parts(s)} for s in found[:COPIES]], len(found))
         for key, found in stems.items()

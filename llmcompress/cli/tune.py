@@ -57,7 +57,7 @@ def _linears(path: Path) -> list[tuple[Any, int, int]]:
 
     files = check_source(path, packed=True)
     reader = PackedReader(CheckpointReader(files.tensors), files.config)
-    return [(reader.spec_of(stem), *reader.size_of(stem)) for stem in reader.stems()]
+    return [(reader.spec_of(stem).model_copy(update={"rank": 0}), *reader.size_of(stem)) for stem in reader.stems()]
 
 
 def _measured(linears: list[tuple[Any, int, int]], dtype: str, device: str, speaker: Speaker) -> Any:

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from llmcompress.compress.exporters import bnb, compressed_tensors, native
 from llmcompress.compress.grid import Codes, group_size_for
+from llmcompress.errors import InputError
+from llmcompress.spec import PACKED_KINDS
 from llmcompress.types import LinearInfo, LinearSpec, Plan, QuantizerOptions
 
 PREFERRED = (compressed_tensors, bnb)  # what other programs open; `native` holds everything
@@ -33,12 +35,25 @@ def integers(bits: int, columns: int, *, group_size: int, options: QuantizerOpti
 
 
 def maker(quantizer: ModuleType, options: QuantizerOptions, group_size: int) -> Maker:
-    """What a quantizer makes of a linear of the blocks, as a function of the width and of the linear's columns."""
+    """What a quantizer makes of a linear of the blocks, as a function of the width and of the linear's columns.
+
+    Raises InputError, also when called, for a low-rank correction of what can have none.
+    """
     formats = getattr(quantizer, "formats", integers)
+    if options.correction_rank and hasattr(quantizer, "LEARNERS"):
+        raise InputError(
+            "quantize.correction_rank: this quantizer learns codes that a correction would undo",
+            "set quantizer=gptq, or correction_rank=0",
+        )
 
     def make(bits: int, columns: int) -> LinearSpec | None:
         found: LinearSpec | None = formats(bits, columns, group_size=group_size, options=options)
-        return None if found is None else found.model_copy(update={"inputs": options.input_spec})
+        if found is None:
+            return None
+        if options.correction_rank and found.kind not in PACKED_KINDS:
+            raise InputError(f"quantize.correction_rank: {found.label} has none", "use gptq or another of integers")
+        beside = {"inputs": options.input_spec, "rank": options.correction_rank}
+        return found.model_copy(update=beside) if any(beside.values()) else found
 
     return make
 

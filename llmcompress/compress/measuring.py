@@ -8,6 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from llmcompress.compress.lowrank import quantized
 from llmcompress.compress.rewriting.hints import Hints
 from llmcompress.compress.rounding import Request, Seen
 from llmcompress.compress.rounds import Method
@@ -58,7 +59,7 @@ def changed_weight(job: MeasureJob, weight: Tensor, seen: Seen | None, change: C
         generator = torch.Generator().manual_seed(change.seed)
         drawn = torch.randn(weight.shape, generator=generator).to(weight)
         return weight + drawn * (change.level * float(weight.norm()) / math.sqrt(weight.numel()))
-    results = job.quantizer.quantize([Request(weight, change)], seen, options=job.options, dtype=job.dtype)
+    results = quantized(job.quantizer, [Request(weight, change)], seen, options=job.options, dtype=job.dtype)
     stored: Tensor = results[0].codes.dequantize()
     return stored
 

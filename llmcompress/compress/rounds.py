@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from llmcompress.compress.attention import round_attention
 from llmcompress.compress.learning import Learned, Lesson, Logits, learn_block
+from llmcompress.compress.lowrank import quantized
 from llmcompress.compress.observe import (
     GroupWatch,
     InputSums,
@@ -239,7 +240,7 @@ def _round_group(
         wanted[place] = wanted[place] if weight_of(block, info, linear).any() else torch.zeros_like(wanted[place])
     wanted = [method.hints.clamped(linear.name, weight) for weight, (linear, _) in zip(wanted, members, strict=True)]
     requests = [Request(weight, spec) for weight, (_, spec) in zip(wanted, members, strict=True)]
-    results = method.quantizer.quantize(requests, seen, options=method.options, dtype=method.dtype)
+    results = quantized(method.quantizer, requests, seen, options=method.options, dtype=method.dtype)
     found = []
     for (linear, _), weight, result in zip(members, wanted, results, strict=True):
         install_weight(block, info, linear, result.codes.dequantize())
@@ -272,7 +273,8 @@ def round_head(method: Method, head: LinearInfo, weight: Tensor, spec: LinearSpe
     wanted = weight
     if seen is not None:
         (wanted,), seen = aim(method.options, seen, [weight], [None])
-    (result,) = method.quantizer.quantize([Request(wanted, spec)], seen, options=method.options, dtype=method.dtype)
+    requests = [Request(wanted, spec)]
+    (result,) = quantized(method.quantizer, requests, seen, options=method.options, dtype=method.dtype)
     return Rounded(head, wanted, result, seen)
 
 

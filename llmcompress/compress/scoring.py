@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from llmcompress.compress.candidates import candidates_for as candidates_for
 from llmcompress.compress.grid import gaussian_distortion
+from llmcompress.compress.lowrank import quantized
 from llmcompress.compress.rounding import Request, Seen
 from llmcompress.model.skeleton import Skeleton
 from llmcompress.model.stream import BlockStream
@@ -138,7 +139,7 @@ def rounding_errors(
     """
     asked = [(name, spec) for name in weights for spec in job.candidates[name]]
     requests = [Request(weights[name], spec) for name, spec in asked]
-    results = job.quantizer.quantize(requests, seen, options=job.rounding, dtype=job.scale_dtype)
+    results = quantized(job.quantizer, requests, seen, options=job.rounding, dtype=job.scale_dtype)
     for (name, spec), result in zip(asked, results, strict=True):
         yield name, spec, result.codes.dequantize() - weights[name]
 

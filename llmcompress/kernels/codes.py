@@ -21,6 +21,8 @@ class Codes:
     codebook  (rows, 2**bits)               `codebook`: float16
     high      (columns,)                    bool, the columns with two bits more, where there are any
     double    8-bit codes of the scale, where it is stored so; `scale` is what they stand for
+    up        (rows, rank)                  in the dtype of scales, where a correction `up @ down` is added
+    down      (rank, columns)               the same
     inputs    what rounds the inputs of the linear, where the format says that they are rounded
     """
 
@@ -32,9 +34,19 @@ class Codes:
     high: Tensor | None = None
     double: fourbit.DoubleScale | None = None
     inputs: InputQuantizer | None = None
+    up: Tensor | None = None
+    down: Tensor | None = None
 
     def dequantize(self) -> Tensor:
         """The weights a reader of the file will see, float32 `(rows, columns)`."""
+        change = self.correction()
+        return self._of_codes() if change is None else self._of_codes() + change
+
+    def correction(self) -> Tensor | None:
+        """What is added to the weights that the codes stand for, float32 `(rows, columns)`; None where nothing is."""
+        return None if self.up is None or self.down is None else self.up.float() @ self.down.float()
+
+    def _of_codes(self) -> Tensor:
         spec = self.spec
         if spec.kind in FOUR_BIT:
             return fourbit.dequantize_blocks(self.codes, self.scale, spec.kind, spec.group_size)

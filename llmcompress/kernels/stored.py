@@ -10,7 +10,9 @@ Names begin with the linear's stem, the name of its weight without `.weight`:
     nf4, fp4    what bitsandbytes stores: .weight, .weight.absmax, .weight.quant_map, a JSON record, and with a double
                 scale .weight.nested_absmax and .weight.nested_quant_map
 
-and where inputs are rounded under a scale from calibration, .input_scale 16-bit (1,) and .input_zero_point int8 (1,).
+and with a low-rank correction .weight_up 16-bit (rows, rank) and .weight_down 16-bit (rank, columns), whose product is
+added to the weight of the codes; where inputs are rounded under a scale from calibration, .input_scale 16-bit (1,) and
+.input_zero_point int8 (1,).
 """
 
 import json
@@ -37,9 +39,11 @@ PACKED_HIGH, HIGH = ".weight_packed_high", ".weight_high"
 WEIGHT, ABSMAX, MAP = ".weight", ".weight.absmax", ".weight.quant_map"
 NESTED_ABSMAX, NESTED_MAP = ".weight.nested_absmax", ".weight.nested_quant_map"
 STATE = ".weight.quant_state.bitsandbytes__"
+UP, DOWN = ".weight_up", ".weight_down"
 INPUT_SCALE, INPUT_ZERO = ".input_scale", ".input_zero_point"
 INPUT_PARTS = (INPUT_SCALE, INPUT_ZERO)
-PACKED_PARTS = (PACKED, SCALE, ZERO, CODEBOOK, PACKED_HIGH, HIGH, SHAPE, *INPUT_PARTS)
+BESIDE = (UP, DOWN, *INPUT_PARTS)  # what is no affair of a kernel that multiplies with codes
+PACKED_PARTS = (PACKED, SCALE, ZERO, CODEBOOK, PACKED_HIGH, HIGH, SHAPE, *BESIDE)
 PER_ROW_PARTS = (WEIGHT, SCALE, *INPUT_PARTS)
 FOUR_BIT_PARTS = (WEIGHT, ABSMAX, MAP, NESTED_ABSMAX, NESTED_MAP, *(STATE + kind for kind in FOUR_BIT), *INPUT_PARTS)
 
@@ -62,11 +66,12 @@ def _weight_parts(spec: LinearSpec, columns: int) -> tuple[str, ...]:
     if spec.kind in FOUR_BIT:
         nested = (NESTED_ABSMAX, NESTED_MAP) if spec.double else ()
         return (WEIGHT, ABSMAX, MAP, *nested, STATE + spec.kind)
+    factors = (UP, DOWN) if spec.rank else ()
     if spec.kind == "codebook":
-        return (PACKED, CODEBOOK, SHAPE)
+        return (PACKED, CODEBOOK, SHAPE, *factors)
     zero = (ZERO,) if spec.kind == "asymmetric" else ()
     high = (PACKED_HIGH, HIGH) if spec.high_columns(columns) else ()
-    return (PACKED, SCALE, *zero, *high, SHAPE)
+    return (PACKED, SCALE, *zero, *high, SHAPE, *factors)
 
 
 def layout_of(stem: str, spec: LinearSpec, size: tuple[int, int], scale_dtype: str) -> Layout:
@@ -85,6 +90,8 @@ def layout_of(stem: str, spec: LinearSpec, size: tuple[int, int], scale_dtype: s
         ZERO: ("U8", (rows, groups)),
         CODEBOOK: ("F16", (rows, 1 << spec.bits)),
         SHAPE: ("I64", (2,)),
+        UP: (scale_dtype, (rows, spec.rank_of(rows, columns))),
+        DOWN: (scale_dtype, (spec.rank_of(rows, columns), columns)),
         WEIGHT: ("F8_E4M3" if spec.kind == "fp8" else "I8", (rows, columns)),
     }
     return _named(stem, known | inputs, parts_of(spec, columns))
@@ -120,7 +127,7 @@ def tensors_of(stem: str, codes: Codes) -> dict[str, Tensor]:
     else:
         low = codes.codes if codes.high is None else codes.codes[:, ~codes.high]
         found = {PACKED: reference.pack(low, spec.bits), SCALE: codes.scale, ZERO: codes.zero}
-        found |= {CODEBOOK: codes.codebook, SHAPE: shape}
+        found |= {CODEBOOK: codes.codebook, SHAPE: shape, UP: codes.up, DOWN: codes.down}
     if codes.high is not None:
         found[PACKED_HIGH] = reference.pack(codes.codes[:, codes.high], spec.bits + HIGH_BITS)
         bits = numpy.packbits(codes.high.cpu().numpy(), bitorder="little")
@@ -231,7 +238,8 @@ def _weight_codes(stem: str, spec: LinearSpec, read: Read) -> Codes:
     else:
         codes = reference.unpack(packed, spec.bits, columns)
     scale = tensors.get(SCALE, torch.empty((rows, 0)))
-    return Codes(codes, scale, spec, zero=tensors.get(ZERO), codebook=tensors.get(CODEBOOK), high=high)
+    found = Codes(codes, scale, spec, zero=tensors.get(ZERO), codebook=tensors.get(CODEBOOK), high=high)
+    return replace(found, up=tensors.get(UP), down=tensors.get(DOWN))
 
 
 def _read_four_bit(stem: str, spec: LinearSpec, read: Read) -> Codes:

@@ -34,8 +34,8 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.spec = spec
         self.out_features, self.in_features = self._size = size
-        weights = [part for part in tensors if part not in stored.INPUT_PARTS]
-        self.form = spec.model_copy(update={"inputs": None}).model_dump_json()  # inputs are rounded here
+        weights = [part for part in tensors if part not in stored.BESIDE]
+        self.form = spec.plain.model_dump_json()  # inputs are rounded, and the correction is added, here
         self.siblings: Siblings | None = None
         self._names = ops.names_of(ops.FILE, tuple(weights))
         self._buffer_names = tuple(buffer_name(part) for part in weights)
@@ -67,7 +67,7 @@ class PackedLinear(nn.Module):
             return
         backend = backends.choose(self.form, self.out_features, self.in_features, x.reshape(-1, self.in_features)[:1])
         tensors = self.of_file()
-        prepared = backend.prepare(tensors, self.spec)
+        prepared = backend.prepare(tensors, self.spec.plain)
         if all(any(mine is known for known in tensors.values()) for mine in prepared.values()):
             return
         name = backend.__name__.rpartition(".")[2]
@@ -81,7 +81,7 @@ class PackedLinear(nn.Module):
                 self.spec.inputs, self._input(stored.INPUT_SCALE), self._input(stored.INPUT_ZERO)
             )
             if self.spec.integer and not x.requires_grad:
-                return self._with_bias(self._integers().multiply(x, quantizer)).to(x.dtype)
+                return self._complete(x, self._integers().multiply(x, quantizer)).to(x.dtype)
             x = quantizer(x)
         if self.siblings is not None and self.siblings.settled and not x.requires_grad:
             out: Tensor = self.siblings.product(self, x)
@@ -91,16 +91,24 @@ class PackedLinear(nn.Module):
             if self._settled is None and x.device.type != "cpu":
                 self.settle(x)
                 if self.siblings is not None and self.siblings.settled:
-                    return self._with_bias(self.siblings.product(self, x))
+                    return self._complete(x, self.siblings.product(self, x))
             own = self._buffers
             names, tensors = self._settled or (
                 self._names,
                 [t for name in self._buffer_names if (t := own[name]) is not None],
             )
             out = ops.run(x, tensors, names, self.form, self._size)
-        return self._with_bias(out)
+        return self._complete(x, out)
 
-    def _with_bias(self, out: Tensor) -> Tensor:
+    def _factors(self) -> tuple[Tensor, Tensor] | None:
+        up, down = (self._buffers.get(buffer_name(part)) for part in (stored.UP, stored.DOWN))
+        return None if up is None or down is None else (up, down)
+
+    def _complete(self, x: Tensor, out: Tensor) -> Tensor:
+        """A product with the codes, and the correction and the bias added to it."""
+        if (factors := self._factors()) is not None:
+            up, down = (factor.to(x.dtype) for factor in factors)
+            out = out + (x @ down.T) @ up.T
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
     def _input(self, part: str) -> Tensor | None:
@@ -117,7 +125,8 @@ class PackedLinear(nn.Module):
     def dequantize(self) -> Tensor:
         """The weight it stands for, float32 `(out_features, in_features)`."""
         names, tensors = self._working()
-        return ops.weight_of(tensors, names, self.form, self._size)
+        weight, factors = ops.weight_of(tensors, names, self.form, self._size), self._factors()
+        return weight if factors is None else weight + factors[0].float() @ factors[1].float()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         known = {id(self._buffers[name]) for name in self._buffers}

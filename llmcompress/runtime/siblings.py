@@ -65,7 +65,7 @@ class Siblings:
         backend = backends.choose(first.form, self.ends[-1], first.in_features, x.reshape(-1, first.in_features)[:1])
         if not hasattr(backend, "join"):
             return False
-        joined: dict[str, Tensor] = backend.join([backend.prepare(tensors, first.spec) for tensors in files])
+        joined: dict[str, Tensor] = backend.join([backend.prepare(tensors, first.spec.plain) for tensors in files])
         self._backend = backend.__name__.rpartition(".")[2]
         self._names, self._tensors = ops.names_of(self._backend, tuple(joined)), list(joined.values())
         for member in self.members:

@@ -150,6 +150,7 @@ def strangers_stop(out: Path) -> None:
         ("llama", ("quantizer=codebook", "plan.bits=[3, 4]")),
         ("gpt2", ("quantizer=hqq",)),
         ("llama", ("quantizer=twotier", "plan.bits=[2, 3, 4]", "quantize.high_share=0.125")),
+        ("gpt2", ("quantize.correction_rank=3", "plan.bits=[2, 3]")),
     ],
 )
 def test_native_checkpoints_are_ours_alone(
@@ -175,6 +176,7 @@ def test_native_checkpoints_are_ours_alone(
         weight = ours.get_submodule(module).weight
         assert torch.equal(weight.T if name == "gpt2" else weight, linear.dequantize())
     assert float((logits_of(ours) - probe_logits(out, TOKENS, "cpu")).abs().max()) < 1e-4
+    assert float((logits_of(ours) - logits_of(llmcompress.load(out, dtype=torch.float32))).abs().max()) < 1e-4
     shown = CliRunner().invoke(cli, ["inspect", str(out), "--json"], catch_exceptions=False).stdout
     assert json.loads(shown)["bits_per_weight"] == finished.plan.allocation.bits_per_weight
 

@@ -29,7 +29,7 @@ MIXED = "mixed-precision"
 
 def holds(specs: Collection[LinearSpec]) -> bool:
     """Symmetric integers of any widths in groups, 8-bit integers and float8 by rows, with inputs rounded or not."""
-    return all(spec.kind in FORMATS and not spec.high_share for spec in specs)
+    return all(spec.kind in FORMATS and not spec.high_share and not spec.rank for spec in specs)
 
 
 def _guard(linear: LinearInfo, dtype: str) -> stored.Layout:

@@ -41,6 +41,8 @@ class Tuning(Protocol):
 class Scaled(nn.Module):
     """A weight as a function of gains `(rows, groups)` on its scales; `unit` is the weight where every scale is one.
 
+    A low-rank correction is added as it is.
+
     While `stored` is set, those scales count instead, which are what a file would hold.
     """
 
@@ -48,14 +50,18 @@ class Scaled(nn.Module):
         super().__init__()
         self.transposed = transposed
         self.stored: Tensor | None = None
+        self.correction: Tensor | None
         self.scale = nn.Buffer(codes.scale.float(), persistent=False)
-        self.unit = nn.Buffer(replace(codes, scale=torch.ones_like(self.scale)).dequantize(), persistent=False)
+        bare = replace(codes, scale=torch.ones_like(self.scale), up=None, down=None)
+        self.unit = nn.Buffer(bare.dequantize(), persistent=False)
+        self.register_buffer("correction", codes.correction(), persistent=False)
 
     def forward(self, gain: Tensor) -> Tensor:
         """The weight of the module."""
         scale = self.scale * gain if self.stored is None else self.stored
         grouped = self.unit.view(*scale.shape, -1) * scale.unsqueeze(-1)
         weight = grouped.view(self.unit.shape)
+        weight = weight if self.correction is None else weight + self.correction
         return weight.T if self.transposed else weight
 
     def right_inverse(self, weight: Tensor) -> Tensor:
