@@ -244,7 +244,7 @@ class QuantizerOptions(Noun):
     scale per row. `input_clip`: ranges from calibration reach to the extremes, or to the least squared error of a grid.
     `kv_cache`: keys and values are rounded as a cache would keep them, under one scale each per block.
     `correction_rank`: beside its codes each linear keeps two 16-bit factors of this rank, whose product is added to its
-    weight: the best approximation of the rounding error on what the linear reads.
+    weight: the best approximation of the rounding error on what the linear reads. Only our own layout holds them.
     `softmax`: attention weights become codes of `softmax_bits` bits that count half octaves (`log2`).
     """
 

@@ -15,7 +15,7 @@ from llmcompress.errors import InputError
 from llmcompress.kernels import stored
 from llmcompress.kernels.codes import Codes
 from llmcompress.plugins import find
-from llmcompress.runtime.modules import PackedLinear
+from llmcompress.runtime.modules import PackedLinear, buffer_name
 from llmcompress.spec import LinearSpec
 from llmcompress.types import QuantizerOptions
 
@@ -98,8 +98,11 @@ def test_files_hold_what_the_format_says(spec: LinearSpec) -> None:
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: str(spec.label))
 def test_packed_linears_add_it(spec: LinearSpec) -> None:
     codes = corrected(spec)
-    bias = torch.nn.Parameter(torch.randn(24), requires_grad=False)
-    linear = PackedLinear(spec, stored.tensors_of("", codes), (24, 128), bias)
+    bias = torch.nn.Parameter(torch.randn(24).half().float(), requires_grad=False)
+    tensors = stored.tensors_of("", codes)
+    linear = PackedLinear(spec, tensors, (24, 128), bias)
+    saved = linear.half().float().state_dict()
+    assert all(torch.equal(saved[buffer_name(part)], tensor) for part, tensor in tensors.items())
     x = torch.randn(5, 128)
     wanted = x @ codes.dequantize().T + bias
     assert torch.allclose(linear(x), wanted, atol=1e-3)

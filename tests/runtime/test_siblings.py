@@ -1,6 +1,7 @@
 """Linears of one input multiplied as one, with a backend of plain torch that can join weights."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -25,6 +26,8 @@ class Attention(nn.Module):
         super().__init__()
         for name, spec in specs.items():
             codes = random_codes(spec, ROWS[name], 64)
+            if spec.rank:
+                codes = replace(codes, up=torch.randn(ROWS[name], spec.rank), down=torch.randn(spec.rank, 64))
             bias = nn.Parameter(torch.randn(ROWS[name])) if name == "k_proj" else None
             setattr(self, name, PackedLinear(spec, tensors_of("", codes), (ROWS[name], 64), bias))
 
@@ -59,13 +62,14 @@ def joining(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     CALLS.clear()
 
 
-def attention(**other: LinearSpec) -> Attention:
+def attention(rank: int = 0, **other: LinearSpec) -> Attention:
     """Four linears of 4 bits, some of them in another format."""
-    return Attention(dict.fromkeys(ROWS, LinearSpec(bits=4, group_size=32)) | other).requires_grad_(False)
+    return Attention(dict.fromkeys(ROWS, LinearSpec(bits=4, group_size=32, rank=rank)) | other).requires_grad_(False)
 
 
-def test_one_product_gives_what_three_gave() -> None:
-    model, x = attention(), torch.randn(2, 3, 64)
+@pytest.mark.parametrize("rank", [0, 3])
+def test_one_product_gives_what_three_gave(rank: int) -> None:
+    model, x = attention(rank), torch.randn(2, 3, 64)
     wanted = model(x)
     CALLS.clear()
     introduce(model)
