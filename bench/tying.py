@@ -31,7 +31,7 @@ from llmcompress.model.text import TextRequest, token_batches
 
 BASES = ("first", "last", "mean")
 Pair = tuple[int, str]  # the first of two blocks, and whose weights they share
-ROWS = ((1, 1, 0.0), (1, 2, 0.5), (2, 2, 0.0), (2, 3, 1 / 3), (2, 4, 0.5), (3, 4, 0.25), (4, 4, 0.0))
+ROWS = ((1, 1, 0.0), (1, 2, 0.5), (2, 2, 0.0), (2, 3, 1 / 3), (2, 4, 0.5), (3, 3, 0.0), (3, 4, 0.25), (4, 4, 0.0))
 
 
 class Corrected(nn.Module):
