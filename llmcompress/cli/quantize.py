@@ -30,6 +30,7 @@ def default_output(model: str, budget: str) -> Path:
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Default: MODEL-BUDGET in this folder.")
 @SCORES
 @recipe_options
+@click.option("--max-memory", metavar="SIZE", help="Keep to about so much, as 2GB: hidden states go to files.")
 @click.option("--dry-run", is_flag=True, help="Print sizes and needs, write nothing.")
 @click.option("--force", is_flag=True, help="Replace an existing output, atomically, once the new one is complete.")
 @click.option("--restart", is_flag=True, help="Discard an unfinished run instead of going on with it.")
@@ -50,11 +51,12 @@ def quantize_command(model: str, budget: str, output: Path | None, speaker: Spea
 
 
 def _request(model: str, budget: str, output: Path | None, flags: dict[str, Any]) -> Any:
-    from llmcompress.compress.allocate.budget import parse_budget
+    from llmcompress.compress.allocate.budget import parse_budget, parse_size
     from llmcompress.errors import InputError
 
     recipe = read_recipe(flags["recipe"], flags["changes"], flags["calibration"], flags["seed"])
     spent = parse_budget(budget)
+    memory = None if flags["max_memory"] is None else parse_size(flags["max_memory"], "--max-memory")
     if spent.measured and not recipe.plan.trials:
         raise InputError(f"budget {spent.text} is measured, and plan.trials is off", "leave plan.trials on")
     scores = None if flags["scores_path"] is None else read_scores(flags["scores_path"])
@@ -76,6 +78,7 @@ def _request(model: str, budget: str, output: Path | None, flags: dict[str, Any]
         force=flags["force"],
         restart=flags["restart"],
         scores=scores,
+        max_memory=memory,
     )
 
 
@@ -85,17 +88,20 @@ def _forecast_lines(found: Any) -> list[str]:
         f"result about {megabytes(found.output_bytes)}: {found.bits_per_weight:.3f} bits per weight over "
         f"{found.quantized_weights:,} quantized weights, {found.file_bits_per_weight:.3f} over the whole checkpoint",
         f"needs about {megabytes(found.peak_memory_bytes)} of memory and {megabytes(found.disk_bytes)} of disk",
+        f"memory is highest at {found.memory_stage}: "
+        + ", ".join(f"{k} {megabytes(v)}" for k, v in found.memory.items()),
     ]
 
 
 def _dry_run(request: Any, speaker: Speaker) -> None:
-    from llmcompress.compress.forecast import check_disk, forecast
+    from llmcompress.compress.forecast import check_disk, fitted
     from llmcompress.compress.journal import check_output
     from llmcompress.compress.pipeline import open_model
 
     check_output(request.output, request.source.path, request.force)
-    opened = open_model(request.source, request.recipe, request.device)
-    found = forecast(opened, request.recipe, request.budget)
+    budget = request.budget
+    opened = open_model(request.source, request.recipe, request.device, whole_file=budget.whole_file)
+    _, found = fitted(opened, request.recipe, budget, request.max_memory)
     check_disk(found, request.output)
     speaker.result(found.document(), _forecast_lines(found))
 

@@ -8,12 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor
 
 from llmcompress.compress.attention import attention_stems
 from llmcompress.compress.formats import packed_tensors
-from llmcompress.compress.grid import proxy_loss
 from llmcompress.compress.head import head_input, logits_reader
 from llmcompress.compress.journal import CommitRecord, Journal
 from llmcompress.compress.output import specs_of
@@ -90,7 +89,8 @@ class Chain:
         for info in done if self.full else ():
             block = self.stream.skeleton.load_block(info.index)
             for place, hidden in enumerate(self.full):
-                self.full[place] = self.stream.run_block(info.index, hidden, self.calls[place][info.index])
+                left = self.stream.run_block(info.index, hidden, self.calls[place][info.index])
+                self.full[place] = self.stream.keep(left)
             self.stream.skeleton.free(block)
 
     def end(self) -> None:
@@ -104,7 +104,7 @@ class Chain:
         learns, last = bool(job.method.learners), index + 1 == len(job.trace.blocks)
         logits = logits_reader(self.stream, job.batches) if learns and last else None
         leads = learns or index + 1 < len(job.parts)
-        return Streams(self.hidden[:batches], list(self.full) or None, calls, leads, logits)
+        return Streams(self.hidden[:batches], list(self.full) or None, calls, leads, logits, self.stream.keep)
 
 
 def apply(job: ApplyJob, journal: Journal) -> Iterator[BlockOutcome]:
@@ -125,7 +125,7 @@ def apply(job: ApplyJob, journal: Journal) -> Iterator[BlockOutcome]:
         return
     chain = start_chain(job)
     if first:
-        chain.hidden = load_hidden(journal, first, job.skeleton.device)
+        chain.hidden = [chain.stream.keep(x) for x in load_hidden(journal, first, job.skeleton.device)]
         chain.catch_up(job.trace.blocks[:first])
     for step, part in enumerate(job.parts[first:], first + 1):
         if isinstance(part, BlockTrace):
@@ -158,8 +158,7 @@ def start_chain(job: ApplyJob) -> Chain:
 
 def finished_logits(job: ApplyJob, journal: Journal) -> Tensor:
     """Logits of the probe after the last step, float32 `(1, tokens, vocabulary)`."""
-    hidden = load_hidden(journal, len(job.parts), job.skeleton.device)
-    probe = hidden[len(job.batches)]
+    (probe,) = load_hidden(journal, len(job.parts), job.skeleton.device, first=len(job.batches))
     if job.shards.head is not None:
         return probe
     stream = BlockStream(job.skeleton)
@@ -187,10 +186,11 @@ def save_hidden(journal: Journal, step: int, hidden: list[Tensor]) -> str:
     return write_shard(journal.hidden_path(step), layout, tensors)
 
 
-def load_hidden(journal: Journal, step: int, device: torch.device) -> list[Tensor]:
-    """The hidden states kept with a step."""
-    found = load_file(journal.hidden_path(step))
-    return [found[name].to(device) for name in sorted(found)]
+def load_hidden(journal: Journal, step: int, device: torch.device, first: int = 0) -> Iterator[Tensor]:
+    """The hidden states kept with a step, from batch `first` on."""
+    with safe_open(journal.hidden_path(step), "pt") as found:
+        for name in sorted(found.keys())[first:]:
+            yield found.get_tensor(name).to(device)
 
 
 def quantize_block(job: ApplyJob, chain: Chain, info: BlockTrace, journal: Journal) -> tuple[BlockOutcome, str]:
@@ -255,11 +255,7 @@ def quantize_head(job: ApplyJob, chain: Chain, head: LinearInfo, journal: Journa
 
 def _outcome(rounded: Rounded) -> LinearOutcome:
     """What one linear cost, against the weight that was to be rounded."""
-    wanted, stored = rounded.wanted, rounded.result.codes.dequantize()
-    seen = rounded.seen
-    measure = torch.eye(wanted.shape[1], device=wanted.device) if seen is None else seen.hessian
-    loss = proxy_loss(wanted, stored, measure)
-    whole = proxy_loss(torch.zeros_like(wanted), wanted, measure)
+    loss, whole = rounded.errors()
     bits = rounded.result.codes.spec.bits
     return LinearOutcome(linear=rounded.linear.name, bits=bits, proxy_loss=loss, relative_loss=loss / max(whole, 1e-30))
 

@@ -1,29 +1,28 @@
 """Numbers before work: how big the result will be, and what the machine needs to make it."""
 
+import math
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from llmcompress.compress.allocate.budget import Budget
-from llmcompress.compress.head import LOGITS
-from llmcompress.compress.pipeline import QUANTIZERS, Opened
+from llmcompress.compress.memory import peak, stages
+from llmcompress.compress.pipeline import Opened, needs_data
 from llmcompress.compress.rewrite import check_methods
-from llmcompress.compress.rounds import Method
 from llmcompress.errors import InputError, MachineError
-from llmcompress.plugins import find
 from llmcompress.recipes import Recipe
 from llmcompress.types import LinearSpec
 
 FLOAT_BYTES = 4
-REWRITING_BYTES = 24  # of a parameter: float32 before and after, float64, and that again to go back to
-BASE_BYTES = 800 << 20  # the interpreter, torch and transformers themselves
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a run will need and give. Sizes in bytes."""
+    """What a run will need and give. Sizes in bytes.
+
+    `memory` says what the peak, of the stage `memory_stage`, is made of; `spilled` whether hidden states wait in files.
+    """
 
     blocks: int
     parameters: int
@@ -33,10 +32,13 @@ class Forecast:
     bits_per_weight: float
     file_bits_per_weight: float
     peak_memory_bytes: int
+    memory_stage: str
+    memory: dict[str, int]
+    spilled: bool
     disk_bytes: int
     hidden_bytes: int
 
-    def document(self) -> dict[str, float]:
+    def document(self) -> dict[str, Any]:
         """As plain JSON."""
         return asdict(self)
 
@@ -45,7 +47,7 @@ def _extreme(opened: Opened, *, largest: bool) -> dict[str, LinearSpec]:
     return {name: specs[-1 if largest else 0] for name, specs in opened.candidates.items()}
 
 
-def forecast(opened: Opened, recipe: Recipe, budget: Budget) -> Forecast:
+def forecast(opened: Opened, recipe: Recipe, budget: Budget, *, spilled: bool = False) -> Forecast:
     """Header arithmetic only: no weight is read. Raises InputError for a budget below the smallest formats.
 
     For a limit of damage these are the most it can come to.
@@ -70,6 +72,17 @@ def forecast(opened: Opened, recipe: Recipe, budget: Budget) -> Forecast:
     spent = min(wanted, float(high_bits))
     output = int(min(other + spent / 8, high_bytes))
     hidden = _hidden_bytes(opened, recipe)
+    found = stages(opened, recipe, reads=needs_data(recipe))
+    highest, waiting = peak(found, spilled=spilled), 0
+    if spilled:
+        waiting = max(stage.hidden for stage in found)
+    if recipe.scorer == "fisher":  # what enters every block
+        waiting += (
+            hidden
+            * min(recipe.calibration.score_samples, recipe.calibration.samples)
+            * len(opened.trace.blocks)
+            // recipe.calibration.samples
+        )
     return Forecast(
         blocks=len(opened.trace.blocks),
         parameters=opened.trace.parameters,
@@ -78,10 +91,37 @@ def forecast(opened: Opened, recipe: Recipe, budget: Budget) -> Forecast:
         output_bytes=output,
         bits_per_weight=spent / max(weights, 1),
         file_bits_per_weight=output * 8 / opened.trace.parameters,
-        peak_memory_bytes=_peak_memory(opened, recipe, hidden),
-        disk_bytes=output + 2 * hidden + _rewritten_bytes(opened, recipe),
+        peak_memory_bytes=highest.total(spilled=spilled),
+        memory_stage=highest.name,
+        memory=highest.every(spilled=spilled),
+        spilled=spilled,
+        disk_bytes=output + 2 * hidden + waiting + _rewritten_bytes(opened, recipe),
         hidden_bytes=hidden,
     )
+
+
+def fitted(opened: Opened, recipe: Recipe, budget: Budget, limit: int | None) -> tuple[Recipe, Forecast]:
+    """The recipe that keeps to `limit` bytes of memory, where there is a limit, and its forecast.
+
+    Hidden states go to files first, which changes no result; then calibration text goes through in smaller batches.
+    Raises InputError with the memory that is needed where even batches of one sequence do not fit.
+    """
+    found = forecast(opened, recipe, budget)
+    size = recipe.calibration.batch_size
+    while limit is not None and found.peak_memory_bytes > limit:
+        if found.spilled:
+            if size == 1:
+                other = ", or take --recipe fast, which reads no text" if needs_data(recipe) else ""
+                least = f"{math.ceil(found.peak_memory_bytes / 1e6)}MB"
+                raise InputError(
+                    f"memory of {limit / 1e6:.0f} MB is too little: {found.memory_stage} takes {least}",
+                    f"give --max-memory {least} or more{other}",
+                )
+            size //= 2
+        part = recipe.calibration.model_copy(update={"batch_size": size})
+        recipe = recipe.model_copy(update={"calibration": part})
+        found = forecast(opened, recipe, budget, spilled=True)
+    return recipe, found
 
 
 def _refuse(opened: Opened, budget: Budget, smallest: float, smallest_bytes: int) -> None:
@@ -108,38 +148,6 @@ def _rewritten_bytes(opened: Opened, recipe: Recipe) -> int:
     if not recipe.rewrite.methods:
         return 0
     return opened.source_bytes * (2 if check_methods(recipe.rewrite.methods) else 1)
-
-
-def _method(recipe: Recipe) -> Method:
-    return Method(find(QUANTIZERS, recipe.quantizer), recipe.quantize, torch.float32, learns=True)
-
-
-def _peak_memory(opened: Opened, recipe: Recipe, hidden: int) -> int:
-    """Largest block in float32 with a second copy while it is rounded, its Hessians, hidden states, the head."""
-    block = max((sum(p.numel() for p in b.parameters()) for b in opened.skeleton.blocks), default=0)
-    widths = [
-        {x.shared_input: x.columns for x in info.linears if x.name in opened.candidates} for info in opened.trace.blocks
-    ]
-    hessians = max((sum(columns**2 for columns in groups.values()) for groups in widths), default=0)
-    rest = opened.trace.parameters - sum(p.numel() for p in opened.skeleton.blocks.parameters())
-    scoring = block * 2 * len(recipe.plan.bits)  # bfloat16 errors of every candidate
-    stored = hidden * recipe.calibration.score_samples // recipe.calibration.samples * len(opened.trace.blocks)
-    vocabulary = int(opened.skeleton.config.get_text_config().vocab_size)
-    logits = recipe.calibration.batch_size * recipe.calibration.sequence_length * vocabulary * FLOAT_BYTES * 3
-    method = _method(recipe)
-    models = 2 if method.compares else 1  # hidden states, what left the attention, and the copy being written
-    applying = block * (1 + models) * FLOAT_BYTES + hessians * FLOAT_BYTES * 3 * models + hidden * 3 * models
-    if method.learners:  # what is learned and its gradients, logits of a batch and theirs
-        applying += 4 * block * FLOAT_BYTES + 2 * min(logits, 3 * LOGITS * FLOAT_BYTES)
-    rewriting = 0
-    if recipe.rewrite.methods:  # float64, and a copy to go back to, of the model or of a block
-        parameters = opened.trace.parameters if check_methods(recipe.rewrite.methods) else block
-        rewriting = parameters * REWRITING_BYTES + hidden
-    head = opened.shards.head
-    if head is not None:  # copies of its weight while it is rounded, its Hessian, logits of a batch
-        applying = max(applying, (head.weights * 3 + head.columns**2 * 3) * FLOAT_BYTES + hidden * 2 + logits)
-    needed = max(rest * FLOAT_BYTES + max(applying, block * FLOAT_BYTES + scoring + stored + logits), rewriting)
-    return BASE_BYTES + needed
 
 
 def check_disk(needed: Forecast, output: Path) -> None:

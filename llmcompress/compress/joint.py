@@ -176,6 +176,7 @@ def reopen_dropped(opened: Opened, recipe: Recipe, folder: Path, budget: Budget)
     """The model without the dropped blocks, and the budget in what it means for the weights that are left."""
     source, device = replace(opened.source, path=folder), str(opened.skeleton.device)
     found = open_model(source, recipe, device, whole_file=budget.whole_file)
+    found.skeleton.shelf = opened.skeleton.shelf
     before, after = (_weights(model, ()) for model in (opened, found))
     if budget.kind == "file":
         before, after = opened.trace.parameters, found.trace.parameters

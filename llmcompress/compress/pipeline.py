@@ -258,6 +258,7 @@ def reopen(opened: Opened, recipe: Recipe, folder: Path, *, whole_file: bool) ->
     """The model as a rewrite left it in `folder`."""
     source, device = replace(opened.source, path=folder), str(opened.skeleton.device)
     found = open_model(source, recipe, device, whole_file=whole_file)
+    found.skeleton.shelf = opened.skeleton.shelf
     return replace(found, rewriting=read_rewriting(folder), hints=Hints.read(folder))
 
 

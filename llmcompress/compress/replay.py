@@ -1,6 +1,6 @@
 """Run a block again and again without computing twice what can no longer change."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,7 +10,13 @@ from llmcompress.compress.observe import local_name
 from llmcompress.model.stream import BlockCall, hidden_of
 from llmcompress.types import BlockTrace
 
+Keep = Callable[[Tensor], Tensor]  # where hidden states wait, see `BlockStream.keep`
 INPUT_BYTES = 1 << 30  # of inputs of last linears kept at a time: they can be several times as wide as hidden states
+
+
+def in_memory(hidden: Tensor) -> Tensor:
+    """Hidden states where they are."""
+    return hidden
 
 
 def call_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
@@ -27,8 +33,8 @@ class Replay:
     child that is looked into from outside (what a linear's output is added to is made in there) always runs.
     """
 
-    def __init__(self, block: nn.Module, info: BlockTrace) -> None:
-        self.block = block
+    def __init__(self, block: nn.Module, info: BlockTrace, keep: Keep = in_memory) -> None:
+        self.block, self._keep = block, keep
         self.children: dict[str, set[str]] = {}
         for linear in info.linears:
             self.children.setdefault(local_name(info, linear).partition(".")[0], set()).add(linear.name)
@@ -71,10 +77,15 @@ class Replay:
             if end.beside:
                 output = (output, *[None] * end.beside)
             if keep:
-                self._outputs[key] = output
+                self._outputs[key] = self._kept(output)
             return output
 
         return forward
+
+    def _kept(self, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return tuple(map(self._kept, output))
+        return self._keep(output) if isinstance(output, Tensor) else output
 
     def _take(self, key: tuple[str, int]) -> Tensor:
         found = self._inputs.pop(key)
@@ -83,7 +94,7 @@ class Replay:
 
     def _keeping(self, key: tuple[str, int]) -> Any:
         def after(_: nn.Module, __: Any, output: Any) -> None:
-            self._outputs[key] = output
+            self._outputs[key] = self._kept(output)
 
         return after
 
@@ -92,7 +103,7 @@ class Replay:
             if key in self._inputs:
                 self._take(key)
             if args[0].nbytes <= self._room:
-                self._inputs[key] = args[0]
+                self._inputs[key] = self._keep(args[0])
                 self._room -= args[0].nbytes
 
         return before

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress.compress.attention import round_attention
+from llmcompress.compress.grid import proxy_loss
 from llmcompress.compress.learning import Learned, Lesson, Logits, learn_block
 from llmcompress.compress.lowrank import quantized
 from llmcompress.compress.observe import (
@@ -25,7 +26,7 @@ from llmcompress.compress.observe import (
     weight_of,
 )
 from llmcompress.compress.ranges import InputRanges
-from llmcompress.compress.replay import Replay, call_block
+from llmcompress.compress.replay import Keep, Replay, call_block, in_memory
 from llmcompress.compress.rewriting.hints import Hints
 from llmcompress.compress.rounding import Quantized, Request, Seen
 from llmcompress.compress.targets import Targets
@@ -42,9 +43,10 @@ Look = tuple[Seen, dict[str, Tensor]]  # of one group: its input, and the term o
 
 @dataclass(frozen=True)
 class Method:
-    """How to round: the quantizer, what it is told, the dtype of stored scales, and whether blocks are learned.
+    """How to round: the quantizer, what it is told and the dtype of stored scales.
 
-    `hints` are what rewrites of the model found out for it.
+    `learns` is for good, not on trial: blocks are learned where the quantizer can, and the error of every linear is
+    measured. `hints` are what rewrites of the model found out for it.
     """
 
     quantizer: ModuleType
@@ -74,6 +76,7 @@ class Streams:
     calls   how the model calls the block at hand
     leads   whether anything reads what leaves the block at hand
     logits  what they become, where the block at hand is the last and is to be learned
+    keep    where they wait, see `BlockStream.keep`
     """
 
     stored: Sequence[Tensor]
@@ -81,16 +84,35 @@ class Streams:
     calls: Sequence[BlockCall]
     leads: bool = True
     logits: Logits | None = None
+    keep: Keep = in_memory
 
 
 @dataclass(frozen=True)
 class Rounded:
-    """One linear, the weight that was asked for, what was made of it, and what was seen of its input."""
+    """One linear, the weight that was asked for, what was made of it, and what was seen of its input.
+
+    `wanted` and `seen` are let go once codes are final: Hessians of all groups would be larger than the block.
+    """
 
     linear: LinearInfo
     wanted: Tensor
     result: Quantized
     seen: Seen | None
+    known: tuple[float, float] | None = None
+
+    def errors(self) -> tuple[float, float]:
+        """Error of the linear's output against what was asked for, and that of an output of zeros."""
+        if self.known is not None:
+            return self.known
+        wanted, stored = self.wanted, self.result.codes.dequantize()
+        if self.seen is None:
+            return float((stored - wanted).square().sum()), float(wanted.square().sum())
+        hessian = self.seen.hessian
+        return proxy_loss(wanted, stored, hessian), proxy_loss(torch.zeros_like(wanted), wanted, hessian)
+
+    def settled(self, *, measure: bool) -> "Rounded":
+        """Without the tensors the codes were made from: they are final, and so is their error."""
+        return replace(self, known=self.errors() if measure else None, wanted=self.wanted.new_empty(0), seen=None)
 
 
 class BlockRounds:
@@ -103,9 +125,9 @@ class BlockRounds:
         groups = [[x for x in members if x.name in specs] for members in groups_of(info).values()]
         self.groups = [members for members in groups if members]
         self.looks = bool(method.quantizer.NEEDS_HESSIAN and streams.stored)
-        self.stored = Replay(block, info)
+        self.stored = Replay(block, info, streams.keep)
         compares = self.looks and streams.full is not None
-        self.full = Replay(copy.deepcopy(block), info) if compares else None
+        self.full = Replay(copy.deepcopy(block), info, streams.keep) if compares else None
         self.leaving: list[Tensor | None] = [None] * len(streams.full or ())
         self.quantizers: dict[str, InputQuantizer] = {}
         self.attention: dict[str, AttentionRounding] = {}  # by the attention's name inside the block
@@ -118,9 +140,13 @@ class BlockRounds:
             known = {place: self._look(place) for place in range(len(self.groups))}
         rounded: list[Rounded] = []
         for place, members in enumerate(self.groups):
-            look = known[place] if place in known else self._look(place)
+            look = known.pop(place) if place in known else self._look(place)
             pairs = [(x, self.specs[x.name]) for x in members]
-            rounded += _round_group(self.method, self.stored.block, self.info, members=pairs, look=look)
+            found = _round_group(self.method, self.stored.block, self.info, members=pairs, look=look)
+            if not self.method.learners:
+                found = [x.settled(measure=self.method.learns) for x in found]
+            rounded += found
+            del look, found
             if not self.attention:  # keys and values are read from here on
                 self._round_attention()
         if self.method.learners and self.full is not None:
@@ -185,7 +211,8 @@ class BlockRounds:
                     run = partial(call_block, self.full.block, streams.full[place], call)
                     full = watch.read(self.full.block, streams.full[place], run, until=until)
                 if full.leaving is not None:
-                    self.leaving[place] = full.leaving
+                    self.leaving[place] = streams.keep(full.leaving)
+                    full.leaving = None
                     self.full.drop(place)
             with self.stored.on(place, final):
                 run = partial(call_block, self.stored.block, streams.stored[place], call)
@@ -210,14 +237,15 @@ class BlockRounds:
     def leave_stored(self, place: int, call: BlockCall) -> Tensor:
         """Hidden states of batch `place` leaving the block as it will be stored."""
         with self.stored.on(place, self._settled(len(self.groups)), keep=False):
-            return call_block(self.stored.block, self.streams.stored[place], call)
+            return self.streams.keep(call_block(self.stored.block, self.streams.stored[place], call))
 
     @torch.no_grad()
     def leave_full(self, place: int) -> Tensor:
         """Hidden states of batch `place` leaving the full-precision block."""
         found = self.leaving[place]
         if found is None and self.full is not None and self.streams.full is not None:
-            found = call_block(self.full.block, self.streams.full[place], self.streams.calls[place])
+            left = call_block(self.full.block, self.streams.full[place], self.streams.calls[place])
+            found = self.streams.keep(left)
             self.leaving[place] = found
         if found is None:
             raise ValueError("the full-precision model was not run")
@@ -232,7 +260,8 @@ def _round_group(
     members: Sequence[tuple[LinearInfo, LinearSpec]],
     look: Look | None,
 ) -> list[Rounded]:
-    wanted, seen = [weight_of(block, info, linear).contiguous() for linear, _ in members], None
+    own = torch.contiguous_format  # a copy: what is installed goes where the weight is
+    wanted, seen = [weight_of(block, info, linear).clone(memory_format=own) for linear, _ in members], None
     if look is not None:
         seen, terms = look
         wanted, seen = aim(method.options, seen, wanted, [terms.get(linear.name) for linear, _ in members])

@@ -11,7 +11,7 @@ import transformers
 from llmcompress import __version__
 from llmcompress.compress.allocate.budget import Budget
 from llmcompress.compress.apply import ApplyJob, apply, finished_logits
-from llmcompress.compress.forecast import Forecast, check_disk, forecast
+from llmcompress.compress.forecast import Forecast, check_disk, fitted
 from llmcompress.compress.joint import decide_dropping, reopen_dropped, write_dropped
 from llmcompress.compress.journal import Journal, check_output
 from llmcompress.compress.output import (
@@ -46,6 +46,7 @@ from llmcompress.errors import InputError
 from llmcompress.files import commit_bytes, commit_json
 from llmcompress.model.checkpoint import folder_bytes
 from llmcompress.model.hub import Source
+from llmcompress.model.shelf import Shelf
 from llmcompress.model.text import Batches
 from llmcompress.recipes import Recipe
 from llmcompress.runtime.skipping import SkipRecord
@@ -59,7 +60,10 @@ DROPPED, DROPPING_NAME = "dropped", "dropping.json"
 
 @dataclass(frozen=True)
 class QuantizeRequest:
-    """Everything `quantize` was told. `command` is printed in the model card; `scores` are taken instead of scoring."""
+    """Everything `quantize` was told. `command` is printed in the model card; `scores` are taken instead of scoring.
+
+    `max_memory` is in bytes, see `fitted`.
+    """
 
     source: Source
     output: Path
@@ -70,6 +74,7 @@ class QuantizeRequest:
     force: bool = False
     restart: bool = False
     scores: ScoreFile | None = None
+    max_memory: int | None = None
 
 
 @dataclass(frozen=True)
@@ -136,9 +141,12 @@ def quantize(request: QuantizeRequest) -> Iterator[Event]:
     check_output(request.output, request.source.path, request.force or published is not None)
     yield "opening"
     opened = open_model(request.source, request.recipe, request.device, whole_file=request.budget.whole_file)
-    needed = forecast(opened, request.recipe, request.budget)
+    recipe, needed = fitted(opened, request.recipe, request.budget, request.max_memory)
     check_disk(needed, request.output)
     yield needed
+    if recipe != request.recipe:
+        yield Warned(f"batches of {recipe.calibration.batch_size}, to keep to the memory: last bits may differ")
+    request = replace(request, recipe=recipe)
     yield "reading weights and text"
     digest = opened.digest()
     batches = calibration(opened, request.recipe) if needs_data(request.recipe) else NO_DATA
@@ -148,6 +156,7 @@ def quantize(request: QuantizeRequest) -> Iterator[Event]:
         _given(request, batches, digest)
     asked = request_of(opened, request.recipe, batches, digest, request.budget)
     with journal.locked():
+        opened.skeleton.shelf = Shelf(journal.state, everything=needed.spilled)
         if published == asked:
             record = RunRecord.parse((request.output / RECORD_NAME).read_bytes(), RECORD_NAME)
             checks = require(verify(request.output, request.device))

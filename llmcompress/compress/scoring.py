@@ -118,7 +118,7 @@ def _watch(job: ScoreJob, observers: list[tuple[Observer, bool]], *, data: bool)
                 with torch.no_grad():
                     leaving = stream.run_block(info.index, hidden[place], call[info.index])
                 _show(seeing, info, hidden[place], leaving)
-                hidden[place] = leaving
+                hidden[place] = stream.keep(leaving)
         for observer, _ in observers:
             observer.close(block, info)
         job.skeleton.free(block)

@@ -124,7 +124,7 @@ class _Pass:
     @torch.no_grad()
     def _advance(self, info: BlockTrace, hidden: list[Tensor], calls: list[list[BlockCall]]) -> None:
         for place, call in enumerate(calls):
-            hidden[place] = self.stream.run_block(info.index, hidden[place], call[info.index])
+            hidden[place] = self.stream.keep(self.stream.run_block(info.index, hidden[place], call[info.index]))
 
     def _standing(self, block: nn.Module, info: BlockTrace) -> _Standing:
         touched = [x for x in info.linears if x.name in self.base or any(x.name in c.changes for c in self.chains)]

@@ -78,6 +78,7 @@ class _Walk:
         rounds: dict[frozenset[int], BlockRounds] = {}
         for way in ways:
             if info.index not in way.drop:
+                rounds.pop(way.drop, None)  # what it kept is the same for the next
                 rounds[way.drop] = self._carry_out(info, way, logits)
         job.skeleton.load_block(info.index)
         for drop, states in self.aims.items():
@@ -92,7 +93,8 @@ class _Walk:
         block, hidden, cut = self.job.skeleton.load_block(info.index), way.hidden, self.cut
         here = [call[info.index] for call in self.calls[:cut]]
         full = self.aims[way.drop][:cut] if self.job.method.compares else None
-        rounds = BlockRounds(self.job.method, block, info, way.specs, Streams(hidden[:cut], full, here, logits=logits))
+        streams = Streams(hidden[:cut], full, here, logits=logits, keep=self.stream.keep)
+        rounds = BlockRounds(self.job.method, block, info, way.specs, streams)
         for _ in rounds.rounded():
             pass
         hidden[:cut] = [rounds.leave_stored(place, call) for place, call in enumerate(here)]
@@ -111,7 +113,7 @@ def _advance(
     stream: BlockStream, index: int, hidden: list[Tensor], calls: list[list[BlockCall]], first: int = 0
 ) -> None:
     for place in range(first, len(calls)):
-        hidden[place] = stream.run_block(index, hidden[place], calls[place][index])
+        hidden[place] = stream.keep(stream.run_block(index, hidden[place], calls[place][index]))
 
 
 @torch.no_grad()

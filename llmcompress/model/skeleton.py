@@ -27,6 +27,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from llmcompress.errors import InputError
 from llmcompress.model.checkpoint import CheckpointReader, TensorReader
 from llmcompress.model.preflight import SourceFiles, check_source
+from llmcompress.model.shelf import Shelf
 from llmcompress.plugins import nearest
 
 Decode = Callable[[TensorReader, Mapping[str, Any]], TensorReader]
@@ -94,7 +95,7 @@ class Skeleton:
     """A causal language model whose blocks are loaded and freed one at a time.
 
     `blocks[i]` is the i-th decoder block, on meta until `load_block(i)`; everything outside the
-    blocks is loaded by `load_rest()`. Weights are float32 on `device`.
+    blocks is loaded by `load_rest()`. Weights are float32 on `device`. Hidden states wait on `shelf`.
     """
 
     def __init__(self, files: SourceFiles, reader: TensorReader, device: str = "cpu") -> None:
@@ -102,6 +103,7 @@ class Skeleton:
         self.files = files
         self.reader = reader
         self.device = torch.device(device)
+        self.shelf = Shelf()
         self.config = read_config(files)
         with init_empty_weights(include_buffers=False):
             self.model = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
@@ -204,7 +206,9 @@ class Skeleton:
 
     def load_rest(self) -> None:
         """Fill everything outside the blocks and tie what is tied."""
-        self._fill(name for name in self.rest_tensors() if name in self.names.module_of)
+        names = [name for name in self.rest_tensors() if name in self.names.module_of]
+        for part in [names] if self.names.converted else [[name] for name in names]:  # as stored, one at a time
+            self._fill(part)
         for name, original in self.tied().items():
             owner, _, leaf = name.rpartition(".")
             source = self.model.get_parameter(original)

@@ -156,15 +156,19 @@ class BlockStream:
         """Load block `index`, put what leaves it in the place of every batch's hidden states, and free it."""
         block = self.skeleton.load_block(index)
         for place, call in enumerate(calls):
-            hidden[place] = self.run_block(index, hidden[place], call[index])
+            hidden[place] = self.keep(self.run_block(index, hidden[place], call[index]))
         self.skeleton.free(block)
+
+    def keep(self, hidden: Tensor) -> Tensor:
+        """Hidden states that wait for the next block, in memory or not as the skeleton's shelf has it."""
+        return self.skeleton.shelf.keep(hidden)
 
     def start(self, batches: Sequence[Tensor]) -> tuple[list[Tensor], list[list[BlockCall]]]:
         """Load the rest and block 0, and enter every batch. Block 0 stays loaded."""
         self.skeleton.load_rest()
         self.skeleton.load_block(0)
         entered = [self.enter(tokens) for tokens in batches]
-        return [hidden for hidden, _ in entered], [call for _, call in entered]
+        return [self.keep(hidden) for hidden, _ in entered], [call for _, call in entered]
 
 
 def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, BlockCall]:

@@ -68,6 +68,14 @@ def parse_budget(text: str) -> Budget:
     return Budget(words, "bytes", number * UNITS[unit])
 
 
+def parse_size(text: str, option: str) -> int:
+    """Bytes of a size such as 2GB or 1.5GiB. Raises InputError naming the option."""
+    found = PATTERN.fullmatch(text.strip())
+    if found is None or found["file"] or found["unit"].lower() not in UNITS:
+        raise InputError(f"{option} {text!r} is not understood", "write it as 2GB, 1.5GiB or 800MB")
+    return int(min(float(found["number"]) * UNITS[found["unit"].lower()], MOST_BYTES))
+
+
 def _limit(text: str, words: str) -> Budget:
     """Read `kld<=X` or `ppl<=+X%`."""
     found = LIMIT.fullmatch(words)

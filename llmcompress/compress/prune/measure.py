@@ -77,7 +77,7 @@ def _pass(skeleton: Skeleton, removals: Sequence[Removal], batches: Sequence[Ten
 def _through(
     stream: BlockStream, index: int, states: Sequence[Tensor], calls: Sequence[Sequence[BlockCall]]
 ) -> list[Tensor]:
-    return [stream.run_block(index, state, call[index]) for state, call in zip(states, calls, strict=True)]
+    return [stream.keep(stream.run_block(index, state, call[index])) for state, call in zip(states, calls, strict=True)]
 
 
 def _block(unit: int | Half) -> int:

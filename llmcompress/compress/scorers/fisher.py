@@ -139,9 +139,10 @@ class _Backward:
         """Keep what enters each block."""
         for info in self.job.trace.blocks:
             block = self.job.skeleton.load_block(info.index)
-            self.entering.append(self.hidden)
+            self.entering.append([self.job.skeleton.shelf.put_away(hidden) for hidden in self.hidden])
             with torch.no_grad():
-                self.hidden = [self._run(info, h, c) for h, c in zip(self.hidden, self.calls, strict=True)]
+                pairs = zip(self.hidden, self.calls, strict=True)
+                self.hidden = [self.stream.keep(self._run(info, h, c)) for h, c in pairs]
             self.job.skeleton.free(block)
 
     def _run(self, info: BlockTrace, hidden: Tensor, call: list[BlockCall]) -> Tensor:
@@ -164,7 +165,8 @@ class _Backward:
             found = []
             for tokens, state in zip(self.tokens, self.hidden, strict=True):
                 with _measuring(modules, sums):
-                    found.append(output_gradient(self.stream, tokens, state, generator, self.options.labels))
+                    gradient = output_gradient(self.stream, tokens, state, generator, self.options.labels)
+                found.append(self.stream.keep(gradient))
                 sums.settle()
             self.gradients.append(found)
         self.job.skeleton.free_rest()
@@ -181,7 +183,7 @@ class _Backward:
         errors = Errors()
         for number, members in groups_of(info).items():
             weights = {x.name: weight_of(block, info, x).contiguous() for x in members if x.name in linears}
-            errors |= _errors(self.job, weights, known.get(number))
+            errors |= _errors(self.job, weights, known.pop(number, None))
         sums = Sums(linears, errors, self.options.reduce)
         modules = {x.name: module_of(block, info, x) for x in linears.values()}
         for gradients in self.gradients:
@@ -189,7 +191,8 @@ class _Backward:
                 leaf = entering[place].detach().requires_grad_(True)
                 with _measuring(modules, sums), torch.enable_grad():
                     output = self._run(info, leaf, call)
-                    gradients[place] = torch.autograd.grad(output, leaf, gradients[place])[0]
+                    gradient = torch.autograd.grad(output, leaf, gradients[place])[0]
+                gradients[place] = self.stream.keep(gradient)
                 sums.settle()
         self.job.skeleton.free(block)
         return sums.layers(self.count)

@@ -1,0 +1,160 @@
+"""Peak anonymous memory of each stage of each command, and how it grows with depth.
+
+    python bench/memory.py demo --json bench/results/memory-demo.json
+    python bench/memory.py random --depths 4,8,16 --json bench/results/memory-random.json
+
+Memory is RssAnon of the process, read every few milliseconds: what the system cannot take back by writing or dropping
+pages of files. `random` is a generated Llama, wide enough for its blocks to show beside the constant of the imports;
+where its peak grows from one depth to the next, something is kept of every block. Further `--set KEY=VALUE` and
+`--max-memory` go to `quantize`.
+"""
+
+import argparse
+import json
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from llmcompress.model.hub import resolve
+
+INTERVAL = 0.004  # seconds between two readings
+SMALL = ("calibration.samples=16", "calibration.sequence_length=256", "calibration.score_samples=8")
+MB = 1e6
+
+
+def generate(folder: Path, blocks: int, width: int) -> Path:
+    """A random bfloat16 Llama with the demo model's tokenizer."""
+    demo = resolve("demo").path
+    vocabulary = int(json.loads((demo / "config.json").read_text())["vocab_size"])
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=blocks,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    for path in demo.glob("*token*"):
+        shutil.copy(path, folder / path.name)
+    return folder
+
+
+def anonymous(pid: int) -> int:
+    """RssAnon of a process in bytes, 0 once it is gone."""
+    try:
+        found = re.search(r"RssAnon:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    except OSError:
+        return 0
+    return int(found[1]) << 10 if found else 0
+
+
+def peaks(words: list[str], folder: Path) -> dict[str, Any]:
+    """Run a program; its highest RssAnon in bytes, in all and by the stage it last spoke of."""
+    began, stage, found = time.monotonic(), "start", dict[str, int]()
+    running = subprocess.Popen(words, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    lines: list[str] = []
+
+    def listen() -> None:
+        for line in running.stderr or ():
+            lines.append(line)
+
+    listener = threading.Thread(target=listen)
+    listener.start()
+    seen = 0
+    while running.poll() is None:
+        for line in lines[seen:]:
+            seen += 1
+            if (name := re.match(r"(.+) \.\.\.$", line)) is not None:
+                stage = name[1]
+            elif line.startswith(("plan:", "resuming")):
+                stage = "quantizing"
+        found[stage] = max(found.get(stage, 0), anonymous(running.pid))
+        time.sleep(INTERVAL)
+    listener.join()
+    if running.returncode:
+        raise SystemExit(f"{' '.join(words)}\n{''.join(lines)}")
+    return {"peak": max(found.values()), "stages": found, "seconds": round(time.monotonic() - began, 1)}
+
+
+def commands(model: str, sets: list[str], more: list[str]) -> Iterator[tuple[str, list[str]]]:
+    """What is run on one model, in this order: `eval` reads what `quantize` wrote."""
+    program = [sys.executable, "-m", "llmcompress"]
+    flags = [word for change in sets for word in ("--set", change)]
+    yield "quantize, balanced", [*program, "quantize", model, "--budget", "4bits", "-o", "out", *flags, *more]
+    part = ["--samples", "8", "--sequence-length", "256"]
+    yield "eval", [*program, "eval", "out", "--ref", model, *part, "-o", "report"]
+    yield "score", [*program, "score", model, "-o", "scores.json", *flags]
+    yield "prune", [*program, "prune", model, "--blocks", "1", "-o", "pruned", *flags]
+    fast = ["--recipe", "fast"]
+    yield "quantize, fast", [*program, "quantize", model, "--budget", "4bits", "-o", "fast", *fast]
+
+
+def row(label: str, model: str, name: str, words: list[str], folder: Path) -> dict[str, Any]:
+    """One run of one command."""
+    found = peaks(words, folder)
+    stages = "  ".join(f"{stage} {size / MB:.0f}" for stage, size in found["stages"].items())
+    print(f"{label:<12} {name:<20} {found['peak'] / MB:7.0f} MB  {found['seconds']:6.1f} s   {stages}", flush=True)
+    forecast = None
+    if name.startswith("quantize"):
+        dry = subprocess.run([*words, "--force", "--dry-run", "--json"], cwd=folder, capture_output=True, check=False)
+        forecast = json.loads(dry.stdout)["peak_memory_bytes"] if dry.returncode == 0 else None
+    return {"model": label, "command": name, **found, "forecast": forecast}
+
+
+def main() -> None:
+    """Run every command on every model asked for, and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", nargs="?", default="demo", help="demo, a directory, or random")
+    parser.add_argument("--depths", default="4,8,16", help="of the random model")
+    parser.add_argument("--width", type=int, default=512, help="of the random model")
+    parser.add_argument("--set", dest="sets", action="append", default=[])
+    parser.add_argument("--max-memory", default=None)
+    parser.add_argument("--only", default="", help="only commands whose name begins so")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    more = [] if options.max_memory is None else ["--max-memory", options.max_memory]
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        known = {options.model: str(resolve(options.model).path)} if options.model != "random" else {}
+        depths = map(int, options.depths.split(",")) if options.model == "random" else ()
+        for blocks in depths:
+            known[f"{blocks} blocks"] = str(generate(Path(scratch) / f"model-{blocks}", blocks, options.width))
+        sets = [*(SMALL if options.model == "random" else ()), *options.sets]
+        for label, model in known.items():
+            folder = Path(scratch) / f"run-{label.replace(' ', '-').replace('/', '-')}"
+            folder.mkdir()
+            for name, words in commands(model, sets, more):
+                if name.startswith(options.only):
+                    rows.append(row(label, model, name, words, folder))
+    if options.json is not None:
+        document = {
+            "model": Path(options.model).name,
+            "width": options.width if options.model == "random" else None,
+            "max_memory": options.max_memory,
+            "sets": sets,
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "machine": f"{platform.machine()}, CPU",
+            "rows": rows,
+        }
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(document, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
