@@ -1,12 +1,13 @@
 """Peak anonymous memory of each stage of each command, and how it grows with depth.
 
     python bench/memory.py demo --json bench/results/memory-demo.json
-    python bench/memory.py random --depths 4,8,16 --json bench/results/memory-random.json
+    python bench/memory.py random --depths 4,16 --only score --json bench/results/memory-random.json
+    python bench/memory.py shapes --json bench/results/memory-shapes.json
 
 Memory is RssAnon of the process, read every few milliseconds: what the system cannot take back by writing or dropping
 pages of files. `random` is a generated Llama, wide enough for its blocks to show beside the constant of the imports;
 where its peak grows from one depth to the next, something is kept of every block. Further `--set KEY=VALUE` and
-`--max-memory` go to `quantize`.
+`--max-memory` go to `quantize`. `shapes` runs nothing: it is the forecast for Llamas of 8, 70 and 405 billion weights.
 """
 
 import argparse
@@ -21,12 +22,16 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from llmcompress.compress.memory import peak, stages
 from llmcompress.model.hub import resolve
+from llmcompress.recipes import load_recipe
+from llmcompress.types import LinearInfo
 
 INTERVAL = 0.004  # seconds between two readings
 SMALL = ("calibration.samples=16", "calibration.sequence_length=256", "calibration.score_samples=8")
@@ -116,10 +121,82 @@ def row(label: str, model: str, name: str, words: list[str], folder: Path) -> di
     return {"model": label, "command": name, **found, "forecast": forecast}
 
 
+SHAPES = {"8B": (32, 4096, 14336, 32), "70B": (80, 8192, 28672, 64), "405B": (126, 16384, 53248, 128)}
+VOCABULARY, KEY_HEADS = 128256, 8
+
+
+def shape(blocks: int, width: int, inner: int, heads: int) -> Any:
+    """What the forecast reads of an opened model, for a Llama 3 of this shape in bfloat16."""
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=blocks,
+        num_attention_heads=heads,
+        num_key_value_heads=KEY_HEADS,
+        tie_word_embeddings=False,
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    infos, inputs = (
+        [],
+        {"q_proj": 0, "k_proj": 0, "v_proj": 0, "o_proj": 1, "gate_proj": 2, "up_proj": 2, "down_proj": 3},
+    )
+    for place, block in enumerate(model.model.layers):
+        linears = []
+        for name, module in block.named_modules():
+            if isinstance(module, torch.nn.Linear):
+                full, rows, columns = f"model.layers.{place}.{name}", module.out_features, module.in_features
+                group = inputs[name.rpartition(".")[2]]
+                linears.append(
+                    LinearInfo(
+                        name=full,
+                        tensor=f"{full}.weight",
+                        rows=rows,
+                        columns=columns,
+                        unit=full,
+                        shared_input=group,
+                    )
+                )
+        infos.append(SimpleNamespace(linears=tuple(linears)))
+    parameters = sum(p.numel() for p in model.parameters())
+    return SimpleNamespace(
+        trace=SimpleNamespace(blocks=infos, parameters=parameters),
+        skeleton=SimpleNamespace(blocks=model.model.layers, config=config),
+        source_bytes=2 * parameters,
+        context_tokens=None,
+        shards=SimpleNamespace(head=None),
+    )
+
+
+def forecasts() -> list[dict[str, Any]]:
+    """The highest stage of each shape under two recipes, with hidden states in memory and in files."""
+    rows = []
+    for name, sizes in SHAPES.items():
+        opened = shape(*sizes)
+        for word, spilled, changes in (
+            ("balanced", False, ()),
+            ("balanced", True, ()),
+            ("balanced", True, ("calibration.batch_size=1",)),
+            ("fast", False, ()),
+        ):
+            recipe = load_recipe(word, changes)
+            spec = (None,) * len(recipe.plan.bits)
+            opened.candidates = {x.name: spec for info in opened.trace.blocks for x in info.linears}
+            found = peak(stages(opened, recipe, reads=word != "fast"), spilled=spilled)
+            terms = {key: round(size / 1e9, 1) for key, size in found.every(spilled=spilled).items()}
+            total = found.total(spilled=spilled) / 1e9
+            batch = recipe.calibration.batch_size
+            print(f"{name:<5} {word:<9} spilled={spilled!s:<5} batch {batch}  {total:7.1f} GB  {found.name}: {terms}")
+            rows.append({"shape": name, "recipe": word, "spilled": spilled, "batch": batch, "GB": round(total, 1),
+                         "stage": found.name, "terms": terms})  # fmt: skip
+    return rows
+
+
 def main() -> None:
     """Run every command on every model asked for, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", nargs="?", default="demo", help="demo, a directory, or random")
+    parser.add_argument("model", nargs="?", default="demo", help="demo, a directory, random, or shapes")
     parser.add_argument("--depths", default="4,8,16", help="of the random model")
     parser.add_argument("--width", type=int, default=512, help="of the random model")
     parser.add_argument("--set", dest="sets", action="append", default=[])
@@ -128,9 +205,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     more = [] if options.max_memory is None else ["--max-memory", options.max_memory]
-    rows = []
+    rows = forecasts() if options.model == "shapes" else []
     with tempfile.TemporaryDirectory() as scratch:
-        known = {options.model: str(resolve(options.model).path)} if options.model != "random" else {}
+        made = options.model in ("random", "shapes")
+        known = {} if made else {options.model: str(resolve(options.model).path)}
         depths = map(int, options.depths.split(",")) if options.model == "random" else ()
         for blocks in depths:
             known[f"{blocks} blocks"] = str(generate(Path(scratch) / f"model-{blocks}", blocks, options.width))

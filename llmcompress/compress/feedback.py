@@ -44,10 +44,11 @@ def column_order(diagonal: Tensor, order: str, group_size: int) -> Tensor:
 
 def damped(hessian: Tensor, damp: float) -> Tensor:
     """float64 `(columns, columns)`: inputs never seen get the mean of the diagonal, all get `damp` times the mean."""
-    full = hessian.to(torch.float64)
-    dead = full.diagonal() <= 0
-    full = full + torch.diag(dead.to(full.dtype) * full.diagonal().mean().clamp_min(1e-30))
-    return full + torch.eye(len(full), dtype=full.dtype, device=full.device) * (damp * full.diagonal().mean())
+    full = hessian.to(torch.float64, copy=True)
+    diagonal = full.diagonal()  # a view: a matrix of this size is not made more often than need be
+    diagonal += (diagonal <= 0).to(full.dtype) * diagonal.mean().clamp_min(1e-30)
+    diagonal += damp * diagonal.mean()
+    return full
 
 
 def dampings(hessian: Tensor, damp: float) -> Iterator[tuple[float, Tensor]]:
@@ -63,12 +64,15 @@ def inverse_factor(hessian: Tensor, order: Tensor, damp: float) -> tuple[Factor 
     Returns None for a Hessian that cannot be factorised, and the notes to record.
     """
     for attempt, (tried, full) in enumerate(dampings(hessian, damp)):
-        lower, failed = torch.linalg.cholesky_ex(full[order][:, order])
+        found = full[order[:, None], order]
+        del full  # each step lets go of the one before: they are the largest matrices of a run
+        found, failed = torch.linalg.cholesky_ex(found)
         if not int(failed):
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            found = torch.cholesky_inverse(found)
+            found, failed = torch.linalg.cholesky_ex(found, upper=True)
         if not int(failed):
             notes = () if attempt == 0 else (f"singular Hessian: damping raised to {tried:g}",)
-            return Factor(order, upper.to(torch.float32)), notes
+            return Factor(order, found.to(torch.float32)), notes
     return None, (f"Hessian still singular at damping {tried:g}: rounded instead",)
 
 

@@ -21,7 +21,7 @@ from llmcompress.types import LinearInfo
 
 FLOAT = 4
 PROGRAM = 340 << 20  # the interpreter, torch and transformers, as imported
-FACTOR = 40  # of a column squared: a float32 Hessian and its drift, and its factor and inverse in float64
+FACTOR = 34  # of a column squared: a float32 Hessian and its drift, and its factor and inverse in float64
 ROUNDING = 32  # of a weight while it is rounded: copies in order, what is left, codes, or its target in float64
 REWRITING = 24  # of a parameter: float32 before and after, float64, and that again to go back to
 LOGIT_COPIES = 6  # of one batch, while two distributions are compared

@@ -179,7 +179,7 @@ class InputSums:
         count, lower = self.tokens, self._lower.tril()
         drift = None if self._drift is None else self._drift / count
         terms = {name: total / count for name, total in self._terms.items()}
-        return Seen((lower + lower.tril(-1).T) / count, count, drift), terms
+        return Seen((lower + lower.tril(-1).T).div_(count), count, drift), terms
 
 
 def _grown(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:

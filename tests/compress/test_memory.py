@@ -171,7 +171,7 @@ def peak_of(words: list[str], folder: Path) -> int:
 
 
 def test_a_run_takes_what_was_forecast(text_file: Path, tmp_path: Path) -> None:
-    config = llama_config(hidden_size=256, intermediate_size=512, num_hidden_layers=2, max_position_embeddings=256)
+    config = llama_config(hidden_size=128, intermediate_size=256, num_hidden_layers=2, max_position_embeddings=256)
     model = save_model(tmp_path / "model", config, shard_size="1GB")
     sets = ("calibration.samples=32", "calibration.sequence_length=256", "calibration.score_samples=8",
             "plan.bits=[3, 4]", "plan.trials=false", "quantize.sweeps=0")  # fmt: skip
