@@ -96,7 +96,10 @@ class _Manners:
         if isinstance(error, click.Abort | KeyboardInterrupt):
             error = Interrupted(signal.SIGINT)
         elif _out_of_memory(error):
-            error = MachineError("out of memory; finished blocks are kept", "use --set calibration.batch_size=1")
+            error = MachineError(
+                "out of memory; finished blocks are kept",
+                "`quantize --max-memory SIZE` takes less; else --set calibration.batch_size=1",
+            )
         elif isinstance(error, OSError):
             error = MachineError(str(error), "check the disk and its permissions; finished work is kept")
         if isinstance(error, CompressError) and type(error) is not CompressError:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llmcompress.compress.allocate.budget import Budget
-from llmcompress.compress.memory import peak, stages
+from llmcompress.compress.memory import Stage, peak, stages
 from llmcompress.compress.pipeline import Opened, needs_data
 from llmcompress.compress.rewrite import check_methods
 from llmcompress.errors import InputError, MachineError
@@ -73,16 +73,7 @@ def forecast(opened: Opened, recipe: Recipe, budget: Budget, *, spilled: bool = 
     output = int(min(other + spent / 8, high_bytes))
     hidden = _hidden_bytes(opened, recipe)
     found = stages(opened, recipe, reads=needs_data(recipe))
-    highest, waiting = peak(found, spilled=spilled), 0
-    if spilled:
-        waiting = max(stage.hidden for stage in found)
-    if recipe.scorer == "fisher":  # what enters every block
-        waiting += (
-            hidden
-            * min(recipe.calibration.score_samples, recipe.calibration.samples)
-            * len(opened.trace.blocks)
-            // recipe.calibration.samples
-        )
+    highest = peak(found, spilled=spilled)
     return Forecast(
         blocks=len(opened.trace.blocks),
         parameters=opened.trace.parameters,
@@ -95,7 +86,7 @@ def forecast(opened: Opened, recipe: Recipe, budget: Budget, *, spilled: bool = 
         memory_stage=highest.name,
         memory=highest.every(spilled=spilled),
         spilled=spilled,
-        disk_bytes=output + 2 * hidden + waiting + _rewritten_bytes(opened, recipe),
+        disk_bytes=output + _waiting_bytes(opened, recipe, found, spilled=spilled) + _rewritten_bytes(opened, recipe),
         hidden_bytes=hidden,
     )
 
@@ -141,6 +132,16 @@ def _hidden_bytes(opened: Opened, recipe: Recipe) -> int:
     width = int(opened.skeleton.config.get_text_config().hidden_size)
     length = min(recipe.calibration.sequence_length, opened.context_tokens or recipe.calibration.sequence_length)
     return recipe.calibration.samples * length * width * FLOAT_BYTES
+
+
+def _waiting_bytes(opened: Opened, recipe: Recipe, found: tuple[Stage, ...], *, spilled: bool) -> int:
+    """Hidden states on disk: those of two steps, of every block while `fisher` goes forward, and what is spilled."""
+    hidden = _hidden_bytes(opened, recipe)
+    waiting = 2 * hidden + (max(stage.hidden for stage in found) if spilled else 0)
+    if recipe.scorer == "fisher":
+        part = min(recipe.calibration.score_samples, recipe.calibration.samples)
+        waiting += hidden * part * len(opened.trace.blocks) // recipe.calibration.samples
+    return waiting
 
 
 def _rewritten_bytes(opened: Opened, recipe: Recipe) -> int:

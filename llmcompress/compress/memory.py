@@ -15,6 +15,7 @@ from llmcompress.compress.replay import INPUT_BYTES
 from llmcompress.compress.rewrite import check_methods
 from llmcompress.compress.rounds import Method
 from llmcompress.compress.sequential import BATCH_WEIGHTS
+from llmcompress.model.text import SAMPLING_ROWS
 from llmcompress.plugins import find
 from llmcompress.recipes import Recipe
 from llmcompress.types import LinearInfo
@@ -148,6 +149,8 @@ def stages(opened: Opened, recipe: Recipe, *, reads: bool) -> tuple[Stage, ...]:
         found += _scoring(sizes)
         if recipe.plan.trials:
             found += _trials(sizes)
+    if reads and recipe.calibration.source == "self":
+        found.append(_sampling(sizes))
     if opened.shards.head is not None:
         found.append(_head(sizes, opened.shards.head))
     if recipe.rewrite.methods:  # of the model, or of a block
@@ -165,6 +168,13 @@ def _entering(sizes: _Sizes, reads: bool) -> Stage:
         "activations": sizes.activations() if reads else 0,
     }
     return Stage("entering the model", terms, sizes.hidden(samples))
+
+
+def _sampling(sizes: _Sizes) -> Stage:
+    """Text is drawn from the model itself, which is whole in memory for that, with a cache of keys and values."""
+    trace = sizes.opened.trace
+    cache = 2 * SAMPLING_ROWS * sizes.length * sizes.width * FLOAT * len(trace.blocks)
+    return Stage("sampling text", {"whole model": trace.parameters * FLOAT, "keys and values": cache})
 
 
 def _applying(sizes: _Sizes, reads: bool) -> Stage:
