@@ -1,7 +1,7 @@
 """Peak anonymous memory of each stage of each command, and how it grows with depth.
 
     python bench/memory.py demo --json bench/results/memory-demo.json
-    python bench/memory.py random --depths 4,16 --only score --json bench/results/memory-random.json
+    python bench/memory.py random --depths 2,8 --only score --json bench/results/memory-random.json
     python bench/memory.py shapes --json bench/results/memory-shapes.json
 
 Memory is RssAnon of the process, read every few milliseconds: what the system cannot take back by writing or dropping
