@@ -24,6 +24,7 @@ FLOAT = 4
 PROGRAM = 340 << 20  # the interpreter, torch and transformers, as imported
 FACTOR = 34  # of a column squared: a float32 Hessian and its drift, and its factor and inverse in float64
 ROUNDING = 32  # of a weight while it is rounded: copies in order, what is left, codes, or its target in float64
+HOLES = 1 << 30  # at most, and at most half of what is in use: kept by the C library's heap, of tensors up to 32 MB
 REWRITING = 24  # of a parameter: float32 before and after, float64, and that again to go back to
 LOGIT_COPIES = 6  # of one batch, while two distributions are compared
 GRADIENT_COPIES = 5  # of one batch: logits, probabilities, logarithms and their gradients
@@ -44,11 +45,12 @@ class Stage:
 
     def total(self, *, spilled: bool) -> int:
         """Bytes, with hidden states in memory or not."""
-        return PROGRAM + sum(self.terms.values()) + (0 if spilled else self.hidden)
+        return sum(self.every(spilled=spilled).values())
 
     def every(self, *, spilled: bool) -> dict[str, int]:
         """All terms that are not nothing, the largest first."""
-        found = {"program": PROGRAM, **self.terms, "hidden states": 0 if spilled else self.hidden}
+        found = {**self.terms, "hidden states": 0 if spilled else self.hidden}
+        found |= {"program": PROGRAM, "heap": min(sum(found.values()) // 2, HOLES)}
         return dict(sorted(((k, v) for k, v in found.items() if v), key=lambda pair: -pair[1]))
 
 
