@@ -2,12 +2,25 @@
 
     CompressError
     ├── InputError        2   what the user gave is wrong or unsafe; nothing was written
+    │   └── Refused       2   the same, with every fault that was found
     ├── MachineError      3   the machine failed (disk, memory, network); finished work is kept
     ├── BusyError         6   another run holds this output
     └── Interrupted  130/143  a signal stopped the run; finished work is kept
 
-Anything else that escapes is a bug and ends with 5.
+Anything else that escapes is a bug and ends with 5. Messages may quote files of strangers: what could move the cursor,
+start a line of its own or turn the direction of writing does not get through.
 """
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+UNPRINTABLE = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def one_line(text: str) -> str:
+    """Text of unknown origin on one line: control characters, line ends, marks of direction, half pairs become `?`."""
+    return UNPRINTABLE.sub("?", text)
 
 
 class CompressError(Exception):
@@ -16,15 +29,33 @@ class CompressError(Exception):
     exit_code = 5
 
     def __init__(self, what: str, hint: str = "") -> None:
-        super().__init__(what)
-        self.what = what
-        self.hint = hint
+        self.what, self.hint = one_line(what), one_line(hint)
+        super().__init__(self.what)
 
 
 class InputError(CompressError):
     """The user's input is wrong or unsafe."""
 
     exit_code = 2
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong with an input, and what to do about it."""
+
+    what: str
+    hint: str
+
+
+class Refused(InputError):
+    """An input with one or more faults: `findings` has all of them, the message a line for each."""
+
+    def __init__(self, findings: Sequence[Finding]) -> None:
+        clean = (Finding(one_line(x.what), one_line(x.hint)) for x in findings)
+        self.findings = tuple(dict.fromkeys(clean))
+        super().__init__("", "; ".join(dict.fromkeys(x.hint for x in self.findings)))
+        self.what = "\n".join(x.what for x in self.findings)
+        self.args = (self.what,)
 
 
 class MachineError(CompressError):

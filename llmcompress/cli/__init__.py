@@ -44,6 +44,10 @@ COMMANDS = (
     tune_command,
 )
 
+INSTALLED_WITH = {"torch": ("PyTorch", "torch")} | {
+    name: (name, name) for name in ("accelerate", "huggingface_hub", "numpy", "safetensors", "scipy", "transformers")
+}
+
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="llmcompress")
@@ -96,10 +100,10 @@ class _Manners:
         if isinstance(error, click.Abort | KeyboardInterrupt):
             error = Interrupted(signal.SIGINT)
         elif _out_of_memory(error):
-            error = MachineError(
-                "out of memory; finished blocks are kept",
-                "`quantize --max-memory SIZE` takes less; else --set calibration.batch_size=1",
-            )
+            error = MachineError("out of memory; finished blocks are kept", "use --set calibration.batch_size=1")
+        elif isinstance(error, ModuleNotFoundError) and error.name in INSTALLED_WITH:
+            title, package = INSTALLED_WITH[error.name]
+            error = MachineError(f"{title} is not installed", f"pip install {package}")
         elif isinstance(error, OSError):
             error = MachineError(str(error), "check the disk and its permissions; finished work is kept")
         if isinstance(error, CompressError) and type(error) is not CompressError:

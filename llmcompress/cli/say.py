@@ -2,7 +2,6 @@
 
 import logging
 import os
-import re
 import sys
 import traceback
 from collections.abc import Iterable, Sequence
@@ -11,21 +10,15 @@ from typing import Any
 
 import click
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-from llmcompress.errors import CompressError
+from llmcompress.errors import CompressError, Finding, Refused, one_line
 from llmcompress.files import to_json
 from llmcompress.pictures.words import megabytes as megabytes
 
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+MOST_FINDINGS = 20
 LOG = logging.getLogger("llmcompress")
 LOG.addHandler(logging.NullHandler())
-
-
-def clean(text: str) -> str:
-    """Text of unknown origin without control characters or markup."""
-    return escape(CONTROL.sub("?", text))
 
 
 class Speaker:
@@ -35,14 +28,14 @@ class Speaker:
         self.json = json
         self.quiet = quiet
         self.verbose = verbose
-        self.err = Console(stderr=True, highlight=False, soft_wrap=True)
-        self.out = Console(highlight=False, soft_wrap=True)
+        plain: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False, "soft_wrap": True}
+        self.err, self.out = Console(stderr=True, **plain), Console(**plain)
 
     def talk(self, text: str) -> None:
         """A remark on stderr."""
         LOG.info(text)
         if not self.quiet:
-            self.err.print(clean(text))
+            self.err.print(one_line(text))
 
     def result(self, document: Any, lines: Iterable[str] = ()) -> None:
         """The answer: the document with --json, otherwise the lines."""
@@ -50,26 +43,32 @@ class Speaker:
             click.echo(to_json(document), nl=False)
             return
         for line in lines:
-            self.out.print(clean(line))
+            self.out.print(one_line(line))
 
     def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         """A table on stdout; silent with --json."""
         if self.json:
             return
-        table = Table(title=title or None, box=None, pad_edge=False, title_justify="left")
+        table = Table(title=one_line(title) or None, box=None, pad_edge=False, title_justify="left")
         for place, column in enumerate(columns):
-            table.add_column(column, justify="left" if place == 0 else "right", no_wrap=True)
+            table.add_column(one_line(column), justify="left" if place == 0 else "right", no_wrap=True)
         for row in rows:
-            table.add_row(*(clean(cell) for cell in row))
+            table.add_row(*(one_line(cell) for cell in row))
         self.out.print(table)
 
 
 def tell_error(error: CompressError) -> None:
-    """One error, at most six lines, on stderr."""
+    """An error and its hint on stderr; where there are several findings a line for each, and hints after them."""
     LOG.error("%s (%s)", error.what, error.hint)
-    click.echo(f"error: {CONTROL.sub('?', error.what)}", err=True)
-    if error.hint:
-        click.echo(f"  hint: {CONTROL.sub('?', error.hint)}", err=True)
+    findings = error.findings if isinstance(error, Refused) else (Finding(error.what, error.hint),)
+    shown = findings[:MOST_FINDINGS]
+    for place, finding in enumerate(shown):
+        click.echo(f"error: {finding.what}", err=True)
+        last = place + 1 == len(shown) or shown[place + 1].hint != finding.hint
+        if finding.hint and last:
+            click.echo(f"  hint: {finding.hint}", err=True)
+    if len(findings) > len(shown):
+        click.echo(f"error: and {len(findings) - len(shown)} more like these", err=True)
 
 
 def tell_bug(error: BaseException) -> None:
@@ -104,7 +103,7 @@ def command_line() -> str:
             Path(plain).name if "/" in plain and (plain.startswith((".", "/", "~")) or Path(plain).exists()) else plain
         )
         words.append(f"{flag}={short}" if equals else short)
-    return CONTROL.sub("?", " ".join(words))
+    return one_line(" ".join(words))
 
 
 def dropping_lines(dropping: Any) -> list[str]:
