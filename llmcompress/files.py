@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import math
 import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import yaml
 from llmcompress.errors import InputError, MachineError
 
 CHUNK_BYTES = 1 << 22
+LARGEST_DOCUMENT_BYTES = 256 << 20
 
 
 def _umask() -> int:
@@ -87,31 +90,57 @@ def _no_constant(word: str) -> float:
     raise ValueError(f"{word} is not JSON")
 
 
+def _finite(word: str) -> float:
+    number = float(word)
+    if not math.isfinite(number):
+        raise ValueError(f"{word[:20]} is more than a number can be")
+    return number
+
+
 def parse_json(text: str | bytes, where: str) -> Any:
-    """Strict JSON: duplicate keys, NaN and absurd nesting raise InputError naming `where`."""
+    """Strict JSON in UTF-8: duplicate keys, NaN, infinity and absurd nesting raise InputError naming `where`."""
     try:
-        return json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+        plain = text if isinstance(text, str) else text.decode()  # json would guess the encoding
+        return json.loads(plain, object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_float=_finite)
     except (ValueError, RecursionError) as error:
-        what = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        what = "nested too deeply" if isinstance(error, RecursionError) else str(error)[:160]
         raise InputError(f"{where}: not valid JSON: {what}", "download the file again or repair it") from None
 
 
-def read_json(path: Path) -> Any:
-    """`parse_json` of a file. Raises InputError when it cannot be read."""
+def read_small(path: Path, largest: int = LARGEST_DOCUMENT_BYTES) -> bytes:
+    """A file of at most `largest` bytes. Raises InputError where it is larger, no regular file, or cannot be read.
+
+    Nothing is read from a pipe or a device, and a file that grows meanwhile is not read beyond the limit.
+    """
     try:
-        return parse_json(path.read_bytes(), path.name)
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe must not hang us
+        with os.fdopen(handle, "rb") as stream:
+            if not stat.S_ISREG(os.fstat(handle).st_mode):
+                raise InputError(f"{path.name}: not a regular file", "give an ordinary file in its place")
+            data = stream.read(largest + 1)
     except OSError as error:
         raise InputError(f"{path.name}: {error.strerror}", "check the path and its permissions") from None
+    if len(data) > largest:
+        raise InputError(f"{path.name}: more than {largest:,} bytes", "no model has one of this size; do not trust it")
+    return data
+
+
+def read_json(path: Path, largest: int = LARGEST_DOCUMENT_BYTES) -> Any:
+    """`parse_json` of a file. Raises InputError when it cannot be read, or is larger than `largest` bytes."""
+    return parse_json(read_small(path, largest), path.name)
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML without aliases and without duplicate keys."""
+    """YAML without aliases, tags and duplicate keys."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        """Refuse aliases, which can blow a small file up."""
+        """Refuse aliases, which can blow a small file up, and tags, which choose what is made of a value."""
         if self.check_event(yaml.events.AliasEvent):
             line = self.peek_event().start_mark.line + 1  # type: ignore[no-untyped-call]
             raise yaml.YAMLError(f"line {line}: aliases are not allowed")
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        if getattr(event, "tag", None) is not None:
+            raise yaml.YAMLError(f"line {event.start_mark.line + 1}: tags are not allowed")
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:

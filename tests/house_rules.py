@@ -133,7 +133,7 @@ def missing_docstrings(tree: ast.Module) -> list[str]:
 
 
 def bad_habits(tree: ast.Module) -> list[str]:
-    """print, assert, bare or broad except, unpickling, global statements, unfinished work."""
+    """print, assert, bare or broad except, global statements, unfinished work."""
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Assert):
@@ -142,15 +142,74 @@ def bad_habits(tree: ast.Module) -> list[str]:
             found.append(f"{node.lineno}: global")
         elif isinstance(node, ast.ExceptHandler) and _broad(node.type):
             found.append(f"{node.lineno}: broad except")
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("print", "torch.load", "eval", "exec"):
-            found.append(f"{node.lineno}: {ast.unparse(node.func)}()")
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "print":
+            found.append(f"{node.lineno}: print()")
         elif isinstance(node, ast.Name) and node.id in FORBIDDEN_WORDS:
             found.append(f"{node.lineno}: {node.id}")
-        elif isinstance(node, ast.Import | ast.ImportFrom) and "pickle" in ast.unparse(node):
-            found.append(f"{node.lineno}: pickle")
-        elif isinstance(node, ast.ImportFrom) and node.module == "torch" and "load" in {a.name for a in node.names}:
-            found.append(f"{node.lineno}: torch.load")
     return found
+
+
+UNPICKLERS = ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal")
+FROM = ("torch.load", "yaml.load", "json.load", "json.loads", "importlib.import_module")  # say whose they are
+TEMPLATES = ("apply_chat_template", "get_chat_template", "render_jinja_template")
+# modules that may import by a name that is no literal: the folder of plug-ins, and the constants of two calls
+IMPORTERS = ("llmcompress.plugins", "llmcompress.model.sources")
+# readers of JSON that is no stranger's document: rows of calibration text, and the user's own table of tile sizes
+LOOSE_JSON = ("llmcompress.files", "llmcompress.model.sources", "llmcompress.kernels.triton.tuning")
+
+
+def strange_imports(tree: ast.Module) -> list[str]:
+    """Modules that run what they read: unpicklers, and jinja2 but for the error that templates of others raise."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not (
+            node.module == "jinja2" and {alias.name for alias in node.names} == {"UndefinedError"}
+        ):
+            names = [node.module or "", *(f"{node.module}.{a.name}" for a in node.names)]
+        else:
+            continue
+        found += [f"{node.lineno}: {n}" for n in names if n.split(".")[0] in (*UNPICKLERS, "jinja2") or n in FROM]
+    return found
+
+
+def strange_calls(module: str, tree: ast.Module) -> list[str]:
+    """Calls that could run what a stranger's file says, or that read it less strictly than `files` does."""
+    found = []
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        name, given = ast.unparse(call.func), {k.arg: ast.unparse(k.value) for k in call.keywords}
+        owner, _, leaf = name.rpartition(".")
+        literal = bool(call.args) and isinstance(call.args[0], ast.Constant)
+        complaints = {
+            "unpickles": name == "torch.load" or owner.split(".")[0] in UNPICKLERS,
+            "unpickles arrays": given.get("allow_pickle", "False") != "False",
+            "unpickles weights": given.get("weights_only", "True") != "True",
+            "runs the model's code": given.get("trust_remote_code", "False") != "False",
+            "may ask to run the model's code": leaf == "from_pretrained"
+            and _auto(owner)
+            and given.get("trust_remote_code") != "False",
+            "may open pickles": leaf == "from_pretrained"
+            and not _auto(owner, besides="AutoModel")
+            and given.get("use_safetensors") != "True",
+            "imports by a name it is given": leaf in ("import_module", "__import__")
+            and not literal
+            and module not in IMPORTERS,
+            "reads YAML loosely": owner == "yaml"
+            and "load" in leaf
+            and not (module == "llmcompress.files" and given.get("Loader") == "_StrictLoader"),
+            "reads JSON loosely": name in ("json.load", "json.loads") and module not in LOOSE_JSON,
+            "renders a template": leaf in TEMPLATES or "apply_chat_template" in given,
+            "runs text": name in ("eval", "exec", "compile", "os.system", "os.popen") or given.get("shell") == "True",
+        }
+        found += [f"{call.lineno}: {name}() {what}" for what, wrong in complaints.items() if wrong]
+    return found
+
+
+def _auto(owner: str, besides: str = "") -> bool:
+    """Whether the class is one of transformers' Auto classes, other than those whose name starts with `besides`."""
+    name = owner.rpartition(".")[2]
+    return name.startswith("Auto") and not (besides and name.startswith(besides))
 
 
 def unfinished(text: str) -> list[str]:

@@ -1,6 +1,7 @@
 """Atomic writes and strict readers."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmcompress.errors import InputError, MachineError
-from llmcompress.files import commit_bytes, file_digest, parse_json, parse_yaml
+from llmcompress.files import commit_bytes, file_digest, parse_json, parse_yaml, read_json, read_small
 from llmcompress.recipes import Recipe, load_recipe, recipe_names
 
 
@@ -31,8 +32,12 @@ def test_a_refused_commit_changes_nothing(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["folder"]
 
 
-@pytest.mark.parametrize("text", ['{"a": 1, "a": 2}', "NaN", "[" * 100_000, "{", '{"a": Infinity}'])
-def test_json_is_strict(text: str) -> None:
+@pytest.mark.parametrize(
+    "text",
+    ['{"a": 1, "a": 2}', "NaN", "[" * 100_000, "{", '{"a": Infinity}', "1e999",
+     "9" * 5000, b"\xff\xfe[\x001\x00]\x00", b"\xef\xbb\xbf1"],
+)  # fmt: skip
+def test_json_is_strict(text: str | bytes) -> None:
     with pytest.raises(InputError, match=r"x\.json"):
         parse_json(text, "x.json")
 
@@ -49,11 +54,38 @@ def test_json_that_is_fine_is_read(value: object) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["a: 1\na: 2", "a: &x [1]\nb: *x", "a: !!python/object/apply:os.system ['true']", "a: [", "1: 2", "? [a]\n: b"],
+    [
+        "a: 1\na: 2",
+        "a: &x [1]\nb: *x",
+        "a: !!python/object/apply:os.system ['true']",
+        "a: [",
+        "1: 2",
+        "? [a]\n: b",
+        "a: !!str 5",
+        "!!map {a: 1}",
+        "a: !x [1]",
+        "a: ! 1",
+        "[" * 5000,
+        "a: " + "9" * 5000,
+    ],
 )
 def test_yaml_is_strict(text: str) -> None:
     with pytest.raises(InputError, match=r"x\.yaml"):
         parse_yaml(text, "x.yaml")
+
+
+def test_small_files_are_read_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    path.write_bytes(b"[1]")
+    assert read_json(path, 3) == [1]
+    with pytest.raises(InputError, match="more than 2 bytes"):
+        read_json(path, 2)
+    os.mkfifo(tmp_path / "pipe")
+    for odd in (tmp_path / "pipe", tmp_path, Path("/dev/zero"), tmp_path / "none"):
+        with pytest.raises(InputError, match=odd.name):
+            read_small(odd)
+    with pytest.raises(InputError, match="pipe"):
+        load_recipe(str(tmp_path / "pipe"))
 
 
 @pytest.mark.parametrize("name", recipe_names())

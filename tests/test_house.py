@@ -38,10 +38,12 @@ TREE_RULES: dict[str, tuple[Callable[[ast.Module], list[str]], str]] = {
     "broad except among others": (rules.bad_habits, "try:\n    pass\nexcept (OSError, Exception):\n    pass"),
     "bare except": (rules.bad_habits, "try:\n    pass\nexcept:\n    pass"),
     "print": (rules.bad_habits, "print(1)"),
-    "torch.load": (rules.bad_habits, "torch.load(x)"),
-    "load from torch": (rules.bad_habits, "from torch import load"),
-    "pickle": (rules.bad_habits, "import pickle"),
     "stub": (rules.bad_habits, "raise NotImplementedError"),
+    "pickle": (rules.strange_imports, "import pickle"),
+    "pickle of a part": (rules.strange_imports, "from joblib.externals import x"),
+    "load from torch": (rules.strange_imports, "from torch import load"),
+    "loads from json": (rules.strange_imports, "from json import loads"),
+    "templates": (rules.strange_imports, "from jinja2 import Template, UndefinedError"),
     "global": (rules.bad_habits, "def f() -> None:\n    global x\n"),
 }
 
@@ -52,6 +54,51 @@ def test_rule_holds_and_can_fail(name: str) -> None:
     assert check(ast.parse(textwrap.dedent(broken)))
     complaints = [f"{path.relative_to(ROOT)}:{line}" for path in FILES for line in check(TREES[path])]
     assert not complaints, "\n".join(complaints)
+
+
+STRANGE = [
+    "torch.load(x)",
+    "pickle.loads(x)",
+    "numpy.load(x, allow_pickle=True)",
+    "load(x, weights_only=False)",
+    "AutoConfig.from_pretrained(x)",
+    "transformers.AutoTokenizer.from_pretrained(x, trust_remote_code=flag)",
+    "f(x, trust_remote_code=True)",
+    "AutoModelForCausalLM.from_pretrained(x, trust_remote_code=False)",
+    "shorter.from_pretrained(x)",
+    "importlib.import_module(x)",
+    "__import__(config['class'])",
+    "yaml.safe_load(x)",
+    "yaml.load_all(x)",
+    "yaml.load(x, Loader=yaml.Loader)",
+    "json.loads(x)",
+    "tokenizer.apply_chat_template(x)",
+    "simple_evaluate(apply_chat_template=True)",
+    "eval(x)",
+    "exec(x)",
+    "compile(x, 'y', 'exec')",
+    "subprocess.run(x, shell=True)",
+]
+
+
+@pytest.mark.parametrize("code", STRANGE)
+def test_the_rule_about_strange_calls_can_fail(code: str) -> None:
+    assert rules.strange_calls("llmcompress.model.x", ast.parse(code))
+
+
+def test_the_rule_about_strange_calls_lets_the_safe_ones_through() -> None:
+    code = (
+        "AutoConfig.from_pretrained(x, trust_remote_code=False)\n"
+        "AutoModel.from_pretrained(x, trust_remote_code=False, use_safetensors=True)\n"
+        "importlib.import_module('torch')\nre.compile(x)\nnumpy.load(x, allow_pickle=False)\nyaml.safe_dump(x)\n"
+    )
+    assert not rules.strange_calls("llmcompress.model.x", ast.parse(code))
+    assert not rules.strange_calls("llmcompress.files", ast.parse("yaml.load(x, Loader=_StrictLoader)"))
+
+
+def test_nothing_runs_what_a_strangers_file_says() -> None:
+    found = [f"{NAMES[p]}:{x}" for p in FILES for x in rules.strange_calls(NAMES[p], TREES[p])]
+    assert not found, "\n".join(found)
 
 
 def test_files_are_short() -> None:

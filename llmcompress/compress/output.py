@@ -1,6 +1,5 @@
 """The small files of an output: config, index, side files, model card, and the record of the run."""
 
-import json
 import re
 import shutil
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ import yaml
 from llmcompress.compress.formats import exporter_of
 from llmcompress.compress.heal.records import HealRecord
 from llmcompress.compress.shards import INDEX_NAME, ShardMap, index_document
-from llmcompress.files import commit_bytes, commit_json, file_digest, to_json
+from llmcompress.files import commit_bytes, commit_json, file_digest, read_json, to_json
 from llmcompress.model.hub import Source
 from llmcompress.types import BlockOutcome, LinearSpec, ModelTrace, Noun, Plan, RewriteRecord
 
@@ -150,7 +149,7 @@ def specs_of(plan: Plan) -> dict[str, LinearSpec]:
 def write_small_files(folder: Path, source: Path, shards: ShardMap, story: Story, heads: tuple[str, ...]) -> None:
     """Everything but the shards and the record; the index, without which the shards are nothing, comes last."""
     copy_side_files(source, folder)
-    original = json.loads((source / "config.json").read_bytes())
+    original = read_json(source / "config.json")
     document = story.exporter.config_document(original, story.plan, story.trace, heads)
     commit_json(folder / "config.json", document)
     commit_bytes(folder / "README.md", model_card(story).encode())

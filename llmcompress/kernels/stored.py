@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.errors import InputError
+from llmcompress.files import parse_json
 from llmcompress.kernels import fourbit, reference
 from llmcompress.kernels.codes import Codes
 from llmcompress.kernels.inputs import FLOAT8, InputQuantizer
@@ -278,7 +279,7 @@ def _record(stem: str, kind: str, read: Read) -> _Record:
     """The JSON record of a 4-bit weight. Raises InputError when it is damaged."""
     name = stem + STATE + kind
     try:
-        document = json.loads(read(name).cpu().numpy().tobytes())
+        document = parse_json(read(name).cpu().numpy().tobytes(), name)
         rows, columns = document["shape"]
         offset = float(document.get("nested_offset", 0.0))
         found = _Record(int(rows), int(columns), int(document["blocksize"]), offset)

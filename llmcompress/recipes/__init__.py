@@ -8,11 +8,12 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from llmcompress.errors import InputError
-from llmcompress.files import parse_yaml
+from llmcompress.files import parse_yaml, read_small
 from llmcompress.options import RewriteOptions, ScorerOptions
 from llmcompress.plugins import nearest
 from llmcompress.types import Noun, QuantizerOptions
 
+LARGEST_BYTES = 1 << 20
 SUFFIX = ".yaml"
 DEFAULT = "balanced"
 NAME_TABLES = ("plan.pin", "plan.candidates")  # their keys are names of linears
@@ -80,10 +81,11 @@ def recipe_text(word: str) -> tuple[str, str]:
     if not path.suffix and not path.exists():
         raise InputError(f"unknown recipe: {word}", nearest(word, recipe_names()))
     try:
-        return path.read_text(encoding="utf-8"), path.name
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise InputError(f"recipe {word}: {reason}", "give a file, or one of: " + ", ".join(recipe_names())) from None
+        return read_small(path, LARGEST_BYTES).decode(), path.name
+    except UnicodeDecodeError:
+        raise InputError(f"recipe {word}: not UTF-8 text", "save it as UTF-8") from None
+    except InputError as error:
+        raise InputError(f"recipe {error.what}", "give a file, or one of: " + ", ".join(recipe_names())) from None
 
 
 def load_recipe(word: str, changes: tuple[str, ...] = ()) -> Recipe:

@@ -68,7 +68,7 @@ def _open(folder: Path, config: Any, record: SkipRecord | None, options: dict[st
     """A model through transformers' own loader, without its skipped halves, and what transformers says of it."""
     if record is None:
         return transformers.AutoModelForCausalLM.from_pretrained(  # type: ignore[no-any-return]
-            folder, config=config, output_loading_info=True, **options
+            folder, config=config, output_loading_info=True, trust_remote_code=False, use_safetensors=True, **options
         )
     with init_empty_weights():
         plain = type(transformers.AutoModelForCausalLM.from_config(config))
@@ -78,7 +78,9 @@ def _open(folder: Path, config: Any, record: SkipRecord | None, options: dict[st
         skip(self, record)
 
     shorter: Any = type(plain.__name__, (plain,), {"__init__": build, "__module__": plain.__module__})
-    model, report = shorter.from_pretrained(folder, config=config, output_loading_info=True, **options)
+    model, report = shorter.from_pretrained(
+        folder, config=config, output_loading_info=True, use_safetensors=True, **options
+    )
     model.__class__ = plain
     return model, report
 
@@ -105,7 +107,7 @@ def _dense(folder: Path, reader: PackedReader, dtype: torch.dtype | None) -> tup
             tensor = tensor.to(wanted).contiguous()
         state[name] = tensor
     model, report = type(empty).from_pretrained(
-        None, config=config, state_dict=state, dtype=wanted, output_loading_info=True
+        None, config=config, state_dict=state, dtype=wanted, output_loading_info=True, use_safetensors=True
     )
     parameters = dict(model.named_parameters())
     # the file may leave a prefix of a name out

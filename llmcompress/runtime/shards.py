@@ -1,6 +1,5 @@
 """Tensors by name from safetensors files."""
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llmcompress.errors import InputError
+from llmcompress.files import read_json
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -74,10 +74,7 @@ def shards_of(folder: Path) -> tuple[Path, ...]:
 
 def read_document(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises InputError where it is none."""
-    try:
-        document = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        raise InputError(f"{path.name}: missing or not JSON", "give a model directory") from None
+    document = read_json(path)
     if not isinstance(document, dict):
         raise InputError(f"{path.name}: not a JSON object", "give a model directory")
     return document
