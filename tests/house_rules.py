@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 LONGEST_FILE, LONGEST_BODY, DEEPEST, MOST_PARAMETERS, POSITIONAL = 350, 40, 4, 6, 3
-GROUND = ("errors", "spec", "types", "options", "files", "plugins", "recipes", "pictures")
+GROUND = ("errors", "spec", "types", "options", "files", "plugins", "recipes", "pictures", "preflight")
 # room -> rooms of ours it may import (itself always), and outside packages it may not
 ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "": (GROUND, ("torch", "transformers", "click", "rich")),  # llmcompress/__init__.py
@@ -18,6 +18,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "options": (("spec", "errors"), ("torch", "transformers", "click", "rich")),
     "pictures": (("types", "errors", "files"), ("torch", "transformers", "click", "rich")),
     "files": (("errors",), ("torch", "transformers", "click", "rich")),
+    "preflight": (("errors", "files"), ("torch", "transformers", "numpy", "click", "rich")),
     "plugins": (("errors",), ("torch", "transformers", "click", "rich")),
     "recipes": (GROUND, ("torch", "transformers", "click", "rich")),
     "kernels": (("types", "spec", "errors", "files", "plugins"), ("transformers", "click", "rich")),
@@ -41,7 +42,6 @@ TORCHLESS = (
     "compress.allocate.ratio",
     "compress.allocate.spend",
     "compress.allocate.sweep",
-    "model.header",
 )
 FORBIDDEN_WORDS = ("NotImplementedError", "TODO", "FIXME")
 LAZY = re.compile(r"# lazy: *\S")

@@ -25,12 +25,15 @@ def bench_command(model: Path | None, tokens: int, seconds: float, threads: int 
 
     LLMCOMPRESS_BACKEND=NAME times another backend than the one that would be taken.
     """
+    from llmcompress.preflight import check_source
+
+    files = None if model is None else check_source(model, packed=True)
     import torch
 
     from llmcompress.runtime.timing import read_gigabytes_per_second
 
     torch.set_num_threads(threads or torch.get_num_threads())
-    groups = _typical() if model is None else _of_model(model)
+    groups = _typical() if files is None else _of_model(files)
     rows = [row for key, group in groups.items() for row in _race(key, group, tokens, seconds)]
     speed = read_gigabytes_per_second()
     title = (
@@ -63,13 +66,13 @@ def _typical() -> dict[Any, Any]:
     }
 
 
-def _of_model(path: Path) -> dict[Any, Any]:
+def _of_model(files: Any) -> dict[Any, Any]:
     """The linears of a checkpoint, by format and size, at most `COPIES` of each read."""
     from llmcompress.runtime.packed import PackedReader
-    from llmcompress.runtime.shards import ShardReader, read_document, shards_of
+    from llmcompress.runtime.shards import ShardReader
 
-    shards = ShardReader(shards_of(path))
-    reader = PackedReader(shards, read_document(path / "config.json"))
+    shards = ShardReader(files.paths)
+    reader = PackedReader(shards, files.config)
     stems: dict[Any, list[str]] = defaultdict(list)
     for stem in reader.stems():
         codes_alone = reader.spec_of(stem).model_copy(update={"rank": 0})

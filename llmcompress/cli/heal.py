@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from llmcompress.cli.options import pick_device, speaking
+from llmcompress.cli.options import find_model, pick_device, speaking
 from llmcompress.cli.say import Speaker, command_line, megabytes, typed
 
 OPTIONS = (
@@ -68,11 +68,11 @@ def heal_command(out: str, speaker: Speaker, **flags: Any) -> None:
     The loss is KL(original || healed) on text. What comes out is never worse than OUT on text that was not trained on.
     The same command goes on where an interrupted run stopped.
     """
+    request = _request(out, flags)
     from llmcompress.compress.heal.run import Healed, Started, heal
     from llmcompress.compress.heal.state import Position
     from llmcompress.compress.run import Warned
 
-    request = _request(out, flags)
     finished = None
     for event in heal(request):
         match event:
@@ -90,9 +90,7 @@ def heal_command(out: str, speaker: Speaker, **flags: Any) -> None:
 
 
 def _request(out: str, flags: dict[str, Any]) -> Any:
-    from llmcompress.model.hub import resolve
-
-    source, against = resolve(out), resolve(flags["against"])
+    source, against = (find_model(word, packed=True) for word in (out, flags["against"]))
     from llmcompress.compress.heal.lora import LoraOptions
     from llmcompress.compress.heal.places import Places
     from llmcompress.compress.heal.request import HealRequest

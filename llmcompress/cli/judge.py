@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from llmcompress.cli.figures import lines_of
-from llmcompress.cli.options import pick_device, speaking
+from llmcompress.cli.options import find_model, pick_device, speaking
 from llmcompress.cli.say import Speaker, command_line
 
 
@@ -16,6 +16,9 @@ from llmcompress.cli.say import Speaker, command_line
 @speaking
 def verify_command(output: Path, device: str | None, speaker: Speaker) -> None:
     """Reopen OUTPUT: hashes, index, true bits against the plan, NaN, logits against the stored codes."""
+    from llmcompress.preflight import check_source
+
+    check_source(output, packed=True)
     from llmcompress.compress.verify import require, verify
 
     checks = require(verify(output, pick_device(device)))
@@ -61,9 +64,7 @@ def eval_command(model: str, ref: str, output: Path | None, speaker: Speaker, **
 
 
 def _request(model: str, ref: str, flags: dict[str, Any]) -> Any:
-    from llmcompress.model.hub import resolve
-
-    sources = resolve(model), resolve(ref)
+    sources = find_model(model, packed=True), find_model(ref, packed=True)
     from llmcompress.eval.run import EvalRequest
     from llmcompress.model.text import TextRequest
 

@@ -35,7 +35,7 @@ LIBRARIES = (
 @speaking
 def inspect_command(path: Path, speaker: Speaker) -> None:
     """Show what is in a checkpoint: formats, widths, bytes, both bits per weight. Opens headers only."""
-    from llmcompress.model.preflight import check_source
+    from llmcompress.preflight import check_source
 
     files = check_source(path, packed=True)
     document = _contents(files)

@@ -64,6 +64,19 @@ def read_recipe(recipe: str, changes: tuple[str, ...], calibration: str | None, 
     return found if seed is None else found.model_copy(update={"seed": seed})
 
 
+def find_model(model: str, *, packed: bool = False) -> Any:
+    """MODEL on this machine, looked over before any library that could open it is imported. Raises InputError.
+
+    packed  it may be quantized already
+    """
+    from llmcompress.model.hub import resolve
+    from llmcompress.preflight import check_source
+
+    source = resolve(model)
+    check_source(source.path, packed=packed)
+    return source
+
+
 def pick_device(device: str | None) -> str:
     """A device torch has here. Raises InputError."""
     import torch

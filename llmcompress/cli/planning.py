@@ -15,7 +15,7 @@ from llmcompress.cli.drawing import (
     terminal_bars,
     write_pictures,
 )
-from llmcompress.cli.options import pick_device, read_recipe, recipe_options, speaking
+from llmcompress.cli.options import find_model, pick_device, read_recipe, recipe_options, speaking
 from llmcompress.cli.say import Speaker, dropping_lines, megabytes
 from llmcompress.cli.scoring import PICTURES, write_json
 
@@ -95,13 +95,10 @@ def _is_file(model: str) -> bool:
 def read_scores(path: Path) -> Any:
     """A score file. Raises InputError naming the place where it is damaged."""
     from llmcompress.compress.decide import check_scores
-    from llmcompress.errors import InputError
+    from llmcompress.files import read_small
     from llmcompress.types import ScoreFile
 
-    try:
-        file = ScoreFile.parse(path.read_bytes(), path.name)
-    except OSError as error:
-        raise InputError(f"{path.name}: {error.strerror}", "check the path and its permissions") from None
+    file = ScoreFile.parse(read_small(path), path.name)
     check_scores(file)
     return file
 
@@ -147,14 +144,13 @@ def _from_model(model: str, budget: Any, flags: dict[str, Any], frontier: bool, 
     if flags["scorer"] is not None:
         recipe = recipe.model_copy(update={"scorer": flags["scorer"]})
     given = None if flags["scores_path"] is None else read_scores(flags["scores_path"])
+    source = find_model(model)
     from llmcompress.compress import pipeline, planning
     from llmcompress.compress.decide import Desk
     from llmcompress.compress.joint import dropped
     from llmcompress.compress.reuse import expected, reuse
     from llmcompress.errors import InputError
-    from llmcompress.model.hub import resolve
 
-    source = resolve(model)
     reads = pipeline.needs_data(recipe)
     whole_file = budget.whole_file
     opened = pipeline.open_model(source, recipe, pick_device(flags["device"]), whole_file=whole_file)

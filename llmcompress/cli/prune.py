@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from llmcompress.cli.drawing import say_lines, say_table, terminal_bars, write_pictures
-from llmcompress.cli.options import pick_device, read_recipe, recipe_options, speaking
+from llmcompress.cli.options import find_model, pick_device, read_recipe, recipe_options, speaking
 from llmcompress.cli.say import Speaker, command_line, megabytes
 from llmcompress.cli.scoring import PICTURES
 
@@ -38,10 +38,10 @@ def prune_command(model: str, speaker: Speaker, **flags: Any) -> None:
     written opens in plain transformers, and is compared logit for logit with the model that passes those blocks over.
     Skipped halves are zeros there; llmcompress.load saves their computation and their memory.
     """
+    request = _request(model, flags)
     from llmcompress.compress.prune.records import RemovalStep
     from llmcompress.compress.prune.run import Pruned, Ranked, prune
 
-    request = _request(model, flags)
     ranked = finished = None
     for event in prune(request):
         match event:
@@ -75,12 +75,12 @@ def _request(model: str, flags: dict[str, Any]) -> Any:
     if flags["voids"] and flags["by"] not in (None, "voids"):
         raise InputError(f"--voids and --by {flags['by']} are two rankings", "give one of them")
     recipe = read_recipe(flags["recipe"], flags["changes"], flags["calibration"], flags["seed"])
+    source = find_model(model)
     from llmcompress.compress.prune.choose import Search
     from llmcompress.compress.prune.run import PruneRequest
-    from llmcompress.model.hub import resolve
 
     return PruneRequest(
-        source=resolve(model),
+        source=source,
         output=flags["output"],
         recipe=recipe,
         device=pick_device(flags["device"]),

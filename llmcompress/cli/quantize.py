@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from llmcompress.cli.options import pick_device, read_recipe, recipe_options, speaking
+from llmcompress.cli.options import find_model, pick_device, read_recipe, recipe_options, speaking
 from llmcompress.cli.planning import SCORES, read_scores
 from llmcompress.cli.progress import BlockProgress
 from llmcompress.cli.rewrite import tell_rewriting
@@ -61,9 +61,8 @@ def _request(model: str, budget: str, output: Path | None, flags: dict[str, Any]
         raise InputError(f"budget {spent.text} is measured, and plan.trials is off", "leave plan.trials on")
     scores = None if flags["scores_path"] is None else read_scores(flags["scores_path"])
     from llmcompress.compress.journal import check_output
-    from llmcompress.model.hub import resolve
 
-    source = resolve(model)
+    source = find_model(model)
     target = output or default_output(source.name, budget)
     check_output(target, source.path, force=True)
     from llmcompress.compress.run import QuantizeRequest

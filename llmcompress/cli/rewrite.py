@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from llmcompress.cli.options import pick_device, read_recipe, recipe_options, speaking
+from llmcompress.cli.options import find_model, pick_device, read_recipe, recipe_options, speaking
 from llmcompress.cli.say import Speaker, megabytes
 from llmcompress.plugins import available, summary
 
@@ -49,13 +49,11 @@ def rewrite_command(model: str, output: Path, speaker: Speaker, **flags: Any) ->
     if not recipe.rewrite.methods:
         names = ", ".join(f"--{name}" for name in available(REPARAM))
         raise InputError("no rewrite was asked for", f"give one or more of {names}")
+    source = find_model(model)
     from llmcompress.compress.pipeline import rewrite_model
-    from llmcompress.model.hub import resolve
 
     speaker.talk(f"rewriting {model} with {', '.join(recipe.rewrite.methods)} ...")
-    record, size = rewrite_model(
-        resolve(model), recipe, output, device=pick_device(flags["device"]), force=flags["force"]
-    )
+    record, size = rewrite_model(source, recipe, output, device=pick_device(flags["device"]), force=flags["force"])
     if not speaker.json:
         tell_rewriting(record, speaker)
     lines = [

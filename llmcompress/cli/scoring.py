@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from llmcompress.cli.drawing import say_lines, say_table, terminal_bars, write_pictures
-from llmcompress.cli.options import pick_device, read_recipe, recipe_options, speaking
+from llmcompress.cli.options import find_model, pick_device, read_recipe, recipe_options, speaking
 from llmcompress.cli.say import Speaker
 
 PICTURES = click.option(
@@ -44,11 +44,10 @@ def score_command(model: str, output: Path | None, scorers: tuple[str, ...], spe
 
 
 def _score(model: str, recipe: Any, device: str | None, speaker: Speaker, scorers: tuple[str, ...]) -> Any:
+    source = find_model(model)
     from llmcompress.compress.scoring import SCORERS
-    from llmcompress.model.hub import resolve
     from llmcompress.plugins import find
 
-    source = resolve(model)
     names = tuple(dict.fromkeys(scorers)) or (recipe.scorer,)
     for name in names:
         find(SCORERS, name)

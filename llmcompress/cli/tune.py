@@ -19,8 +19,11 @@ DTYPES = ("bfloat16", "float16")
 @speaking
 def tune_command(path: Path, dtype: str, device: str, speaker: Speaker) -> None:
     """Measure tile sizes of the kernels on this GPU for the linears of a checkpoint, and keep them for later runs."""
+    from llmcompress.preflight import check_source
+
+    files = check_source(path, packed=True)
     name = _gpu(device)
-    linears = _linears(path)
+    linears = _linears(files)
     from llmcompress.files import commit_json
     from llmcompress.kernels.triton.tuning import read_table, user_table
 
@@ -49,13 +52,11 @@ def _gpu(device: str) -> str:
     return torch.cuda.get_device_name(device)
 
 
-def _linears(path: Path) -> list[tuple[Any, int, int]]:
+def _linears(files: Any) -> list[tuple[Any, int, int]]:
     """Format, rows and columns of every packed linear of a checkpoint."""
     from llmcompress.model.checkpoint import CheckpointReader
-    from llmcompress.model.preflight import check_source
     from llmcompress.runtime.packed import PackedReader
 
-    files = check_source(path, packed=True)
     reader = PackedReader(CheckpointReader(files.tensors), files.config)
     return [(reader.spec_of(stem).model_copy(update={"rank": 0}), *reader.size_of(stem)) for stem in reader.stems()]
 

@@ -24,7 +24,6 @@ from llmcompress.compress.shards import ShardMap, shard_map
 from llmcompress.model.checkpoint import TORCH_DTYPES, folder_bytes
 from llmcompress.model.hub import Source
 from llmcompress.model.integrity import digest_source, scan
-from llmcompress.model.preflight import check_tokenizer
 from llmcompress.model.skeleton import Skeleton
 from llmcompress.model.text import Batches, TextRequest, load_tokenizer, sample_tokens, token_batches
 from llmcompress.model.trace import trace
@@ -70,7 +69,6 @@ def open_model(source: Source, recipe: Recipe, device: str, *, whole_file: bool 
     check_methods(recipe.rewrite.methods)
     skeleton = Skeleton.open(source.path, device)
     text_config = skeleton.config.get_text_config()
-    check_tokenizer(source.path, int(text_config.vocab_size))
     traced = trace(skeleton)
     if recipe.quantize.rounds_attention:
         install(skeleton.model)

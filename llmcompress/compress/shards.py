@@ -18,8 +18,8 @@ from llmcompress.compress.attention import attention_layout
 from llmcompress.compress.formats import exporter_of
 from llmcompress.files import commit_bytes
 from llmcompress.kernels.stored import Layout as Layout
-from llmcompress.model.header import DTYPE_BYTES, TensorEntry
 from llmcompress.model.skeleton import Skeleton
+from llmcompress.preflight.header import DTYPE_BYTES, TensorEntry
 from llmcompress.types import LinearInfo, LinearSpec, ModelTrace, QuantizerOptions
 
 INDEX_NAME = "model.safetensors.index.json"

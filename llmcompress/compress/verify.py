@@ -13,11 +13,11 @@ from llmcompress.compress.output import RECORD_NAME, OutputRecord, Probe, RunRec
 from llmcompress.errors import CompressError, InputError
 from llmcompress.files import file_digest, parse_json
 from llmcompress.model.checkpoint import CheckpointReader
-from llmcompress.model.header import TensorEntry
 from llmcompress.model.integrity import scan
-from llmcompress.model.preflight import check_source
 from llmcompress.model.skeleton import Skeleton
 from llmcompress.model.stream import BlockStream
+from llmcompress.preflight import check_source
+from llmcompress.preflight.header import TensorEntry
 from llmcompress.runtime.adapter import reader_of
 from llmcompress.runtime.packed import PackedReader
 from llmcompress.types import LinearSpec
@@ -62,8 +62,8 @@ def probe_of(tokens: Tensor, logits: Tensor) -> Probe:
 
 def verify(folder: Path, device: str = "cpu") -> Iterator[Check]:
     """Yield each check as it is made. Raises InputError where the directory cannot even be opened."""
-    record = read_record(folder)
     files = check_source(folder, packed=True)
+    record = read_record(folder)
     yield Check("shards and index", True, f"{len(files.shards)} shards, {len(files.tensors)} tensors agree")
     yield _check_hashes(folder, record)
     if isinstance(record, RunRecord):

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from llmcompress.errors import InputError
-from llmcompress.files import read_json
+from llmcompress.preflight import check_source
 from llmcompress.runtime.adapter import adapter_bytes
 from llmcompress.runtime.load import load
 
@@ -22,7 +22,7 @@ def opened(folder: Path, device: str, dtype: torch.dtype | None = None) -> Any:
     if adapter_bytes(folder):
         what = f"{folder.name} has an adapter, which sampling, speed and tasks would leave out"
         raise InputError(what, "leave --sweep, --speed and --tasks out")
-    if "quantization_config" in read_json(folder / "config.json"):
+    if "quantization_config" in check_source(folder, packed=True).config:
         return load(folder, dtype=dtype, device=device)
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype or "auto", trust_remote_code=False, use_safetensors=True, local_files_only=True

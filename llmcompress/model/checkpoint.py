@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from llmcompress.errors import InputError
-from llmcompress.model.header import TensorEntry
+from llmcompress.model.integrity import check_finite
+from llmcompress.preflight.header import TensorEntry
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {
@@ -49,13 +50,14 @@ def read_raw(entry: TensorEntry) -> bytes:
 
 
 def read_tensor(entry: TensorEntry) -> Tensor:
-    """One tensor in the dtype and shape it has on disk."""
+    """One tensor in the dtype and shape it has on disk. Raises InputError where it has NaN or infinity."""
     dtype = TORCH_DTYPES[entry.dtype]
     if entry.elements == 0:
         return torch.empty(entry.shape, dtype=dtype)
     buffer = numpy.fromfile(entry.path, dtype=numpy.uint8, count=entry.stop - entry.start, offset=entry.start)
     if len(buffer) != entry.stop - entry.start:
         raise InputError(f"{entry.path.name}: ends inside tensor {entry.name}", "the file changed while it was read")
+    check_finite(entry, buffer)
     return torch.from_numpy(buffer).view(dtype).reshape(entry.shape)
 
 

@@ -8,11 +8,12 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy
+from numpy.typing import NDArray
 
 from llmcompress.errors import InputError
 from llmcompress.files import CHUNK_BYTES
-from llmcompress.model.header import DTYPE_BYTES, TensorEntry
-from llmcompress.model.preflight import SourceFiles
+from llmcompress.preflight import SourceFiles
+from llmcompress.preflight.header import DTYPE_BYTES, TensorEntry
 
 # Little-endian integer view of each float, and the bits that are all set in NaN and infinity: those of the exponent,
 # and for float8 all but the sign.
@@ -59,7 +60,7 @@ def _scan_shard(files: SourceFiles, name: str) -> FileDigest:
                 if not piece:
                     raise InputError(f"{name}: ends inside tensor {entry.name!r}", "the file changed while it was read")
                 state.update(piece)
-                _check_finite(name, entry, piece, position - entry.start)
+                check_finite(entry, numpy.frombuffer(piece, dtype=numpy.uint8), position - entry.start)
                 position += len(piece)
         while piece := stream.read(CHUNK_BYTES):
             state.update(piece)
@@ -67,19 +68,19 @@ def _scan_shard(files: SourceFiles, name: str) -> FileDigest:
     return FileDigest(name, position, state.hexdigest())
 
 
-def _check_finite(shard: str, entry: TensorEntry, piece: bytes, offset: int) -> None:
-    """Chunks are whole multiples of every float's size, so no value is cut."""
+def check_finite(entry: TensorEntry, data: NDArray[numpy.uint8], offset: int = 0) -> None:
+    """Raises InputError naming the first NaN or infinity among bytes of a tensor, uint8 `(bytes,)` from `offset` on."""
     if entry.dtype not in EXPONENTS:
         return
     view, mask = EXPONENTS[entry.dtype]
-    values = numpy.frombuffer(piece, dtype=view)
-    bad = (values & mask) == mask
-    if bad.any():
-        place = offset // DTYPE_BYTES[entry.dtype] + int(bad.argmax())
-        raise InputError(
-            f"{shard}: tensor {entry.name!r} has NaN or infinity at index {place}",
-            "the weights are damaged; download the model again",
-        )
+    for start in range(0, len(data), CHUNK_BYTES):  # a multiple of every float's size, so that no value is cut
+        bad = (data[start : start + CHUNK_BYTES].view(view) & mask) == mask
+        if bad.any():
+            place = (offset + start) // DTYPE_BYTES[entry.dtype] + int(bad.argmax())
+            raise InputError(
+                f"{entry.path.name}: tensor {entry.name!r} has NaN or infinity at index {place}",
+                "the weights are damaged; download the model again",
+            )
 
 
 def digest_source(digests: tuple[FileDigest, ...], config: Mapping[str, Any]) -> str:

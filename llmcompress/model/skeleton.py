@@ -5,7 +5,8 @@ naming goes through transformers' own conversion, and a parameter left on meta i
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self, runtime_checkable
@@ -26,9 +27,9 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from llmcompress.errors import InputError
 from llmcompress.model.checkpoint import CheckpointReader, TensorReader
-from llmcompress.model.preflight import SourceFiles, check_source
 from llmcompress.model.shelf import Shelf
 from llmcompress.plugins import nearest
+from llmcompress.preflight import SourceFiles, check_source
 
 Decode = Callable[[TensorReader, Mapping[str, Any]], TensorReader]
 
@@ -62,6 +63,17 @@ def quiet_transformers() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Turns what transformers raises for a config.json that makes no sense into InputError."""
+    try:
+        yield
+    except (ValueError, TypeError, ArithmeticError, AttributeError, LookupError, AssertionError) as error:
+        words = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        hint = "compare it with the config.json of the published model"
+        raise InputError(f"config.json: no model can be made of it: {words}", hint) from None
+
+
 def read_config(files: SourceFiles) -> Any:
     """The transformers config of a source, without any quantization section. Raises InputError."""
     known = tuple(transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
@@ -70,11 +82,8 @@ def read_config(files: SourceFiles) -> Any:
         raise InputError(f"config.json: no causal language model of type {model_type!r}", nearest(model_type, known))
     plain = {key: value for key, value in files.config.items() if key != "quantization_config"}
     plain.pop("model_type")
-    try:
+    with _explained():
         return AutoConfig.for_model(model_type, **plain)
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
-        words = " ".join(str(error).split())[:200]
-        raise InputError(f"config.json: {words}", "compare it with the config.json of the published model") from None
 
 
 def find_blocks(model: nn.Module, count: int) -> tuple[str, nn.ModuleList]:
@@ -105,13 +114,14 @@ class Skeleton:
         self.device = torch.device(device)
         self.shelf = Shelf()
         self.config = read_config(files)
-        with init_empty_weights(include_buffers=False):
+        with init_empty_weights(include_buffers=False), _explained():
             self.model = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
         self.model.eval()
         self.model.requires_grad_(False)
         layers = int(self.config.get_text_config().num_hidden_layers)
         self.blocks_name, self.blocks = find_blocks(self.model, layers)
         self.names = self._map_names()
+        self._check_shapes()
         self._check_complete()
         if isinstance(reader, RoundingReader):
             reader.prepare(self.model, self.names.module_of)
@@ -160,6 +170,19 @@ class Skeleton:
     def _ignored_by_transformers(self, name: str) -> bool:
         patterns = getattr(self.model, "_keys_to_ignore_on_load_unexpected", None) or ()
         return any(re.search(pattern, name) for pattern in patterns)
+
+    def _check_shapes(self) -> None:
+        """What goes into the model as it stands in the file has the shape the model has for it."""
+        state, made_up = self.model.state_dict(), getattr(self.reader, "row_major", ())
+        for name, target in self.names.module_of.items():
+            entry = self.files.tensors.get(name)
+            if entry is None or name in self.names.converted or name in made_up:
+                continue
+            if entry.shape != tuple(state[target].shape):
+                raise InputError(
+                    f"tensor {name} is {entry.shape}, {tuple(state[target].shape)} in a model of this config.json",
+                    "config.json and the weights are not of the same model",
+                )
 
     def _check_complete(self) -> None:
         """Every parameter must come from the file, be tied to one that does, or be made by a merge."""

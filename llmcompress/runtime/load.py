@@ -11,9 +11,10 @@ from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
 from llmcompress.errors import InputError
+from llmcompress.preflight import check_source
 from llmcompress.runtime.hf import packed_config
 from llmcompress.runtime.packed import PackedReader
-from llmcompress.runtime.shards import ShardReader, read_document, shards_of
+from llmcompress.runtime.shards import ShardReader
 from llmcompress.runtime.skipping import SkipRecord, skip
 
 
@@ -41,17 +42,18 @@ def load(
     Raises InputError where the directory is not such a checkpoint, or is damaged.
     """
     folder = Path(path)
-    document = read_document(folder / "config.json")
+    files = check_source(folder, packed=True)
+    document = files.config
     record = SkipRecord.of(document)
     packed = "quantization_config" in document or record is None
     if dense and packed:
-        model, report = _dense(folder, PackedReader(ShardReader(shards_of(folder)), document), dtype)
+        model, report = _dense(folder, PackedReader(ShardReader(files.paths), document), dtype)
         if record is not None:
             skip(model, record)
         model = model.to(device)
     else:
         if packed:
-            PackedReader(ShardReader(shards_of(folder)), document)  # refuses what is not ours
+            PackedReader(ShardReader(files.paths), document)  # refuses what is not ours
         config = packed_config(folder) if packed else AutoConfig.from_pretrained(folder, trust_remote_code=False)
         where = device_map if device_map is not None else None if device == "cpu" else {"": device}
         model, report = _open(folder, config, record, {"dtype": dtype or "auto", "device_map": where})

@@ -1,6 +1,6 @@
 """Tensors by name from safetensors files."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,6 @@ from torch import Tensor
 from llmcompress.errors import InputError
 from llmcompress.files import read_json
 
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
 DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
@@ -59,17 +57,6 @@ class ShardReader:
         if dtype is None:
             raise InputError(f"{name}: dtype {view.get_dtype()}", "quantize the model again")
         return torch.empty(view.get_shape(), dtype=dtype, device="meta")
-
-
-def shards_of(folder: Path) -> tuple[Path, ...]:
-    """Paths of the shards, which must lie in the directory itself."""
-    if (folder / SINGLE_NAME).is_file():
-        return (folder / SINGLE_NAME,)
-    index = read_document(folder / INDEX_NAME)
-    names = index.get("weight_map")
-    if not isinstance(names, Mapping) or not all(isinstance(n, str) and n == Path(n).name for n in names.values()):
-        raise InputError(f"{INDEX_NAME}: does not map tensors to files of this directory", "do not trust this model")
-    return tuple(folder / name for name in sorted(set(names.values())))
 
 
 def read_document(path: Path) -> dict[str, Any]:

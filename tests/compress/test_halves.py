@@ -234,11 +234,12 @@ def test_quantizing_leaves_zeros_zero_and_the_record_in_place(
     dense, ours = (llmcompress.load(tmp_path / "small", dtype=torch.float32, dense=dense) for dense in (True, False))
     assert sum(isinstance(module, Nothing) for model in (dense, ours) for module in model.modules()) == 4
     assert "0.attn, 1.mlp" in (tmp_path / "small" / "README.md").read_text()
+    from llmcompress.preflight import check_source
     from llmcompress.runtime.packed import PackedReader
-    from llmcompress.runtime.shards import ShardReader, shards_of
+    from llmcompress.runtime.shards import ShardReader
 
     document = json.loads((tmp_path / "small" / "config.json").read_text())
-    reader = PackedReader(ShardReader(shards_of(tmp_path / "small")), document)
+    reader = PackedReader(ShardReader(check_source(tmp_path / "small", packed=True).paths), document)
     assert all(not reader.read(f"{a.linear}.weight").any() for a in zeros)
     (logits, tokens), (same, same_tokens) = answers(dense), answers(ours)
     assert torch.allclose(logits, same, atol=1e-4)

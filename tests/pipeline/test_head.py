@@ -20,10 +20,10 @@ from llmcompress.compress.rounding import Request
 from llmcompress.errors import InputError
 from llmcompress.model.checkpoint import CheckpointReader
 from llmcompress.model.hub import Source
-from llmcompress.model.preflight import check_source
 from llmcompress.model.skeleton import Skeleton
 from llmcompress.model.stream import BlockStream
 from llmcompress.model.trace import trace
+from llmcompress.preflight import check_source
 from llmcompress.recipes import load_recipe
 from llmcompress.runtime.packed import PackedReader
 from llmcompress.types import Candidate, LayerScore, LinearSpec, QuantizerOptions, Scores

@@ -21,8 +21,8 @@ from llmcompress.errors import InputError
 from llmcompress.eval.run import EvalRequest, run_eval
 from llmcompress.model.checkpoint import CheckpointReader
 from llmcompress.model.hub import Source
-from llmcompress.model.preflight import check_source
 from llmcompress.model.text import TextRequest
+from llmcompress.preflight import check_source
 from llmcompress.recipes import load_recipe
 from llmcompress.runtime.packed import PackedReader
 

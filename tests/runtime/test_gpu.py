@@ -9,9 +9,10 @@ import llmcompress
 from llmcompress.compress.allocate.budget import parse_budget
 from llmcompress.compress.run import QuantizeRequest, quantize
 from llmcompress.model.hub import Source
+from llmcompress.preflight import check_source
 from llmcompress.recipes import load_recipe
 from llmcompress.runtime.modules import PackedLinear
-from llmcompress.runtime.shards import ShardReader, shards_of
+from llmcompress.runtime.shards import ShardReader
 from tests.conftest import llama_config, save_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -53,7 +54,7 @@ def test_the_device_holds_the_packed_weights_and_no_more(mixed: Path) -> None:
     assert packed
     on_device = sum(t.numel() * t.element_size() for module in packed for t in module._working()[1] if t.ndim > 1)
     dense = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()] if t.is_cuda)
-    shards = sum(path.stat().st_size for path in shards_of(mixed))
+    shards = sum(path.stat().st_size for path in check_source(mixed, packed=True).paths)
     counters = sum(t.numel() * t.element_size() for module in packed for t in module._working()[1] if t.ndim == 1)
     assert on_device + dense < 1.05 * shards
     assert torch.cuda.memory_allocated() - before < 1.2 * (on_device + dense + counters) + (1 << 20)
@@ -64,7 +65,10 @@ def test_saved_from_the_device_it_is_the_same_file(mixed: Path, tmp_path: Path) 
     with torch.no_grad():
         model(TOKENS.cuda())
     model.save_pretrained(tmp_path)
-    before, after = ShardReader(shards_of(mixed)), ShardReader(shards_of(tmp_path))
+    before, after = (
+        ShardReader(check_source(mixed, packed=True).paths),
+        ShardReader(check_source(tmp_path, packed=True).paths),
+    )
     assert sorted(before.names()) == sorted(after.names())
     for name in before.names():
         assert torch.equal(before.read(name), after.read(name)), name

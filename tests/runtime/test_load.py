@@ -14,8 +14,9 @@ from llmcompress.kernels import backends
 from llmcompress.kernels.samples import random_codes
 from llmcompress.kernels.stored import tensors_of
 from llmcompress.model.hub import Source
+from llmcompress.preflight import check_source
 from llmcompress.runtime.modules import PackedLinear
-from llmcompress.runtime.shards import ShardReader, shards_of
+from llmcompress.runtime.shards import ShardReader
 from llmcompress.spec import LinearSpec
 from tests.conftest import save_model
 
@@ -60,7 +61,7 @@ def output(request: pytest.FixtureRequest, outputs: dict[tuple[str, str], Path])
 
 
 def contents(folder: Path) -> dict[str, Tensor]:
-    reader = ShardReader(shards_of(folder))
+    reader = ShardReader(check_source(folder, packed=True).paths)
     return {name: reader.read(name) for name in reader.names()}
 
 

@@ -13,7 +13,7 @@ from llmcompress.compress.shards import INDEX_NAME, write_shard
 from llmcompress.files import commit_bytes, commit_json
 from llmcompress.kernels.stored import Layout
 from llmcompress.model.checkpoint import DTYPE_NAMES, read_tensor
-from llmcompress.model.preflight import SourceFiles
+from llmcompress.preflight import SourceFiles
 from llmcompress.runtime.adapter import CONFIG_NAME, FOLDER, WEIGHTS_NAME
 
 PRUNE_NAME = "pruning.json"
