@@ -19,10 +19,11 @@ def opened(folder: Path, device: str, dtype: torch.dtype | None = None) -> Any:
 
     Raises InputError where a quantized checkpoint is not one that `load` reads, or has an adapter beside it.
     """
+    files = check_source(folder, packed=True)
     if adapter_bytes(folder):
         what = f"{folder.name} has an adapter, which sampling, speed and tasks would leave out"
         raise InputError(what, "leave --sweep, --speed and --tasks out")
-    if "quantization_config" in check_source(folder, packed=True).config:
+    if "quantization_config" in files.config:
         return load(folder, dtype=dtype, device=device)
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype or "auto", trust_remote_code=False, use_safetensors=True, local_files_only=True

@@ -14,6 +14,7 @@ from typing import Any, Protocol, Self, runtime_checkable
 import torch
 import transformers
 from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -45,6 +46,7 @@ class RoundingReader(Protocol):
     def detach(self, root: nn.Module) -> None: ...
 
 
+SENSELESS = (ValueError, TypeError, ArithmeticError, AttributeError, LookupError, AssertionError)
 HARMLESS = re.compile(r"(attn|attention)\.(masked_)?bias$|rotary_emb\.inv_freq$|position_ids$")
 
 
@@ -68,7 +70,7 @@ def _explained() -> Iterator[None]:
     """Turns what transformers raises for a config.json that makes no sense into InputError."""
     try:
         yield
-    except (ValueError, TypeError, ArithmeticError, AttributeError, LookupError, AssertionError) as error:
+    except (*SENSELESS, StrictDataclassError) as error:
         words = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         hint = "compare it with the config.json of the published model"
         raise InputError(f"config.json: no model can be made of it: {words}", hint) from None

@@ -332,5 +332,5 @@ MISFITS = {
     "unknown rotation": Fault(
         lambda f: config(f, rope_parameters={"rope_type": "x", "rope_theta": 1e4}), "config.json"
     ),
-    "words for a number": Fault(lambda f: config(f, attention_bias="x", mlp_bias=[]), "model.layers.0"),
+    "words for a number": Fault(lambda f: config(f, attention_bias="x", mlp_bias=[]), "attention_bias"),
 }

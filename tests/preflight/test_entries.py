@@ -3,7 +3,6 @@
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +89,7 @@ def test_all_ways_in_refuse_alike(fault: str, tmp_path: Path) -> None:
     calls = PLAIN if made.plain else PLAIN | PACKED
     found = {name: refusal(call, folder) for name, call in calls.items()}
     assert {name for name, what in found.items() if made.word not in what} == set()
-    assert len(set(found.values())) == 1 or fault == "already quantized"
+    assert len(set(found.values())) == 1 or "quantized" in fault
     assert sorted(p.name for p in tmp_path.iterdir() if not p.name.startswith("outside")) == ["model"]
 
 
@@ -167,6 +166,6 @@ def test_a_template_is_copied_and_not_rendered(tmp_path: Path) -> None:
     recipe = RECIPE.model_copy(update={"plan": RECIPE.plan.model_copy(update={"bits": (4,), "group_size": 8})})
     from llmcompress.compress.allocate.budget import parse_budget
 
-    request = QuantizeRequest(source(folder), tmp_path / "out", recipe, parse_budget("32bits"), "cpu", "")
-    list(quantize(replace(request)))
+    request = QuantizeRequest(source(folder), tmp_path / "out", recipe, parse_budget("16bits"), "cpu", "")
+    list(quantize(request))
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == attacks.HOSTILE

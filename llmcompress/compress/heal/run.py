@@ -80,9 +80,9 @@ def heal(request: HealRequest) -> Iterator[Event]:
 
 def _open(request: HealRequest) -> tuple[HealRequest, Skeleton]:
     """The model to heal, and the request with everything settled that depends on it."""
+    student = Skeleton.open(request.source.path, request.device, decode=reader_of(request.source.path))
     if (request.source.path / FOLDER).is_dir():
         raise InputError(f"{request.source.name} has an adapter already", "heal the checkpoint it was made for")
-    student = Skeleton.open(request.source.path, request.device, decode=reader_of(request.source.path))
     request.places.check(len(student.blocks))
     method = request.method or (NORMS if "quantization_config" in student.files.config else LORA)
     if method == LORA:
