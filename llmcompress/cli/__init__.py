@@ -101,6 +101,9 @@ class _Manners:
             error = Interrupted(signal.SIGINT)
         elif _out_of_memory(error):
             error = MachineError("out of memory; finished blocks are kept", "use --set calibration.batch_size=1")
+        elif _device_failed(error):
+            hint = "run the same command again to go on, on another device if it fails again (--device)"
+            error = MachineError(f"the device failed: {str(error).splitlines()[0][:160]}", hint)
         elif isinstance(error, ModuleNotFoundError) and error.name in INSTALLED_WITH:
             title, package = INSTALLED_WITH[error.name]
             error = MachineError(f"{title} is not installed", f"pip install {package}")
@@ -118,6 +121,12 @@ class _Manners:
 def _out_of_memory(error: BaseException) -> bool:
     names = {kind.__name__ for kind in type(error).__mro__}
     return isinstance(error, MemoryError) or "OutOfMemoryError" in names or "DefaultCPUAllocator" in str(error)
+
+
+def _device_failed(error: BaseException) -> bool:
+    """Whether it is what torch raises where a GPU is lost or a kernel fails; by its name, as torch is not imported."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return "AcceleratorError" in names or (isinstance(error, RuntimeError) and str(error).startswith("CUDA error"))
 
 
 def main(arguments: list[str] | None = None) -> Any:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -11,6 +12,7 @@ from rich.text import Text
 from llmcompress.cli import say
 from llmcompress.errors import Finding, InputError, Refused, one_line
 
+DEMO = str(Path(say.__file__).parents[1] / "demo")
 NASTY = [
     "ends with \\",
     "a\\\\",
@@ -65,7 +67,7 @@ def test_a_thousand_findings_are_cut_short(capsys: pytest.CaptureFixture[str]) -
     assert len(capsys.readouterr().err.splitlines()) == say.MOST_FINDINGS + 2
 
 
-@pytest.mark.parametrize("words", [["verify", "x"], ["quantize", "demo", "--budget", "4bits"], ["bench"]])
+@pytest.mark.parametrize("words", [["verify", DEMO], ["quantize", "demo", "--budget", "4bits"], ["bench"]])
 def test_without_torch_the_user_is_told_what_to_install(words: list[str]) -> None:
     code = f"import sys; sys.modules['torch'] = None\nfrom llmcompress.cli import main\nmain({words!r})"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
