@@ -3,6 +3,7 @@
 Law: advance with what was stored. The next block sees exactly the weights a reader of the file will see.
 """
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from llmcompress.compress.output import specs_of
 from llmcompress.compress.rewriting.hints import Hints
 from llmcompress.compress.rounds import BlockRounds, Method, Rounded, Streams, round_head
 from llmcompress.compress.shards import ShardMap, write_shard
+from llmcompress.errors import InputError
 from llmcompress.model.checkpoint import DTYPE_NAMES, TORCH_DTYPES, read_tensor
 from llmcompress.model.skeleton import Skeleton
 from llmcompress.model.stream import BlockCall, BlockStream
@@ -28,6 +30,8 @@ from llmcompress.types import BlockOutcome, BlockTrace, Fallback, LinearInfo, Li
 
 QUANTIZERS = "llmcompress.compress.quantizers"
 ATTENTION = "attention"  # among packed tensors, those that are no linear's
+
+OVERFLOWS = "the model overflows: evaluate the original, or give it text it was made for with --calibration"
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,8 @@ class Chain:
         else:
             self.end()
         self.hidden[-1] = self.stream.run_block(index, self.hidden[-1], self.calls[-1][index])
+        if not all(bool(x.abs().amax().isfinite()) for x in (*self.hidden, *self.full) if x.numel()):
+            raise InputError(f"{rounds.info.name}: what leaves it is NaN or infinite on calibration text", OVERFLOWS)
 
     @torch.no_grad()
     def catch_up(self, done: Sequence[BlockTrace]) -> None:
@@ -257,6 +263,8 @@ def _outcome(rounded: Rounded) -> LinearOutcome:
     """What one linear cost, against the weight that was to be rounded."""
     loss, whole = rounded.errors()
     bits = rounded.result.codes.spec.bits
+    if not math.isfinite(loss) or not math.isfinite(whole):
+        raise InputError(f"{rounded.linear.name}: what it reads or makes of it is NaN or infinite", OVERFLOWS)
     return LinearOutcome(linear=rounded.linear.name, bits=bits, proxy_loss=loss, relative_loss=loss / max(whole, 1e-30))
 
 

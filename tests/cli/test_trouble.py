@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import llama_config, save_model
+from safetensors.torch import load_file, save_file
 
 from llmcompress.cli import main
 from llmcompress.compress import rounds
@@ -80,3 +82,23 @@ def test_trouble_keeps_what_is_done_and_says_what_helps(
         assert ended(["quantize", str(llama), *WORDS]) == 0
         assert "resuming: 1 of" in capsys.readouterr().err
         assert (tmp_path / "out" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("recipe", ["fast", "layerwise"])
+def test_a_model_that_overflows_is_refused_with_block_and_linear(
+    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Weights are finite, what they compute is not: nothing after that block could be told from noise."""
+    model = save_model(tmp_path / "model", llama_config(num_hidden_layers=2), shard_size="1GB")
+    weights = load_file(model / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"] *= 1e38
+    weights["model.layers.1.mlp.up_proj.weight"].clamp_(-3e38, 3e38)
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    monkeypatch.chdir(tmp_path)
+    short = ("calibration.samples=4", "calibration.sequence_length=16", "plan.trials=false")
+    words = ["--recipe", recipe, *WORDS[2:], *(word for change in short for word in ("--set", change))]
+    assert ended(["quantize", str(model), *words]) == 2
+    told = capsys.readouterr().err
+    assert "error: model.layers.1.mlp." in told
+    assert "overflows" in told
+    assert not (tmp_path / "out").exists()
