@@ -97,18 +97,7 @@ class _Manners:
             return 2
         if isinstance(error, click.exceptions.Exit):
             return int(error.exit_code)
-        if isinstance(error, click.Abort | KeyboardInterrupt):
-            error = Interrupted(signal.SIGINT)
-        elif _out_of_memory(error):
-            error = MachineError("out of memory; finished blocks are kept", "use --set calibration.batch_size=1")
-        elif _device_failed(error):
-            hint = "run the same command again to go on, on another device if it fails again (--device)"
-            error = MachineError(f"the device failed: {str(error).splitlines()[0][:160]}", hint)
-        elif isinstance(error, ModuleNotFoundError) and error.name in INSTALLED_WITH:
-            title, package = INSTALLED_WITH[error.name]
-            error = MachineError(f"{title} is not installed", f"pip install {package}")
-        elif isinstance(error, OSError):
-            error = MachineError(str(error), "check the disk and its permissions; finished work is kept")
+        error = _understood(error)
         if isinstance(error, CompressError) and type(error) is not CompressError:
             tell_error(error)
             if os.environ.get("LLMCOMPRESS_DEBUG"):
@@ -116,6 +105,23 @@ class _Manners:
         else:
             tell_bug(error)
         return error.exit_code if isinstance(error, CompressError) else 5
+
+
+def _understood(error: BaseException) -> BaseException:
+    """What a user can act on in place of what Python and torch raise; the rest as it is."""
+    if isinstance(error, click.Abort | KeyboardInterrupt):
+        return Interrupted(signal.SIGINT)
+    if _out_of_memory(error):
+        return MachineError("out of memory; finished blocks are kept", "use --set calibration.batch_size=1")
+    if _device_failed(error):
+        hint = "run the same command again to go on, on another device if it fails again (--device)"
+        return MachineError(f"the device failed: {str(error).splitlines()[0][:160]}", hint)
+    if isinstance(error, ModuleNotFoundError) and error.name in INSTALLED_WITH:
+        title, package = INSTALLED_WITH[error.name]
+        return MachineError(f"{title} is not installed", f"pip install {package}")
+    if isinstance(error, OSError):
+        return MachineError(str(error), "check the disk and its permissions; finished work is kept")
+    return error
 
 
 def _out_of_memory(error: BaseException) -> bool:
