@@ -129,7 +129,10 @@ def check_config(document: Mapping[str, Any], *, packed: bool) -> Iterator[Findi
     if "quantization_config" in document and not packed:
         yield Finding(f"config.json: already quantized ({str(method)[:40]})", "give the original, unquantized model")
     elif "quantization_config" in document and method not in METHODS:
-        yield Finding(f"config.json: quantized by {str(method)[:40]!r}", f"{', '.join(METHODS)} are read")
+        yield Finding(
+            f"config.json: quantized by {str(method)[:40]!r}, not a checkpoint this can read",
+            f"{', '.join(METHODS)} are read",
+        )
     sizes = {key: value for key, value in document.items() if key != "quantization_config"}
     for key, value, place in _walk(sizes):
         yield from _check_value(place + key, key, value)
