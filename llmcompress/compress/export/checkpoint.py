@@ -16,8 +16,8 @@ from llmcompress.kernels.codes import Codes
 from llmcompress.kernels.stored import Layout
 from llmcompress.model.checkpoint import DTYPE_NAMES
 from llmcompress.model.hub import Source
-from llmcompress.model.preflight import INDEX_NAME, SINGLE_NAME
 from llmcompress.model.skeleton import Skeleton
+from llmcompress.preflight.weights import INDEX_NAME, SINGLE_NAME
 from llmcompress.runtime.adapter import AdaptedReader, reader_of
 from llmcompress.runtime.packed import PackedReader
 from llmcompress.spec import LinearSpec

@@ -1,6 +1,5 @@
 """A plain checkpoint: every weight dequantized, in bfloat16, float16 or float32, an adapter added."""
 
-import json
 from pathlib import Path
 
 import torch
@@ -8,7 +7,7 @@ from torch import Tensor
 
 from llmcompress.compress.export.checkpoint import Checkpoint, Options, Written, relative_error, write_shards
 from llmcompress.errors import InputError
-from llmcompress.files import commit_json
+from llmcompress.files import commit_json, read_json
 from llmcompress.model.skeleton import Skeleton
 
 TITLE = "plain safetensors"
@@ -34,7 +33,7 @@ def write(checkpoint: Checkpoint, folder: Path, options: Options) -> Written:
         return {name: stored}
 
     write_shards(checkpoint, folder, make)
-    document = json.loads((checkpoint.skeleton.files.folder / "config.json").read_bytes())
+    document = read_json(checkpoint.skeleton.files.folder / "config.json")
     for key in ("quantization_config", "torch_dtype"):
         document.pop(key, None)
     commit_json(folder / "config.json", document | {"dtype": word})

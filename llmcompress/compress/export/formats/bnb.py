@@ -4,7 +4,6 @@ Quantizing once more adds an error of its own, which is measured and said: `quan
 better. A weight whose rows are not whole blocks of 64 is dequantized to the source's dtype instead.
 """
 
-import json
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +13,7 @@ from llmcompress.compress.export.checkpoint import Checkpoint, Options, Written,
 from llmcompress.compress.exporters import bnb
 from llmcompress.compress.grid import table_codes, table_format
 from llmcompress.errors import InputError
-from llmcompress.files import commit_json
+from llmcompress.files import commit_json, read_json
 from llmcompress.kernels import stored
 from llmcompress.kernels.codes import Codes
 from llmcompress.model.checkpoint import TORCH_DTYPES
@@ -43,7 +42,7 @@ def _wanted(checkpoint: Checkpoint, options: Options) -> tuple[Literal["nf4", "f
 def write(checkpoint: Checkpoint, folder: Path, options: Options) -> Written:
     """Weights and config.json. Raises InputError where nothing is quantized."""
     kind, double = _wanted(checkpoint, options)
-    document = json.loads((checkpoint.skeleton.files.folder / "config.json").read_bytes())
+    document = read_json(checkpoint.skeleton.files.folder / "config.json")
     errors: dict[str, float] = {}
     types: dict[str, str] = {}
     specs: dict[str, LinearSpec] = {}

@@ -9,7 +9,6 @@ A weight is `(code - zero) * scale`. Version 1 cannot say a zero-point of 0, so 
 of version 2 (`gptq_v2`). Widths that differ from most are in `dynamic`, a table of patterns for names of modules.
 """
 
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -32,7 +31,7 @@ from llmcompress.compress.export.checkpoint import (
     write_shards,
 )
 from llmcompress.errors import InputError
-from llmcompress.files import commit_json
+from llmcompress.files import commit_json, read_json
 from llmcompress.kernels import reference
 from llmcompress.kernels.codes import Codes
 from llmcompress.model.checkpoint import TensorReader
@@ -144,7 +143,7 @@ def write(checkpoint: Checkpoint, folder: Path, options: Options) -> Written:
         return {stem + part: tensor for part, tensor in tensors_of(half, version=version).items()}
 
     write_shards(checkpoint, folder, make)
-    document = json.loads((checkpoint.skeleton.files.folder / "config.json").read_bytes())
+    document = read_json(checkpoint.skeleton.files.folder / "config.json")
     commit_json(folder / "config.json", document | {"quantization_config": _section(checkpoint, layers, version)})
     notes = [f"{changed} scales are too small to be exact in float16."] if changed else []
     if len(set(layers.values())) > 1:
@@ -211,7 +210,7 @@ def reopen(checkpoint: Checkpoint, folder: Path) -> Skeleton:
 
 def opens_with(folder: Path) -> str:
     """What opens it."""
-    section = json.loads((folder / "config.json").read_bytes())["quantization_config"]
+    section = read_json(folder / "config.json")["quantization_config"]
     mixed = any(pattern.startswith("+") for pattern in section.get("dynamic", {}))
     plain = (
         "Plain transformers refuses it, because widths differ."
