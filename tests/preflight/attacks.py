@@ -259,7 +259,9 @@ SETTINGS = {
     "not causal": Fault(lambda f: config(f, architectures=["BertForMaskedLM"]), "BertForMaskedLM"),
     "architectures not a list": Fault(lambda f: config(f, architectures="LlamaForCausalLM"), "list"),
     "encoder-decoder": Fault(lambda f: config(f, is_encoder_decoder=True), "causal"),
-    "already quantized": Fault(lambda f: config(f, quantization_config={"quant_method": "gptq"}), "gptq"),
+    "already quantized": Fault(
+        lambda f: config(f, quantization_config={"quant_method": "gptq"}), "gptq", plain=True
+    ),
     "quantized by nobody": Fault(lambda f: config(f, quantization_config=[1]), "quantized"),
     "auto_map": Fault(lambda f: config(f, auto_map={"AutoModel": "evil.Model"}), "auto_map"),
     "auto_map inside": Fault(lambda f: config(f, text_config={"a": [{"auto_map": {}}]}), "auto_map"),
