@@ -112,7 +112,8 @@ def _understood(error: BaseException) -> BaseException:
     if isinstance(error, click.Abort | KeyboardInterrupt):
         return Interrupted(signal.SIGINT)
     if _out_of_memory(error):
-        return MachineError("out of memory; finished blocks are kept", "use --set calibration.batch_size=1")
+        hint = "`quantize --max-memory SIZE` takes less; else --set calibration.batch_size=1"
+        return MachineError("out of memory; finished blocks are kept", hint)
     if _device_failed(error):
         hint = "run the same command again to go on, on another device if it fails again (--device)"
         return MachineError(f"the device failed: {str(error).splitlines()[0][:160]}", hint)

@@ -33,9 +33,10 @@ class Speaker:
 
     def talk(self, text: str) -> None:
         """A remark on stderr."""
-        LOG.info(text)
+        said = one_line(text)
+        LOG.info(said)
         if not self.quiet:
-            self.err.print(one_line(text))
+            self.err.print(said)
 
     def result(self, document: Any, lines: Iterable[str] = ()) -> None:
         """The answer: the document with --json, otherwise the lines."""

@@ -27,16 +27,17 @@ FLOAT_NAMES = ("auto", "float64", "float32", "float16", "bfloat16")
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers a key may have; lists of them where blocks differ."""
+    """Numbers a key may have, and with `lists` lists of them, for blocks that differ."""
 
     low: float
     high: float
     whole: bool = True
+    lists: bool = True
 
     def holds(self, value: object) -> bool:
         """Whether a value is such a number, or a flat list of them."""
         if isinstance(value, list):
-            return all(not isinstance(one, list) and self.holds(one) for one in value)
+            return self.lists and all(not isinstance(one, list) and self.holds(one) for one in value)
         kinds: tuple[type, ...] = (int,) if self.whole else (int, float)
         return isinstance(value, kinds) and not isinstance(value, bool) and self.low <= value <= self.high  # type: ignore[operator]
 
@@ -46,9 +47,10 @@ def _ranges(found: Range, *names: str) -> dict[str, Range]:
 
 
 RANGES: Mapping[str, Range] = {
-    **_ranges(Range(1, 10_000), "num_hidden_layers", "n_layer", "n_layers", "num_layers"),
-    **_ranges(Range(1, 10_000_000), "vocab_size", "intermediate_size", "ffn_dim", "n_inner", "moe_intermediate_size"),
-    **_ranges(Range(1, 1_000_000), "hidden_size", "n_embd", "d_model", "word_embed_proj_dim", "head_dim"),
+    **_ranges(Range(1, 10_000, lists=False), "num_hidden_layers", "n_layer", "n_layers", "num_layers"),
+    **_ranges(Range(1, 10_000_000, lists=False), "vocab_size"),
+    **_ranges(Range(1, 10_000_000), "intermediate_size", "ffn_dim", "n_inner", "moe_intermediate_size", "head_dim"),
+    **_ranges(Range(1, 1_000_000, lists=False), "hidden_size", "n_embd", "d_model", "word_embed_proj_dim"),
     **_ranges(Range(1, 100_000), "num_attention_heads", "n_head", "num_key_value_heads"),
     **_ranges(Range(0, 100_000), "num_experts", "num_local_experts", "num_experts_per_tok"),
     **_ranges(Range(1, 1 << 32), "max_position_embeddings", "n_positions", "n_ctx"),

@@ -26,7 +26,7 @@ NASTY = [
 ]
 
 
-@pytest.mark.parametrize("text", NASTY)
+@pytest.mark.parametrize("text", NASTY, ids=range(len(NASTY)))
 def test_text_is_shown_as_it_is_but_for_what_is_dangerous(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     speaker = say.Speaker(json=False, quiet=False, verbose=False)
     speaker.talk(text)

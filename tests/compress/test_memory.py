@@ -17,9 +17,9 @@ from llmcompress.compress.run import Planned, QuantizeRequest, Warned, quantize
 from llmcompress.errors import InputError, MachineError
 from llmcompress.model.checkpoint import CheckpointReader
 from llmcompress.model.hub import resolve
-from llmcompress.model.preflight import check_source
 from llmcompress.model.shelf import Shelf
 from llmcompress.model.skeleton import Skeleton
+from llmcompress.preflight import check_source
 from llmcompress.recipes import Recipe, load_recipe
 from llmcompress.runtime.packed import PackedReader
 from llmcompress.types import BlockOutcome

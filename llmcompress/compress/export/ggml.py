@@ -20,11 +20,11 @@ HALVES = {"Q4_0": 8, "Q5_0": 16, "Q8_0": 128}  # integers from `-half` to `half 
 def integers_of(codes: Codes) -> tuple[Tensor, Tensor] | None:
     """A linear as integers, int16 `(rows, columns)`, times scales, float32 `(rows, groups)`.
 
-    None where it is not: tables of values, float8, and zero-points between codes. High columns are integers in quarters
-    of a step.
+    None where it is not: tables of values, float8, zero-points between codes, low-rank corrections. High columns are
+    integers in quarters of a step.
     """
     spec, signed = codes.spec, codes.codes.to(torch.int16)
-    if spec.kind not in ("int", "int8", "asymmetric"):
+    if spec.kind not in ("int", "int8", "asymmetric") or spec.rank:
         return None
     scale = codes.scale.float()
     if codes.zero is not None:

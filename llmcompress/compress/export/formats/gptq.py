@@ -72,6 +72,8 @@ def refusal(spec: LinearSpec, rows: int, columns: int) -> str | None:
         return f"{spec.label}: not integers in equal steps"
     if spec.high_share:
         return f"{spec.label}: two widths in one linear"
+    if spec.rank:
+        return f"{spec.label}: a low-rank correction beside the codes"
     if spec.bits not in WIDTHS:
         return f"{spec.bits}-bit codes: the format has 2, 3, 4 and 8 bits"
     if spec.group_size != columns and spec.group_size not in GROUPS:
