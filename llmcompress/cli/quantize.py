@@ -100,7 +100,7 @@ def _dry_run(request: Any, speaker: Speaker) -> None:
     check_output(request.output, request.source.path, request.force)
     budget = request.budget
     opened = open_model(request.source, request.recipe, request.device, whole_file=budget.whole_file)
-    _, found = fitted(opened, request.recipe, budget, request.max_memory)
+    _, found = fitted(opened, request.recipe, budget, limit=request.max_memory, scored=request.scores is not None)
     check_disk(found, request.output)
     speaker.result(found.document(), _forecast_lines(found))
 

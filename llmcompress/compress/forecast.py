@@ -47,7 +47,9 @@ def _extreme(opened: Opened, *, largest: bool) -> dict[str, LinearSpec]:
     return {name: specs[-1 if largest else 0] for name, specs in opened.candidates.items()}
 
 
-def forecast(opened: Opened, recipe: Recipe, budget: Budget, *, spilled: bool = False) -> Forecast:
+def forecast(
+    opened: Opened, recipe: Recipe, budget: Budget, *, spilled: bool = False, scored: bool = False
+) -> Forecast:
     """Header arithmetic only: no weight is read. Raises InputError for a budget below the smallest formats.
 
     For a limit of damage these are the most it can come to.
@@ -72,7 +74,7 @@ def forecast(opened: Opened, recipe: Recipe, budget: Budget, *, spilled: bool = 
     spent = min(wanted, float(high_bits))
     output = int(min(other + spent / 8, high_bytes))
     hidden = _hidden_bytes(opened, recipe)
-    found = stages(opened, recipe, reads=needs_data(recipe))
+    found = stages(opened, recipe, reads=needs_data(recipe), scored=scored)
     highest = peak(found, spilled=spilled)
     return Forecast(
         blocks=len(opened.trace.blocks),
@@ -91,13 +93,15 @@ def forecast(opened: Opened, recipe: Recipe, budget: Budget, *, spilled: bool = 
     )
 
 
-def fitted(opened: Opened, recipe: Recipe, budget: Budget, limit: int | None) -> tuple[Recipe, Forecast]:
+def fitted(
+    opened: Opened, recipe: Recipe, budget: Budget, *, limit: int | None, scored: bool = False
+) -> tuple[Recipe, Forecast]:
     """The recipe that keeps to `limit` bytes of memory, where there is a limit, and its forecast.
 
     Hidden states go to files first, which changes no result; then calibration text goes through in smaller batches.
     Raises InputError with the memory that is needed where even batches of one sequence do not fit.
     """
-    found = forecast(opened, recipe, budget)
+    found = forecast(opened, recipe, budget, scored=scored)
     size = recipe.calibration.batch_size
     while limit is not None and found.peak_memory_bytes > limit:
         if found.spilled:
@@ -111,7 +115,7 @@ def fitted(opened: Opened, recipe: Recipe, budget: Budget, limit: int | None) ->
             size //= 2
         part = recipe.calibration.model_copy(update={"batch_size": size})
         recipe = recipe.model_copy(update={"calibration": part})
-        found = forecast(opened, recipe, budget, spilled=True)
+        found = forecast(opened, recipe, budget, spilled=True, scored=scored)
     return recipe, found
 
 

@@ -143,12 +143,12 @@ class _Sizes:
         return max(min(together, BATCH_WEIGHTS), largest) * ROUNDING + (together if formats > 1 else 0)
 
 
-def stages(opened: Opened, recipe: Recipe, *, reads: bool) -> tuple[Stage, ...]:
-    """Every stage of `quantize`; `reads` says whether there is calibration text."""
+def stages(opened: Opened, recipe: Recipe, *, reads: bool, scored: bool = False) -> tuple[Stage, ...]:
+    """Every stage of `quantize`; `reads`: there is calibration text; `scored`: scores are there already."""
     sizes = _Sizes(opened, recipe)
     found = [_entering(sizes, reads), _applying(sizes, reads)]
     if reads and any(len(specs) > 1 for specs in opened.candidates.values()):
-        found += _scoring(sizes)
+        found += () if scored else _scoring(sizes)
         if recipe.plan.trials:
             found += _trials(sizes)
     if reads and recipe.calibration.source == "self":

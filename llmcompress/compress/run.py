@@ -141,7 +141,8 @@ def quantize(request: QuantizeRequest) -> Iterator[Event]:
     check_output(request.output, request.source.path, request.force or published is not None)
     yield "opening"
     opened = open_model(request.source, request.recipe, request.device, whole_file=request.budget.whole_file)
-    recipe, needed = fitted(opened, request.recipe, request.budget, request.max_memory)
+    scored = request.scores is not None
+    recipe, needed = fitted(opened, request.recipe, request.budget, limit=request.max_memory, scored=scored)
     check_disk(needed, request.output)
     yield needed
     if recipe != request.recipe:

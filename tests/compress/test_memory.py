@@ -87,13 +87,13 @@ def test_states_go_to_files_before_batches_shrink(opened: Opened, text_file: Pat
     recipe = recipe_for(text_file)
     free = forecast(opened, recipe, BUDGET)
     assert sum(free.memory.values()) == free.peak_memory_bytes
-    assert fitted(opened, recipe, BUDGET, None) == (recipe, free)
-    assert fitted(opened, recipe, BUDGET, free.peak_memory_bytes) == (recipe, free)
-    same, spilled = fitted(opened, recipe, BUDGET, free.peak_memory_bytes - 1)
+    assert fitted(opened, recipe, BUDGET, limit=None) == (recipe, free)
+    assert fitted(opened, recipe, BUDGET, limit=free.peak_memory_bytes) == (recipe, free)
+    same, spilled = fitted(opened, recipe, BUDGET, limit=free.peak_memory_bytes - 1)
     assert same == recipe
     assert spilled.spilled
     assert spilled.disk_bytes > free.disk_bytes
-    fewer, smaller = fitted(opened, recipe, BUDGET, spilled.peak_memory_bytes - 1)
+    fewer, smaller = fitted(opened, recipe, BUDGET, limit=spilled.peak_memory_bytes - 1)
     assert fewer.calibration.batch_size == 4
     assert smaller.peak_memory_bytes < spilled.peak_memory_bytes < free.peak_memory_bytes
 
@@ -101,10 +101,10 @@ def test_states_go_to_files_before_batches_shrink(opened: Opened, text_file: Pat
 def test_too_little_is_refused_with_a_figure_that_does(opened: Opened, text_file: Path) -> None:
     recipe = recipe_for(text_file)
     with pytest.raises(InputError) as caught:
-        fitted(opened, recipe, BUDGET, 1 << 20)
+        fitted(opened, recipe, BUDGET, limit=1 << 20)
     said = re.search(r"--max-memory (\d+MB) or more", caught.value.hint or "")
     assert said is not None
-    found, needed = fitted(opened, recipe, BUDGET, parse_size(said[1], "--max-memory"))
+    found, needed = fitted(opened, recipe, BUDGET, limit=parse_size(said[1], "--max-memory"))
     assert found.calibration.batch_size < recipe.calibration.batch_size
     assert needed.peak_memory_bytes <= parse_size(said[1], "--max-memory")
     assert caught.value.exit_code == 2
