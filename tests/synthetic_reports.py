@@ -11,6 +11,7 @@ from synthetic_scores import make_file, path_series, usage_series
 from llmcompress.compress.allocate.budget import parse_budget
 from llmcompress.compress.decide import decide, desk_of, pick
 from llmcompress.eval.facts import (
+    BlockCost,
     BlockError,
     Choice,
     Continuation,
@@ -115,6 +116,10 @@ def make_report(
         "per_sequence": per_sequence(sequences),
         "footprint": size,
         "tokens": _tokens(words),
+        "costs": tuple(
+            BlockCost(block=k, reference_seconds=0.5, candidate_seconds=0.4 + 0.01 * k, resident_bytes=10**9 + k)
+            for k in range(8)
+        ),
         "trajectory": tuple(BlockError(block=k, relative_error=0.02 * (k + 1), cosine=0.999) for k in range(-1, 8)),
         "sampling": _sampling(),
         "speed": (_speed("reference"), _speed("candidate")),

@@ -114,6 +114,19 @@ class TokenFacts(Noun):
     top: tuple[TopTokens, ...]
 
 
+class BlockCost(Noun):
+    """What reading one block and passing the whole text through it took while the two models were compared.
+
+    Seconds of either model, none where it has no such block; `resident_bytes` is the memory of the process that no file
+    backs, after both, where the system tells it.
+    """
+
+    block: int
+    reference_seconds: float | None
+    candidate_seconds: float | None
+    resident_bytes: int | None
+
+
 class BlockError(Noun):
     """How far the candidate's hidden states are from the reference's where they leave block `block`.
 

@@ -1,11 +1,13 @@
 """Two models over the same text, a block of one and then the same block of the other."""
 
+import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from llmcompress.eval.facts import BlockError
+from llmcompress.eval.facts import BlockCost, BlockError
 from llmcompress.eval.report import number
 from llmcompress.model.skeleton import Skeleton
 from llmcompress.model.stream import BlockStream
@@ -14,7 +16,7 @@ OTHER_BASIS = 0.5  # embeddings that differ by more belong to a stream that was 
 
 
 class Pair:
-    """Streams two skeletons side by side. `trajectory` is there once the first logits are.
+    """Streams two skeletons side by side. `trajectory` and `costs` are there once the first logits are.
 
     In memory at one time: hidden states of both for all batches, what lies outside the blocks of both, and one block
     of one of them, but for the two first blocks, which are there together. `trajectory` stays empty where the models
@@ -24,6 +26,7 @@ class Pair:
     def __init__(self, reference: Skeleton, candidate: Skeleton) -> None:
         self.streams = BlockStream(reference), BlockStream(candidate)
         self.trajectory: tuple[BlockError, ...] = ()
+        self.costs: tuple[BlockCost, ...] = ()
 
     @torch.no_grad()
     def logits(self, batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -33,9 +36,13 @@ class Pair:
         depths = [len(stream.skeleton.blocks) for stream in self.streams]
         found = [_distance(-1, *hidden)]
         for index in range(max(depths)):
-            for stream, depth, (states, calls) in zip(self.streams, depths, started, strict=True):
+            taken: list[float | None] = [None, None]
+            for side, (stream, depth, (states, calls)) in enumerate(zip(self.streams, depths, started, strict=True)):
                 if index < depth:
+                    begun = time.perf_counter()
                     stream.pass_block(index, states, calls)
+                    taken[side] = time.perf_counter() - begun
+            self.costs += (_cost(index, *taken),)
             found.append(_distance(index, *hidden))
         entered = found[0].relative_error
         if depths[0] == depths[1] and entered is not None and entered <= OTHER_BASIS:
@@ -48,6 +55,15 @@ class Pair:
             hidden[0][place] = hidden[1][place] = torch.empty(0)
         for stream in self.streams:
             stream.skeleton.free_rest()
+
+
+def _cost(block: int, reference: float | None, candidate: float | None) -> BlockCost:
+    resident = None
+    status = Path("/proc/self/status")
+    if status.is_file():
+        lines = dict(line.partition(":")[::2] for line in status.read_text(encoding="utf-8").splitlines())
+        resident = int(lines["RssAnon"].split()[0]) * 1024 if "RssAnon" in lines else None
+    return BlockCost(block=block, reference_seconds=reference, candidate_seconds=candidate, resident_bytes=resident)
 
 
 def _distance(block: int, reference: Sequence[Tensor], candidate: Sequence[Tensor]) -> BlockError:

@@ -8,6 +8,7 @@ import numpy
 from pydantic import Field, model_validator
 
 from llmcompress.errors import InputError
+from llmcompress.eval.facts import BlockCost as BlockCost
 from llmcompress.eval.facts import BlockError as BlockError
 from llmcompress.eval.facts import Estimate as Estimate
 from llmcompress.eval.facts import Quantile as Quantile
@@ -128,8 +129,8 @@ class EvalReport(Noun):
 
     `tasks` (the model) and `reference_tasks` have the shape of lm-evaluation-harness `results`, `harness` is what else
     it wrote: versions, shots, numbers of documents, task hashes. `trajectory` is empty where blocks cannot be compared.
-    Version 2 adds `tokens`, `trajectory`, `sampling`, `speed`, `voids`, `reference_tasks`, `harness`, bytes resident;
-    files of version 1, which have none of them, are read as well.
+    Version 2 adds `tokens`, `trajectory`, `costs`, `sampling`, `speed`, `voids`, `reference_tasks`, `harness`, resident
+    bytes; files of version 1, which have none of them, are read as well.
     """
 
     schema_version: Literal["1", "2"] = "2"
@@ -142,6 +143,7 @@ class EvalReport(Noun):
     footprint: Footprint
     tokens: TokenFacts | None = None
     trajectory: tuple[BlockError, ...] = ()
+    costs: tuple[BlockCost, ...] = ()
     sampling: Sampling | None = None
     speed: tuple[Speed, ...] = ()
     tasks: dict[str, dict[str, float | str]] = Field(default_factory=dict)
@@ -159,7 +161,7 @@ class EvalReport(Noun):
         arrays = (self.per_sequence.kld, self.per_sequence.dnll)
         if self.finite and any(None in values for values in arrays):
             raise ValueError("finite is true but a sequence has no figure")
-        later = (self.tokens, self.trajectory, self.sampling, self.speed, self.voids)
+        later = (self.tokens, self.trajectory, self.costs, self.sampling, self.speed, self.voids)
         if self.schema_version == "1" and any((*later, self.reference_tasks, self.harness)):
             raise ValueError("schema_version is 1 but there are figures of version 2")
         return self

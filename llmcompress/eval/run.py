@@ -103,6 +103,7 @@ def run_eval(request: EvalRequest) -> EvalReport:
         footprint=_footprint(candidate, reference, whole.get("speed", ())),
         tokens=tally.facts(load_tokenizer(request.reference.path)),
         trajectory=pair.trajectory,
+        costs=pair.costs,
         plan=record.get("plan"),
         environment=_environment(),
         command=request.command,

@@ -22,6 +22,7 @@ SOURCES = (
     sections.structure,
     sections.losses,
     tokens.hidden_states,
+    tokens.costs,
     tokens.positions,
     tokens.worst,
     tokens.sampling,

@@ -10,7 +10,7 @@ from llmcompress.pictures.histogram import histogram
 from llmcompress.pictures.html import Html, el, join, table
 from llmcompress.pictures.page import Figure, shown
 from llmcompress.pictures.trajectory import breakpoints, path_of
-from llmcompress.pictures.words import number, shorten
+from llmcompress.pictures.words import megabytes, number, shorten
 
 NATS = "nats/token"
 
@@ -109,6 +109,35 @@ def hidden_states(run: Run) -> Section | None:
     rows = [[str(e.block), plain(e.relative_error), fixed(e.cosine, 6)] for e in found]
     figure = Figure("drift", drift, ["block", "relative error", "cosine"], rows)
     return Section("drift", "Drift of the hidden states", shown(figure))
+
+
+def costs(run: Run) -> Section | None:
+    """What a block of either model took while they were compared."""
+    found = () if run.report is None else run.report.costs
+    known = [cost for cost in found if cost.candidate_seconds is not None]
+    if len(known) < 2:
+        return None
+    axes = Axes(
+        title=f"Time of each block, {shorten(run.name, 44)}",
+        facts="reading a block of this model and passing the whole text through it; the reference's is in the table",
+        across="block",
+        up="seconds",
+    )
+    points = [Point(float(cost.block), cost.candidate_seconds or 0.0) for cost in known]
+    rows = [
+        [str(c.block), _seconds(c.reference_seconds), _seconds(c.candidate_seconds), _size(c.resident_bytes)]
+        for c in found
+    ]
+    heads = ["block", "reference, seconds", "this model, seconds", "memory of the process"]
+    return Section("costs", "Time and memory of the blocks", shown(Figure("costs", curve(points, axes), heads, rows)))
+
+
+def _seconds(value: float | None) -> str:
+    return "" if value is None else fixed(value, 3)
+
+
+def _size(value: int | None) -> str:
+    return "" if value is None else megabytes(value)
 
 
 def worst(run: Run) -> Section | None:

@@ -52,6 +52,8 @@ def test_logits_and_hidden_states_are_those_of_the_whole_models(llama: Path, oth
         assert all(torch.equal(both[side], one) for both, one in zip(found, alone, strict=True))
     left, right = hidden_states(llama), hidden_states(other)
     assert [entry.block for entry in pair.trajectory] == [-1, 0, 1, 2]
+    assert [cost.block for cost in pair.costs] == [0, 1, 2]
+    assert all((cost.reference_seconds or 0) > 0 and (cost.candidate_seconds or 0) > 0 for cost in pair.costs)
     for point, entry in enumerate(pair.trajectory):
         pairs = [
             (p, q)

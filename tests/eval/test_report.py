@@ -64,7 +64,7 @@ def test_round_trip_and_no_unknown_keys() -> None:
 
 def test_files_of_version_one_open_and_hold_nothing_newer() -> None:
     document = report([sequence(0.1), sequence(0.2)]).model_dump(mode="json")
-    newer = ("tokens", "trajectory", "sampling", "speed", "reference_tasks", "harness")
+    newer = ("tokens", "trajectory", "costs", "sampling", "speed", "reference_tasks", "harness")
     old = {key: value for key, value in document.items() if key not in newer} | {"schema_version": "1"}
     for key in ("resident_bytes", "reference_resident_bytes"):
         del old["footprint"][key]

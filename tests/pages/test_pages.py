@@ -22,8 +22,8 @@ from llmcompress.pages.single import run_page
 
 HOSTILE = "<img src=x onerror=alert(1)></script></style>[red]\x1b[31m\n::error::\u202e\u2066`|@me&amp;\"'"
 SECTIONS = (
-    "gate", "tokens", "bits", "sensitivity", "frontier", "trials", "structure", "losses", "drift", "positions", "worst",
-    "sampling", "tasks", "speed", "figures", "provenance",
+    "gate", "tokens", "bits", "sensitivity", "frontier", "trials", "structure", "losses", "drift", "costs",
+    "positions", "worst", "sampling", "tasks", "speed", "figures", "provenance",
 )  # fmt: skip
 
 
@@ -53,7 +53,7 @@ def test_every_part_is_there_when_its_data_are(folder: Path) -> None:
 
 def test_behind_every_picture_is_a_table(folder: Path) -> None:
     figures = read(page_of(read_run(folder))).figures
-    assert len(figures) == 12
+    assert len(figures) == 13
     for figure in figures:
         assert figure["svg"] == figure["details"] == figure["table"] == figure["desc"] == 1
         assert figure["title"] >= 1
@@ -62,15 +62,23 @@ def test_behind_every_picture_is_a_table(folder: Path) -> None:
 
 def lean(report: Any) -> Any:
     """As version 1 of the schema had it."""
-    gone = {"tokens": None, "trajectory": (), "sampling": None, "speed": (), "tasks": {}, "reference_tasks": {}}
+    gone = {
+        "tokens": None,
+        "trajectory": (),
+        "costs": (),
+        "sampling": None,
+        "speed": (),
+        "tasks": {},
+        "reference_tasks": {},
+    }
     return report.model_copy(update=gone | {"documents": {}})
 
 
 REMOVALS: dict[str, tuple[Callable[[Run], dict[str, Any]], set[str]]] = {
     "report": (lambda run: {"report": None},
-               {"gate", "tokens", "drift", "positions", "worst", "sampling", "tasks", "speed", "figures"}),
+               {"gate", "tokens", "drift", "costs", "positions", "worst", "sampling", "tasks", "speed", "figures"}),
     "lean report": (lambda run: {"report": lean(run.report)},
-                    {"tokens", "drift", "positions", "worst", "sampling", "tasks", "speed"}),
+                    {"tokens", "drift", "costs", "positions", "worst", "sampling", "tasks", "speed"}),
     "plan": (lambda run: {"plan": None}, {"bits", "trials", "frontier"}),
     "scores": (lambda run: {"scores": None}, {"sensitivity", "frontier", "structure"}),
     "blocks": (lambda run: {"blocks": ()}, {"losses"}),
