@@ -6,12 +6,14 @@ import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import transformers
 
+import llmcompress
 from llmcompress.compress.allocate.budget import parse_budget
 from llmcompress.compress.run import Finished, QuantizeRequest, quantize
 from llmcompress.eval.run import EvalRequest, run_eval
@@ -89,18 +91,27 @@ def measure(options: argparse.Namespace, label: str, budget: str, **changes: str
 
 def write(options: argparse.Namespace, results: Sequence[Result | dict[str, object]], **facts: object) -> None:
     """Write a table with what it depends on."""
-    if options.json is None:
-        return
     document = {
         "model": Path(options.model).name,
         "calibration": Path(options.calibration).name,
         "data": Path(options.data).name,
         "seed": 0,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "machine": f"{platform.machine()}, CPU",
         **facts,
         "rows": [result if isinstance(result, dict) else asdict(result) for result in results],
     }
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(document, indent=2) + "\n")
+    publish(options.json, document)
+
+
+def publish(path: Path | None, document: Mapping[str, object]) -> None:
+    """Write what was measured, with the versions and the machine it depends on; nothing where there is no path."""
+    if path is None:
+        return
+    facts = {
+        "llmcompress": llmcompress.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "threads": torch.get_num_threads(),
+        "machine": f"{platform.machine()}, CPU",
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(facts | dict(document), indent=2) + "\n")

@@ -10,16 +10,13 @@ seeds. KL in nats per token with its standard error over sequences.
 """
 
 import argparse
-import json
-import platform
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-import transformers
+from common import write
 
-import llmcompress
 from llmcompress.compress.pipeline import calibration, open_model, score_job
 from llmcompress.compress.prune.choose import Chooser, Search, choose
 from llmcompress.compress.prune.halves import Removal
@@ -121,15 +118,7 @@ def main() -> None:
         shares = [share(skeleton, some, units) for some in sets]
         rows.append({"way": name, "removed": removed, "kld": cells, "perplexity_ratio": ratios, "share": shares})
         print(f"{name:<16}" + "  ".join(f"{kld:8.4f} ± {error:.4f}" for kld, error in cells) + f"  {removed[-1]}")
-    if options.json is not None:
-        facts = {
-            "model": source.name, "calibration": Path(options.calibration).name, "data": Path(options.data).name,
-            "samples": options.samples, "length": options.length, "seed": 0, "llmcompress": llmcompress.__version__,
-            "torch": torch.__version__, "transformers": transformers.__version__, "threads": torch.get_num_threads(),
-            "machine": f"{platform.machine()}, CPU",
-        }  # fmt: skip
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(facts | {"rows": rows}, indent=2) + "\n")
+    write(options, rows, samples=options.samples, length=options.length)
 
 
 if __name__ == "__main__":

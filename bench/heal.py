@@ -11,17 +11,14 @@ first table and over seeds in the second; differences are paired by seed.
 """
 
 import argparse
-import json
-import platform
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import transformers
+from common import publish
 
-import llmcompress
 from llmcompress.compress.heal.finish import judged
 from llmcompress.compress.heal.lora import LoraOptions, LoraTuning
 from llmcompress.compress.heal.places import Places, select
@@ -153,16 +150,12 @@ def main() -> None:
         scratch = Path(place)
         first = by_blocks_removed(options, source, data, scratch)
         second = by_place(options, scratch / "2", data)
-    if options.json is not None:
-        facts = {
-            "model": source.name, "calibration": Path(options.calibration).name, "samples": options.samples,
-            "length": options.length, "steps": options.steps, "short": options.short, "seeds": options.seeds,
-            "batch": BATCH, "llmcompress": llmcompress.__version__, "torch": torch.__version__,
-            "transformers": transformers.__version__, "threads": torch.get_num_threads(),
-            "machine": f"{platform.machine()}, CPU",
-        }  # fmt: skip
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(facts | {"removed": first, "places": second}, indent=1) + "\n")
+    document = {
+        "model": source.name, "calibration": Path(options.calibration).name, "samples": options.samples,
+        "length": options.length, "steps": options.steps, "short": options.short, "seeds": options.seeds,
+        "batch": BATCH, "removed": first, "places": second,
+    }  # fmt: skip
+    publish(options.json, document)
 
 
 if __name__ == "__main__":

@@ -7,14 +7,10 @@ linears, KL is from the original model, nats per token with its standard error o
 """
 
 import argparse
-import json
-import platform
 from pathlib import Path
 
-import torch
-import transformers
+from common import publish
 
-import llmcompress
 from llmcompress.compress.allocate.budget import parse_budget
 from llmcompress.compress.joint import decide_dropping
 from llmcompress.compress.pipeline import calibration, open_model, score
@@ -52,14 +48,7 @@ def main() -> None:
                 f"{trial.expected_damage:.4f}  measured {trial.measured_kld:.4f} ± {trial.standard_error:.4f}{taken}"
             )
         rows.append({"budget": float(bits), **found.model_dump(mode="json")})
-    if options.json is not None:
-        facts = {
-            "model": source.name, **sizes, "seed": recipe.seed, "llmcompress": llmcompress.__version__,
-            "torch": torch.__version__, "transformers": transformers.__version__, "threads": torch.get_num_threads(),
-            "machine": f"{platform.machine()}, CPU",
-        }  # fmt: skip
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(facts | {"rows": rows}, indent=2) + "\n")
+    publish(options.json, {"model": source.name, **sizes, "seed": recipe.seed, "rows": rows})
 
 
 if __name__ == "__main__":

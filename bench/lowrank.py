@@ -8,14 +8,13 @@ are plans with one bit more for some linears.
 """
 
 import argparse
-import json
-import platform
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
 import torch
+from common import publish
 from rounding import LearningJob, allocation
 
 from llmcompress.compress.lowrank import factors_of
@@ -83,10 +82,8 @@ def main() -> None:
     judging = token_batches(TextRequest("builtin", options.samples, length, 0, "evaluation"), source.path).tokens
     text = Text(*(list(torch.split(part, 8)) for part in (calibration, judging)))
     rows = [*measured(base, gptq, plans, text), *measured(base, Remainder("remainder"), first, text)]
-    if options.json is not None:
-        facts = {"model": Path(options.model).name, "torch": torch.__version__, "machine": platform.machine()}
-        facts |= {key: value for key, value in vars(options).items() if key not in ("model", "json")}
-        options.json.write_text(json.dumps({**facts, "seed": 0, "rows": rows}, indent=2) + "\n")
+    facts = {key: value for key, value in vars(options).items() if key not in ("model", "json")}
+    publish(options.json, {"model": Path(options.model).name, **facts, "seed": 0, "rows": rows})
 
 
 def measured(

@@ -12,7 +12,6 @@ where its peak grows from one depth to the next, something is kept of every bloc
 
 import argparse
 import json
-import platform
 import re
 import shutil
 import subprocess
@@ -26,6 +25,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from common import publish
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmcompress.compress.memory import peak, stages
@@ -219,19 +219,14 @@ def main() -> None:
             for name, words in commands(model, sets, more):
                 if name.startswith(options.only):
                     rows.append(row(label, model, name, words, folder))
-    if options.json is not None:
-        document = {
-            "model": Path(options.model).name,
-            "width": options.width if options.model == "random" else None,
-            "max_memory": options.max_memory,
-            "sets": sets,
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
-            "machine": f"{platform.machine()}, CPU",
-            "rows": rows,
-        }
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(document, indent=2) + "\n")
+    document = {
+        "model": Path(options.model).name,
+        "width": options.width if options.model == "random" else None,
+        "max_memory": options.max_memory,
+        "sets": sets,
+        "rows": rows,
+    }
+    publish(options.json, document)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ python bench/outliers.py MODEL --calibration TEXT --data OTHER_TEXT
 
 import argparse
 import copy
-import json
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -18,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+from common import write
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-import llmcompress
 from llmcompress.compress.rewriting.clipping import ActivationQuantizer, range_quantizer
 from llmcompress.compress.rewriting.edits import divide_gain, matrix
 from llmcompress.compress.rewriting.samples import input_samples
@@ -233,10 +230,7 @@ def main() -> None:
     ratios = {f"{one} / {other}": by_label[one] / by_label[other] for one, other in pairs}
     print("  ".join(f"{name}: {value:.4f}" for name, value in ratios.items()))
     if options.json is not None:
-        document = {
-            "model": Path(options.model).name,
-            "calibration": Path(options.calibration).name,
-            "data": Path(options.data).name,
+        facts = {
             "samples": options.samples,
             "length": options.length,
             "outliers": {"share": options.share, "low": options.low, "high": options.high, "channels": channels},
@@ -244,16 +238,9 @@ def main() -> None:
             "activation_bits": bench.bits,
             "norms_only": bench.norms_only,
             "seed": options.seed,
-            "llmcompress": llmcompress.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "threads": torch.get_num_threads(),
-            "machine": f"{platform.machine()}, CPU",
             "ratios": ratios,
-            "rows": [asdict(row) for row in rows],
         }
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(document, indent=2) + "\n")
+        write(options, [asdict(row) for row in rows], **facts)
 
 
 if __name__ == "__main__":

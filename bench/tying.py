@@ -11,8 +11,6 @@ in the blocks is trained towards the original's answers.
 
 import argparse
 import copy
-import json
-import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import publish
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -221,15 +220,8 @@ def main() -> None:
         best = min(sets, key=lambda some: choose(tied(model, some, share, seen)))
         label = f"{count} saved by {pairs} pairs, factors {share:.2f}: {' '.join(f'{f}+{f + 1} {b}' for f, b in best)}"
         report(label, tied(model, best, share, seen))
-    if options.json is not None:
-        facts = {
-            "model": Path(options.model).name,
-            "torch": torch.__version__,
-            "machine": platform.machine(),
-            "seed": 0,
-        }
-        facts |= {key: value for key, value in vars(options).items() if key not in ("model", "json")}
-        options.json.write_text(json.dumps({**facts, "rows": rows}, indent=2) + "\n")
+    facts = {key: value for key, value in vars(options).items() if key not in ("model", "json")}
+    publish(options.json, {"model": Path(options.model).name, "seed": 0, **facts, "rows": rows})
 
 
 if __name__ == "__main__":
