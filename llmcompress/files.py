@@ -27,6 +27,24 @@ def _umask() -> int:
     return 0o022
 
 
+def cache_folder(*parts: str) -> Path:
+    """Where this user keeps what can be made again: `~/.cache/llmcompress`, or below XDG_CACHE_HOME."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache").joinpath("llmcompress", *parts)
+
+
+def own_folder(folder: Path) -> Path:
+    """A folder, made where it is not there, that code may be run from: nobody else can put anything into it.
+
+    Raises PermissionError where others may write to it, OSError where it cannot be made.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.stat()
+    if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise PermissionError(f"{folder.name}: others may write to the cache folder")
+    return folder
+
+
 def sync_folder(folder: Path) -> None:
     """fsync a directory, so that a rename inside it survives a power cut."""
     handle = os.open(folder, os.O_RDONLY)

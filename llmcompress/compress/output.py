@@ -202,16 +202,18 @@ def plain(text: str) -> str:
     return re.sub(r"[^\w .,:/@+-]", "_", text)
 
 
-def _front_matter(story: Story) -> str:
-    """What the model hub reads: licence and base model, where they are known."""
-    origin = story.origin
-    front: dict[str, Any] = {"library_name": story.exporter.LIBRARY, "pipeline_tag": "text-generation"}
+def front_matter(origin: Origin, relation: str, *tags: str, library: str = "transformers") -> str:
+    """What the model hub reads at the top of a card: licence and base model where they are known, tags of ours first.
+
+    `relation` is that to the base model in the hub's words: `quantized`, `finetune`.
+    """
+    front: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation"}
     if origin.license:
         front["license"] = origin.license
     if origin.repository:
-        front |= {"base_model": origin.repository, "base_model_relation": "quantized"}
-    front["tags"] = ["llmcompress", story.exporter.TAG, "quantized"]
-    return yaml.safe_dump(front, sort_keys=True)
+        front |= {"base_model": origin.repository, "base_model_relation": relation}
+    front["tags"] = ["llmcompress", *tags]
+    return f"---\n{yaml.safe_dump(front, sort_keys=True)}---\n"
 
 
 def _format_rows(story: Story) -> str:
@@ -266,9 +268,8 @@ def model_card(story: Story) -> str:
     plan, origin, allocation = story.plan, story.origin, story.plan.allocation
     revision = f" at revision `{origin.revision}`" if origin.revision else ""
     kept = " ".join(_remarks(story))
-    return f"""---
-{_front_matter(story)}---
-
+    front = front_matter(origin, "quantized", story.exporter.TAG, "quantized", library=story.exporter.LIBRARY)
+    return f"""{front}
 # {plain(origin.name)}, {allocation.bits_per_weight:.3f} bits per weight
 
 Quantized from `{plain(origin.name)}`{revision} by llmcompress: {_choice(plan)},

@@ -1,6 +1,6 @@
 """Sentences about a verdict. Names come from files of strangers, so none leaves here untamed."""
 
-from llmcompress.gate.verdict import Condition, Criterion, Verdict, Word
+from llmcompress.gate.verdict import Criterion, Verdict, Word
 
 LONGEST_NAME = 120
 MARKS: dict[Word, str] = {"pass": "pass", "fail": "FAIL", "undecided": "undecided"}
@@ -43,11 +43,6 @@ def reason(criterion: Criterion) -> str:
     found = f"{amount(criterion, criterion.estimate)} {bounds(criterion)}".strip() if shown else "not measured"
     line = f"{found}, {limit}, {criterion.count:,} {criterion.counted}"
     return f"{line}: {more(criterion)}" if criterion.verdict == "undecided" else line
-
-
-def condition_reason(condition: Condition) -> str:
-    """What was found, in one line."""
-    return tame(condition.found)
 
 
 def headline(verdict: Verdict) -> str:

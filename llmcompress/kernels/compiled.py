@@ -9,11 +9,12 @@ import logging
 import os
 import platform
 import shutil
-import stat
 import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
+
+from llmcompress.files import cache_folder, own_folder
 
 SOURCES = Path(__file__).parent / "native"
 FLAGS = ("-O2", "-ftree-vectorize", "-std=gnu11", "-fno-math-errno", "-fPIC", "-shared")
@@ -28,12 +29,6 @@ def compiler() -> str | None:
     return next((path for name in ((named,) if named else COMPILERS) if (path := shutil.which(name))), None)
 
 
-def cache_folder() -> Path:
-    """Where compiled libraries of this user lie."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "llmcompress" / "native"
-
-
 def _digest(program: str) -> str:
     """What a library depends on: sources, flags, compiler and machine."""
     words = [*FLAGS, *LIBRARIES, program, platform.machine()]
@@ -44,18 +39,9 @@ def _digest(program: str) -> str:
     return whole.hexdigest()[:32]
 
 
-def _is_ours(folder: Path) -> bool:
-    """Whether nobody else can put a library there."""
-    found = folder.stat()
-    return found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-
-
 def build(program: str, folder: Path) -> Path:
     """Compile into `folder`, or find what was compiled there before. Raises OSError or subprocess.SubprocessError."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if not _is_ours(folder):
-        raise PermissionError(f"{folder.name}: others may write to the cache folder")
-    library = folder / f"{_digest(program)}.so"
+    library = own_folder(folder) / f"{_digest(program)}.so"
     if not library.is_file():
         handle, aside = tempfile.mkstemp(suffix=".so", dir=folder)
         os.close(handle)
@@ -76,7 +62,7 @@ def library() -> tuple[ctypes.CDLL | None, str]:
         why = "there is no C compiler (cc, gcc, clang, or what CC names)"
     else:
         try:
-            found = ctypes.CDLL(str(build(program, cache_folder())))
+            found = ctypes.CDLL(str(build(program, cache_folder("native"))))
             found.llmcompress_linear.argtypes = (ctypes.c_char_p,)
             found.llmcompress_linear.restype = ctypes.c_int
         except (OSError, subprocess.SubprocessError) as error:

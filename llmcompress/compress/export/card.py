@@ -3,26 +3,15 @@
 from collections import Counter
 from pathlib import Path
 from types import ModuleType
-from typing import Any
-
-import yaml
 
 from llmcompress.compress.export.records import ExportRecord
-from llmcompress.compress.output import plain
+from llmcompress.compress.output import front_matter, plain
 
 
 def model_card(record: ExportRecord, module: ModuleType, folder: Path) -> str:
     """What was exported, what it became, and how far that is from the checkpoint."""
     base = record.base
-    front: dict[str, Any] = {"library_name": module.LIBRARY, "pipeline_tag": "text-generation"}
-    if base.license:
-        front["license"] = base.license
-    if base.repository:
-        front |= {"base_model": base.repository, "base_model_relation": "quantized"}
-    front["tags"] = ["llmcompress", module.TAG]
-    return f"""---
-{yaml.safe_dump(front, sort_keys=True)}---
-
+    return f"""{front_matter(base, "quantized", module.TAG, library=module.LIBRARY)}
 # {plain(base.name)}, {module.TITLE}
 
 Exported by llmcompress from its checkpoint `{plain(record.origin.name)}`.

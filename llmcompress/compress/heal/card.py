@@ -2,11 +2,9 @@
 
 from pathlib import Path
 
-import yaml
-
 from llmcompress.compress.heal.records import Figure, HealRecord
 from llmcompress.compress.heal.write import is_ours
-from llmcompress.compress.output import Origin, plain
+from llmcompress.compress.output import Origin, front_matter, plain
 from llmcompress.runtime.adapter import FOLDER
 
 
@@ -18,13 +16,7 @@ def healed_card(source: Path, origin: Origin, record: HealRecord) -> str:
 
 
 def _front(origin: Origin) -> str:
-    front: dict[str, object] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    if origin.license:
-        front["license"] = origin.license
-    if origin.repository:
-        front |= {"base_model": origin.repository, "base_model_relation": "finetune"}
-    front["tags"] = ["llmcompress", "healed"]
-    return f"---\n{yaml.safe_dump(front, sort_keys=True)}---\n\n# {plain(origin.name)}, healed\n"
+    return f"{front_matter(origin, 'finetune', 'healed')}\n# {plain(origin.name)}, healed\n"
 
 
 def _section(record: HealRecord) -> str:

@@ -1,26 +1,16 @@
 """The README.md of a pruned model."""
 
-import yaml
-
-from llmcompress.compress.output import plain
+from llmcompress.compress.output import front_matter, plain
 from llmcompress.compress.prune.records import PruneRecord
 
 
 def model_card(record: PruneRecord) -> str:
     """What was removed and what it cost, with front matter the model hub understands."""
     origin = record.origin
-    front: dict[str, object] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    if origin.license:
-        front["license"] = origin.license
-    if origin.repository:
-        front |= {"base_model": origin.repository, "base_model_relation": "finetune"}
-    front["tags"] = ["llmcompress", "pruned"]
     rows = "\n".join(
         f"| {', '.join(map(str, step.removed))} | {step.kld:.5f} ± {step.standard_error:.5f} |" for step in record.steps
     )
-    return f"""---
-{yaml.safe_dump(front, sort_keys=True)}---
-
+    return f"""{front_matter(origin, "finetune", "pruned")}
 # {plain(origin.name)}, {_what_is_left(record)}
 
 {_removed(record)}

@@ -3,17 +3,17 @@
 Compiled code is kept under `~/.cache/llmcompress/kernels/nvrtc`, by a digest of source and definitions.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from llmcompress.errors import MachineError
-from llmcompress.files import commit_bytes
+from llmcompress.files import cache_folder, commit_bytes, own_folder
 
 FOLDER = Path(__file__).parent
 OPTIONS = ("-std=c++17", "-diag-suppress=177")
@@ -69,16 +69,15 @@ def cached(source: bytes, definitions: Mapping[str, int], architecture: str, nvr
     """The same, from the cache where it is there."""
     given = repr((OPTIONS, sorted(definitions.items()), architecture, torch.version.cuda)).encode()
     name = hashlib.sha256(source + given).hexdigest()[:32]
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    path = Path(base) / "llmcompress" / "kernels" / "nvrtc" / f"{name}.cubin"
-    if path.is_file():
-        return path.read_bytes()
-    made = compiled(source, definitions, architecture, nvrtc)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = own_folder(cache_folder("kernels", "nvrtc")) / f"{name}.cubin"
+        if path.is_file():
+            return path.read_bytes()
+    except OSError:
+        return compiled(source, definitions, architecture, nvrtc)
+    made = compiled(source, definitions, architecture, nvrtc)
+    with contextlib.suppress(MachineError):  # a cache that cannot be written is compiled for again
         commit_bytes(path, made)
-    except (OSError, MachineError):
-        pass  # a cache that cannot be written is compiled for again
     return made
 
 

@@ -55,8 +55,7 @@ def multiply(x: Tensor, prepared: Mapping[str, Tensor], packing: Packing, rows: 
     made = definitions(packing, x.dtype, prepared["scale"].dtype, tiles=-(-len(x) // TILE), config=config)
     numbers = _numbers(packing, prepared["words"], len(x), rows)
     given: list[Given] = [*_pointers(x), *_weight(prepared), *_pointers(out), *numbers]
-    threads = 32 * config.warps
-    _function("decode", made, x.device).launch((-(-rows // ROWS), 1), threads, given)
+    _function("decode", made, x.device).launch((-(-rows // ROWS), 1), 32 * config.warps, given)
     return out
 
 
@@ -68,8 +67,7 @@ def dequantize(prepared: Mapping[str, Tensor], packing: Packing, span: tuple[int
     made = definitions(packing, dtype, scale.dtype, tiles=1, config=EXPAND)
     numbers = _numbers(packing, words, first, last, scale.shape[1])
     given: list[Given] = [*_weight(prepared), *_pointers(out), *numbers]
-    blocks = packing.planar.blocks(packing.columns) if packing.planar else 0
-    grid = (-(-(last - first) // ROWS), -(-blocks // EXPAND.warps))
+    grid = (-(-(last - first) // ROWS), -(-packing.blocks // EXPAND.warps))
     _function("expand", made, words.device).launch(grid, 32 * EXPAND.warps, given)
     return out
 
@@ -88,5 +86,4 @@ def _weight(prepared: Mapping[str, Tensor]) -> list[ctypes.c_void_p]:
 
 def _numbers(packing: Packing, words: Tensor, *first: int) -> list[ctypes.c_int]:
     """Those given, then columns, words of a row, blocks of a row."""
-    blocks = packing.planar.blocks(packing.columns) if packing.planar else 0
-    return [ctypes.c_int(value) for value in (*first, packing.columns, words.shape[1], blocks)]
+    return [ctypes.c_int(value) for value in (*first, packing.columns, words.shape[1], packing.blocks)]

@@ -60,9 +60,8 @@ def dequantize(prepared: Mapping[str, Tensor], packing: Packing, span: tuple[int
     """Rows `span[0] ... span[1] - 1` of the weight, `(rows, columns)`."""
     if nvrtc.fits(packing, dtype, prepared["words"].device):
         return nvrtc.dequantize(prepared, packing, span, dtype)
-    if (
-        dtype != torch.float32 and packing.planar is not None
-    ):  # Triton 3.6 mixes up fields of 2 and 3 bits where the result has 16
+    if dtype != torch.float32 and packing.planar is not None:
+        # Triton 3.6 mixes up fields of 2 and 3 bits where the result has 16
         return dequantize(prepared, packing, span, torch.float32).to(dtype)
     first, last = span
     words, none, columns = prepared["words"], prepared["counters"], packing.columns

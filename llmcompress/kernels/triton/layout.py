@@ -35,6 +35,11 @@ class Packing:
     planar: Planar | None
 
     @property
+    def blocks(self) -> int:
+        """Of a row, the last one padded; the row itself, where there is no planar order."""
+        return self.planar.blocks(self.columns) if self.planar else 1
+
+    @property
     def label(self) -> str:
         """What tuning tables call it."""
         kind = ("int", "table", "codebook")[self.table]

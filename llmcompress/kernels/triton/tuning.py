@@ -7,7 +7,6 @@ the kernel in Triton, or one of that in CUDA C++.
 
 import functools
 import json
-import os
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from llmcompress.errors import InputError
+from llmcompress.files import cache_folder
 from llmcompress.kernels.triton.layout import TABLE_PER_ROW, Packing
 
 SHIPPED = Path(__file__).with_name("tuning.json")
@@ -52,8 +52,7 @@ def bucket(tokens: int) -> int:
 
 def user_table(name: str) -> Path:
     """Where what was measured on a GPU of this name is kept."""
-    cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(cache) / "llmcompress" / "kernels" / f"{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-').lower()}.json"
+    return cache_folder("kernels", f"{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-').lower()}.json")
 
 
 def read_table(path: Path) -> Table:
@@ -132,8 +131,7 @@ def fill(config: Config, packing: Packing, sizes: tuple[int, int], processors: i
         return config
     rows, tokens = sizes
     tiles = -(-rows // config.rows) * -(-tokens // config.tokens)
-    blocks = packing.planar.blocks(packing.columns) if packing.planar else 1
-    split = max(min(PROGRAMS_PER_PROCESSOR * processors // tiles, blocks // 2, MOST_PARTS), 1)
-    while blocks % split and split > 1:  # parts of one length need no masks
+    split = max(min(PROGRAMS_PER_PROCESSOR * processors // tiles, packing.blocks // 2, MOST_PARTS), 1)
+    while packing.blocks % split and split > 1:  # parts of one length need no masks
         split -= 1
     return config._replace(split=split)
