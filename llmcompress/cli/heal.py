@@ -14,7 +14,7 @@ OPTIONS = (
     click.option(
         "--method",
         type=click.Choice(["lora", "norms"]),
-        help="lora: low-rank adapters, needs peft. norms: gains of norms, and scales of packed linears. "
+        help="lora: low-rank adapters, needs peft. norms: gains of norms, scales of packed linears. "
         "Default: norms for a packed checkpoint, lora for a plain one.",
     ),
     click.option(
@@ -22,9 +22,10 @@ OPTIONS = (
         metavar="WHERE",
         default="rdp",
         show_default=True,
-        help="Blocks to train: rdp (where the path of the hidden states bends), all, random, or numbers: 0,3.",
+        help="Blocks to train: rdp (where the path of the hidden states bends, and beside removed ones), all, random, "
+        "or numbers: 0,3.",
     ),
-    click.option("--blocks", type=click.IntRange(1), help="How many rdp and random choose. Default: a third."),
+    click.option("--blocks", type=click.IntRange(1), help="How many bends, or random ones. Default: a third."),
     click.option("--lisa", type=click.IntRange(1), metavar="K", help="Train K of the blocks at a time: less memory."),
     click.option("--period", type=click.IntRange(1), default=20, show_default=True, help="Steps between draws of K."),
     click.option("--rank", type=click.IntRange(1), default=32, show_default=True, help="Of the adapters."),

@@ -46,6 +46,11 @@ def inspect_command(path: Path, speaker: Speaker) -> None:
     ]
     if document["bits_per_weight"] is not None:
         lines.append(f"linears     {document['bits_per_weight']:.4f} bits per weight over the quantized ones")
+    if document["tied"]:
+        groups = ", ".join("+".join(map(str, group)) for group in document["tied"])
+        lines.append(
+            f"tied        blocks {groups} share their weights, with corrections of rank {document['tied_rank']}"
+        )
     speaker.result(document, lines)
 
 
@@ -53,8 +58,9 @@ def _contents(files: Any) -> dict[str, Any]:
     """Sum weights and bytes by format, from headers, config.json and the few bytes that tell a linear's size."""
     formats: dict[str, list[int]] = {}
     packed, packed_weights = _packed(files, formats)
+    known, groups, rank = _tied(files, formats)
     for name, entry in files.tensors.items():
-        if name not in packed:
+        if name not in packed and name not in known:
             _add(formats, entry.dtype, entry.elements, entry.stop - entry.start)
     packed_bits = sum(8 * (files.tensors[name].stop - files.tensors[name].start) for name in packed)
     total = sum(row[0] for row in formats.values())
@@ -66,7 +72,30 @@ def _contents(files: Any) -> dict[str, Any]:
         "shard_bytes": shard_bytes,
         "bits_per_weight": packed_bits / packed_weights if packed_weights else None,
         "file_bits_per_weight": shard_bytes * 8 / max(total, 1),
+        "tied": groups,
+        "tied_rank": rank,
     }
+
+
+def _tied(files: Any, formats: dict[str, list[int]]) -> tuple[set[str], list[list[int]], int]:
+    """Add what blocks share to `formats`, and their corrections; returns these tensors, the groups, and the rank."""
+    if "quantization_config" not in files.config:
+        return set(), [], 0
+    from llmcompress.kernels.stored import DOWN, UP
+    from llmcompress.runtime.tying import TieRecord
+
+    record = TieRecord.of(files.config)
+    if record is None:
+        return set(), [], 0
+    known: set[str] = set()
+    for stem in record.stems:
+        if stem in record.shared:
+            known.add(f"{stem}.weight")
+            _add(formats, "shared", files.tensors[f"{record.shared[stem]}.weight"].elements, 0)
+        for name in (stem + part for part in (UP, DOWN) if stem + part in files.tensors):
+            known.add(name)
+            _add(formats, "corrections", 0, files.tensors[name].stop - files.tensors[name].start)
+    return known, [list(group) for group in record.groups], record.rank
 
 
 def _add(formats: dict[str, list[int]], label: str, weights: int, size: int) -> None:

@@ -1,4 +1,4 @@
-"""`llmcompress prune`: find blocks, or halves of blocks, that do little, and write the model without them."""
+"""`llmcompress prune`: find blocks, or halves of blocks, that do little, and write the model without them, or tied."""
 
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,11 @@ from llmcompress.cli.scoring import PICTURES
 @click.option("--pairs", is_flag=True, help="With --sublayers: also try both halves of a block at once.")
 @click.option("--blocks", type=click.IntRange(1), help="How many blocks to remove.")
 @click.option("--halves", type=click.IntRange(1), help="How many halves to skip, with --sublayers.")
+@click.option(
+    "--tie", type=click.IntRange(2), metavar="N", help="Let groups of N neighbouring blocks share one weight."
+)
+@click.option("--rank", type=click.IntRange(0), default=0, help="With --tie: rank of each block's own corrections.")
+@click.option("--groups", type=click.IntRange(1), help="How many groups to tie, with --tie.")
 @click.option("--keep", type=click.FloatRange(0, 1, min_open=True), help="Share of blocks or halves to keep, e.g. 0.8.")
 @click.option("--max-kld", type=click.FloatRange(0), help="Remove what keeps the KL's upper 95 % bound within this.")
 @click.option("--exclude", type=int, multiple=True, help="A block that stays. Repeatable.")
@@ -37,7 +42,15 @@ def prune_command(model: str, speaker: Speaker, **flags: Any) -> None:
     Without --blocks, --halves, --keep or --max-kld only what costs next to nothing goes (KL of at most 0.001). What is
     written opens in plain transformers, and is compared logit for logit with the model that passes those blocks over.
     Skipped halves are zeros there; llmcompress.load saves their computation and their memory.
+
+    --tie 2 lets pairs of neighbouring blocks share one stored weight, with norms and low-rank corrections of their own.
+    Only llmcompress.load opens that. What removing blocks for the same bytes would cost is measured beside it.
     """
+    if flags["tie"] is not None:
+        from llmcompress.cli.tying import tie_blocks
+
+        tie_blocks(model, flags, speaker)
+        return
     request = _request(model, flags)
     from llmcompress.compress.prune.records import RemovalStep
     from llmcompress.compress.prune.run import Pruned, Ranked, prune
@@ -63,6 +76,8 @@ def prune_command(model: str, speaker: Speaker, **flags: Any) -> None:
 def _request(model: str, flags: dict[str, Any]) -> Any:
     from llmcompress.errors import InputError
 
+    if flags["groups"] is not None or flags["rank"]:
+        raise InputError(f"--{'rank' if flags['rank'] else 'groups'} is about tied blocks", "give --tie 2 with it")
     sublayers = flags["sublayers"]
     count, other = ("halves", "blocks") if sublayers else ("blocks", "halves")
     if flags[other] is not None or (flags["pairs"] and not sublayers):

@@ -175,7 +175,7 @@ class Skeleton:
 
     def _check_shapes(self) -> None:
         """What goes into the model as it stands in the file has the shape the model has for it."""
-        state, made_up = self.model.state_dict(), getattr(self.reader, "row_major", ())
+        state, made_up = self.model.state_dict(), getattr(self.reader, "made_up", ())
         for name, target in self.names.module_of.items():
             entry = self.files.tensors.get(name)
             if entry is None or name in self.names.converted or name in made_up:

@@ -127,7 +127,12 @@ def check_config(document: Mapping[str, Any], *, packed: bool) -> Iterator[Findi
     yield from _check_architecture(document)
     section = document.get("quantization_config")
     method = section.get("quant_method") if isinstance(section, dict) else None
-    if "quantization_config" in document and not packed:
+    if isinstance(section, dict) and "tied" in section and not packed:
+        yield Finding(
+            "config.json: blocks of this model share their weights (prune --tie)",
+            "give the model it was made from, or a copy in which they are apart: llmcompress export OUT --format bf16",
+        )
+    elif "quantization_config" in document and not packed:
         yield Finding(f"config.json: already quantized ({str(method)[:40]})", "give the original, unquantized model")
     elif "quantization_config" in document and not isinstance(method, str):
         yield Finding(

@@ -23,6 +23,7 @@ from llmcompress.runtime.packed import PackedReader
 from llmcompress.runtime.shards import ShardReader
 from llmcompress.runtime.siblings import introduce
 from llmcompress.runtime.skipping import SkipRecord
+from llmcompress.runtime.tying import TieRecord, on_one_device, tie_modules
 from llmcompress.spec import FOUR_BIT, PER_ROW
 
 METHOD = "llmcompress"
@@ -62,6 +63,10 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         shards = ShardReader(Path(name) for name in files)
         self._reader = PackedReader(shards, {"quantization_config": self.quantization_config.to_dict()})
         self._names = pack_modules(model, shards, self._reader)
+        record = TieRecord.of({"quantization_config": self.quantization_config.to_dict()})
+        if record is not None:
+            on_one_device(given.get("device_map"))
+            tie_modules(model, shards, record, _module_names(model, record.stems))
 
     def _process_model_after_weight_loading(self, model: nn.Module, **given: Any) -> nn.Module:
         self._reader.prepare(model, {f"{stem}.weight": f"{name}.weight" for stem, name in self._names.items()})

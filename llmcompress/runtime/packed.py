@@ -10,6 +10,7 @@ from llmcompress.kernels import stored
 from llmcompress.kernels.codes import Codes
 from llmcompress.runtime.attention import PARTS, install, rounding_of, set_rounding
 from llmcompress.runtime.inputs import attach_stored, detach
+from llmcompress.runtime.tying import TiedReader, TieRecord
 from llmcompress.spec import PER_ROW, InputSpec, LinearSpec
 
 ANY_COLUMNS = 1  # group size of a format by rows whose file does not say how many columns there are
@@ -71,12 +72,15 @@ def _specs(section: Mapping[str, Any]) -> dict[str, LinearSpec]:
 class PackedReader:
     """A reader that hides packed tensors and shows the weights they stand for.
 
-    `row_major` names the weights it makes up: they come as `(rows, columns)` whatever the module is.
+    `row_major` names the weights it unpacks: they come as `(rows, columns)` whatever the module is. `made_up` names
+    those and what blocks share, which `tied` reads where there is any.
     Raises InputError when the packed tensors and config.json disagree.
     """
 
     def __init__(self, base: Reader, config: Mapping[str, Any]) -> None:
-        self._base = base
+        tying = TieRecord.of(config)
+        self.tied = None if tying is None else TiedReader(base, tying)
+        base = self._base = self.tied or base
         names = base.names()
         self._present = frozenset(names)
         self._specs: dict[str, LinearSpec] = {}
@@ -93,6 +97,7 @@ class PackedReader:
         }
         self._by_weight = {f"{stem}.weight": stem for stem in (*stems, *self._four_bit)}
         self.row_major = frozenset(self._by_weight)
+        self.made_up = self.row_major if self.tied is None else self.row_major | self.tied.made_up
         self.attention: dict[str, tuple[str, ...]] = {}  # scales inside attention: what their names end with, by stem
         for part in PARTS:
             for stem in [n.removesuffix(part) for n in names if n.endswith(part)]:

@@ -12,7 +12,7 @@ from heal_help import TOKENS, logits_of, quantized
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmcompress.compress.heal.places import Places, active, select
+from llmcompress.compress.heal.places import Places, active, seams_of, select
 from llmcompress.compress.heal.run import load_whole
 from llmcompress.compress.heal.state import Measured, Position, Saves
 from llmcompress.compress.heal.training import Original, Schedule
@@ -84,6 +84,9 @@ def test_rdp_takes_the_blocks_after_which_the_path_bends(tmp_path: Path) -> None
     assert len(found) == 1
     assert set(found) <= {point - 1 for point in breakpoints(breakpoint_scores(path), 6)}
     assert best[0] - 1 in select(Places("rdp", 3), skeleton, [tokens], 0)
+    alone = select(Places("rdp"), skeleton, [tokens], 0)
+    assert select(Places("rdp"), skeleton, [tokens], 0, seams=(0, 5)) == tuple(sorted({0, 5, *alone}))
+    assert select(Places("rdp", 1), skeleton, [tokens], 0, seams=(0, 5)) == found
     assert select(Places("all"), skeleton, [], 0) == (0, 1, 2, 3, 4, 5)
     assert select(Places("4,1,4"), skeleton, [], 0) == (1, 4)
     some = {select(Places("random"), skeleton, [], seed) for seed in range(20)}
@@ -125,3 +128,10 @@ def test_scales_of_every_format_begin_at_what_the_file_says(
         assert torch.equal(skeleton.model(TOKENS).logits, found)
     tensors = skeleton.files.tensors
     assert all(tuple(t.shape) == tensors[n].shape for n, t in tuning.tensors().items())
+
+
+@pytest.mark.parametrize(
+    ("removed", "seams"), [((), ()), ((4, 6), (3, 4, 5)), ((2, 3), (1, 2)), ((0,), (0,)), ((7,), (6,))]
+)
+def test_seams_are_beside_removed_blocks(removed: tuple[int, ...], seams: tuple[int, ...]) -> None:
+    assert seams_of(removed, 8) == seams

@@ -44,7 +44,8 @@ def _what(record: HealRecord) -> str:
             f"Tried on blocks {blocks} (`--at {record.at}`, {record.method}), and nothing helped: "
             "every weight is what it was."
         )
-    what = "low-rank adapters" if record.method == "lora" else "gains of norms, and quantization scales where there are"
+    norms = "gains of norms, and quantization scales or corrections of tied blocks where there are"
+    what = "low-rank adapters" if record.method == "lora" else norms
     return (
         f"Trained to give the answers of `{plain(record.against)}`: {what}, in blocks {blocks} (`--at {record.at}`), "
         f"{record.parameters:,} numbers, {record.steps} steps on {record.tokens:,} tokens of "

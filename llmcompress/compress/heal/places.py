@@ -4,7 +4,7 @@ import hashlib
 import math
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,10 @@ RDP, ALL, RANDOM = "rdp", "all", "random"
 
 @dataclass(frozen=True)
 class Places:
-    """What was asked: `rdp`, `all`, `random`, or numbers of blocks; `count` is how many `rdp` and `random` pick."""
+    """What was asked: `rdp`, `all`, `random`, or numbers of blocks; `count` is how many `rdp` and `random` pick.
+
+    Without a count, `rdp` also takes the `seams`: the blocks beside those that were removed.
+    """
 
     at: str = RDP
     count: int | None = None
@@ -46,11 +49,20 @@ def number(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
 
-def select(places: Places, skeleton: Skeleton, batches: Sequence[Tensor], seed: int) -> tuple[int, ...]:
+def seams_of(removed: Collection[int], blocks: int) -> tuple[int, ...]:
+    """The blocks on either side of removed ones, by their numbers among those that are left of `blocks`."""
+    kept = [index for index in range(blocks) if index not in removed]
+    return tuple(place for place, index in enumerate(kept) if {index - 1, index + 1} & {*removed})
+
+
+def select(
+    places: Places, skeleton: Skeleton, batches: Sequence[Tensor], seed: int, *, seams: Sequence[int] = ()
+) -> tuple[int, ...]:
     """The blocks to heal, ascending. The model must be loaded whole.
 
     `rdp` keeps the blocks after which the path of the hidden states bends most (arXiv 2604.19321):
-    Ramer-Douglas-Peucker over the states that leave each block; a third of the blocks where no count is given.
+    Ramer-Douglas-Peucker over the states that leave each block; a third of the blocks where no count is given, and
+    then the blocks at `seams` as well.
     """
     blocks = len(skeleton.blocks)
     if places.at == ALL:
@@ -62,7 +74,8 @@ def select(places: Places, skeleton: Skeleton, batches: Sequence[Tensor], seed: 
         options = RdpOptions(keep=places.count)
         found = bends(_paths(skeleton, batches, options), options.space, options.counts).selected(options)
         chosen = tuple(point - 1 for point, kept in enumerate(found) if kept)
-        return chosen or (blocks - 1,)  # a path too short to bend has only its end
+        chosen = chosen or (blocks - 1,)  # a path too short to bend has only its end
+        return chosen if places.count is not None else tuple(sorted({*chosen, *seams}))
     return tuple(sorted({int(word) for word in places.at.split(",")}))
 
 

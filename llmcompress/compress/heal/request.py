@@ -57,5 +57,5 @@ def asked_of(request: HealRequest, digests: Sequence[str], batches: Batches) -> 
         "original": digests[1],
         "calibration tokens": batches.digest,
         "settings": hashlib.sha256(text.encode()).hexdigest(),
-        "algorithm": "1",
+        "algorithm": "2",
     }

@@ -9,14 +9,16 @@ from torch import Tensor
 
 from llmcompress.compress.heal.finish import Facts, Trained, finish
 from llmcompress.compress.heal.lora import LoraTuning, peft_library
-from llmcompress.compress.heal.places import select
+from llmcompress.compress.heal.places import seams_of, select
 from llmcompress.compress.heal.records import HealRecord
 from llmcompress.compress.heal.request import LORA, NORMS, RATES, HealRequest, asked_of
 from llmcompress.compress.heal.state import Position, Saves
 from llmcompress.compress.heal.training import Data, Original, Trainer
 from llmcompress.compress.heal.tuning import NormTuning, by_name, gradients_pass
+from llmcompress.compress.heal.write import PRUNE_NAME
 from llmcompress.compress.journal import Journal, check_output
 from llmcompress.compress.pipeline import read_text
+from llmcompress.compress.prune.records import PruneRecord
 from llmcompress.compress.run import Warned, environment
 from llmcompress.compress.verify import read_record, require, verify
 from llmcompress.errors import InputError
@@ -135,7 +137,8 @@ def _locked(request: HealRequest, journal: Journal, facts: Facts) -> Iterator[Ev
     student, saves = facts.student, Saves(journal.state)
     load_whole(student)
     looked = torch.split(data.original.tokens[list(data.training[:PATH_SEQUENCES])], request.schedule.batch_size)
-    blocks = select(request.places, student, looked, request.schedule.seed)
+    seams = _seams(request.source.path, len(student.blocks))
+    blocks = select(request.places, student, looked, request.schedule.seed, seams=seams)
     tuning: NormTuning | LoraTuning = (
         LoraTuning(student, blocks, request.lora, seed=request.schedule.seed)
         if request.method == LORA
@@ -154,6 +157,15 @@ def _locked(request: HealRequest, journal: Journal, facts: Facts) -> Iterator[Ev
         size = folder_bytes(journal.partial)
         journal.publish(request.force)
         yield Healed(record, size)
+
+
+def _seams(folder: Path, blocks: int) -> tuple[int, ...]:
+    """The blocks beside those that `prune` removed, where it did and the model has as many blocks as it left."""
+    path = folder / PRUNE_NAME
+    if not path.is_file():
+        return ()
+    record = PruneRecord.parse(path.read_bytes(), PRUNE_NAME)
+    return seams_of(record.removed, record.blocks) if record.blocks - len(record.removed) == blocks else ()
 
 
 def load_whole(student: Skeleton) -> None:

@@ -1,4 +1,4 @@
-"""What is trained: norm gains and quantization scales here, low-rank adapters in `lora.py`.
+"""What is trained: norm gains, quantization scales and corrections of tied blocks here, adapters in `lora.py`.
 
 A tuning knows its trainable numbers by block, how the model looks once they are stored in a file (in the file's own
 dtypes), and which tensors of the file that changes. Held-out text always judges the stored form.
@@ -69,13 +69,32 @@ class Scaled(nn.Module):
         return torch.ones_like(self.scale)
 
 
+class Corrected(nn.Module):
+    """The weight of a tied linear as a function of its factors; `shared` stays as it is."""
+
+    def __init__(self, shared: Tensor, factors: tuple[Tensor, Tensor]) -> None:
+        super().__init__()
+        self.shared = nn.Buffer(shared.float(), persistent=False)
+        self._begun = tuple(factor.float() for factor in factors)
+
+    def forward(self, up: Tensor, down: Tensor) -> Tensor:
+        """The weight of the module."""
+        return self.shared + up @ down
+
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The factors of the file, whatever the weight."""
+        up, down = (factor.to(weight.device) for factor in self._begun)
+        return up, down
+
+
 def has_scales(codes: Codes) -> bool:
     """Whether the weight of a linear is proportional to scales that the file holds, group by group."""
     return codes.spec.kind not in FOUR_BIT and codes.codebook is None
 
 
 class NormTuning:
-    """Weights and biases of norms in some blocks and after the last, and the scales of packed linears in the blocks.
+    """Weights and biases of norms in some blocks and after the last, and in the blocks the scales of packed linears and
+    the low-rank corrections of tied ones.
 
     The numbers trained are float32; those of the file keep their dtypes.
     """
@@ -90,6 +109,7 @@ class NormTuning:
             prefix = skeleton.block_name(index)
             found = self._norms(skeleton.blocks[index], prefix, by_parameter)
             self.trained[index] = found | self._scales(skeleton.blocks[index], prefix, by_parameter)
+            self.trained[index] |= self._factors(skeleton.blocks[index], prefix, by_parameter)
         outside = _outside_norms(skeleton)
         self.trained[OUTSIDE] = {}
         for name, module in outside.items():
@@ -123,6 +143,23 @@ class NormTuning:
                 parameter.requires_grad_(True)
                 self._names[parameter], self._scaled[parameter] = stem + stored.SCALE, scaled
                 found[f"{name}.scale"] = parameter
+        return found
+
+    def _factors(self, block: nn.Module, prefix: str, by_parameter: Mapping[str, str]) -> dict[str, nn.Parameter]:
+        reader, found = self._skeleton.reader, {}
+        if not isinstance(reader, PackedReader) or reader.tied is None:
+            return {}
+        for name, module in list(block.named_modules(prefix=prefix)):
+            stem = by_parameter.get(f"{name}.weight", "").removesuffix(stored.WEIGHT)
+            if stem not in reader.tied.with_factors:
+                continue
+            weight = Corrected(reader.tied.shared(stem), reader.tied.factors(stem)).to(self._skeleton.device)
+            parametrize.register_parametrization(module, "weight", weight)
+            for part, leaf in ((stored.UP, "original0"), (stored.DOWN, "original1")):
+                parameter = getattr(module.parametrizations.weight, leaf)
+                parameter.requires_grad_(True)
+                self._names[parameter] = stem + part
+                found[name + part.removeprefix(stored.WEIGHT)] = parameter
         return found
 
     def _rounded(self, parameter: nn.Parameter) -> Tensor:

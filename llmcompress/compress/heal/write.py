@@ -16,8 +16,8 @@ from llmcompress.model.checkpoint import DTYPE_NAMES, read_tensor
 from llmcompress.preflight import SourceFiles
 from llmcompress.runtime.adapter import CONFIG_NAME, FOLDER, WEIGHTS_NAME
 
-PRUNE_NAME = "pruning.json"
-KEPT = ("config.json", INDEX_NAME, PRUNE_NAME, REWRITE_NAME)
+PRUNE_NAME, TYING_NAME = "pruning.json", "tying.json"
+KEPT = ("config.json", INDEX_NAME, PRUNE_NAME, TYING_NAME, REWRITE_NAME)
 
 
 def write_checkpoint(files: SourceFiles, changed: Mapping[str, Tensor], folder: Path) -> None:

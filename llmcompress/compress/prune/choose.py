@@ -3,7 +3,8 @@
 A score (voids, block influence, measured single removals) only says where to look first. Sets grow by one block at a
 time; several of the best of each size are kept, and the winner of a size is then improved by exchanging one of its
 blocks for another. Damages do not add up, so no sum of single damages decides anything.
-Here a half of a block is searched like a block; `pairs` can be removed at once, as the two halves of a block.
+Here a half of a block is searched like a block; `pairs` can be removed at once, as the two halves of a block, and sets
+that are not `allowed` are never tried.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -37,20 +38,25 @@ class Chooser:
         *,
         exclude: frozenset[int] = frozenset(),
         pairs: Sequence[frozenset[int]] = (),
+        allowed: Callable[[frozenset[int]], bool] | None = None,
     ) -> None:
         self._measure, self._search, self._exclude = measure, search, exclude
+        blocks = self.blocks = len(importance)
+        self._allowed = allowed or (lambda some: len(some) < blocks)
         self._pairs = tuple(pair for pair in pairs if not pair & exclude)
-        self.blocks = len(importance)
         self.ranking = sorted(range(self.blocks), key=lambda block: (importance[block], block))
         self.measured: dict[frozenset[int], tuple[float, ...]] = {}
 
     def steps(self) -> Iterator[RemovalStep]:
-        """The best set found of one block, of two, and so on; at least one block always stays."""
+        """The best set found of one block, of two, and so on; where nothing else is said, one block always stays."""
         smaller: list[frozenset[int]] = []
         kept: list[frozenset[int]] = [frozenset()]
-        for _ in range(min(self.blocks - 1, self.blocks - len(self._exclude))):
+        for _ in range(self.blocks - len(self._exclude)):
             grown = {start | {block} for start in kept for block in self._look(start)}
             grown |= {start | pair for start in smaller for pair in self._pairs if not pair & start}
+            grown = set(filter(self._allowed, grown))
+            if not grown:
+                return
             smaller, kept = kept, self._best(grown)
             kept[0] = self._exchanged(kept[0])
             yield self._step(kept)
@@ -75,7 +81,8 @@ class Chooser:
         """The set after exchanges of one block for another, as long as one measures better."""
         while len(best) > 1:
             others = self._look(best)
-            found = self._best({best, *(best - {out} | {block} for out in best for block in others)})[0]
+            exchanged = (best - {out} | {block} for out in best for block in others)
+            found = self._best({best, *filter(self._allowed, exchanged)})[0]
             if found == best:
                 break
             best = found

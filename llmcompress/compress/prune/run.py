@@ -133,9 +133,7 @@ def prune(request: PruneRequest) -> Iterator[Event]:
     request = _counted(request, units)
     digest = opened.digest()
     batches = calibration(opened, request.recipe)
-    rows = batches.tokens
-    cut = max(min(request.recipe.calibration.score_samples, len(rows) // 2), 1)
-    choosing, judging = _split(rows[:cut], request), _split(rows[cut:] if len(rows) > cut else rows, request)
+    choosing, judging = texts(batches, request.recipe)
     memory = request.recipe.score.swaps.memory_mb << 20
 
     def measure(sets: Sequence[frozenset[int]], batches: Sequence[Tensor] = choosing) -> Tensor:
@@ -202,8 +200,11 @@ def _chosen(units: Units, step: RemovalStep) -> Removal:
     return units.removal(frozenset(map(int, step.removed)))
 
 
-def _split(rows: Tensor, request: PruneRequest) -> list[Tensor]:
-    return list(torch.split(rows, request.recipe.calibration.batch_size))
+def texts(batches: Batches, recipe: Recipe) -> tuple[list[Tensor], list[Tensor]]:
+    """Token batches to choose by, and others to judge by; the same where there is only one sequence."""
+    rows, size = batches.tokens, recipe.calibration.batch_size
+    cut = max(min(recipe.calibration.score_samples, len(rows) // 2), 1)
+    return list(torch.split(rows[:cut], size)), list(torch.split(rows[cut:] if len(rows) > cut else rows, size))
 
 
 def _nothing(step: RemovalStep, limit: float | None, sublayers: bool) -> InputError:
