@@ -38,10 +38,7 @@ class Row(NamedTuple):
     share: float = 0.0
 
 
-ROWS = (
-    Row(1, 1), Row(1, 2, share=0.5), Row(2, 2), Row(2, 1, 3), Row(2, 3, share=1 / 3), Row(2, 4, share=0.5), Row(3, 3),
-    Row(3, 4, share=0.25), Row(4, 4),
-)  # fmt: skip
+ROWS = (Row(1, 1), Row(1, 2, share=0.5), Row(2, 2), Row(2, 1, 3), Row(2, 3, share=1 / 3))
 
 
 @torch.no_grad()

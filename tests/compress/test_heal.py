@@ -23,6 +23,7 @@ from llmcompress.compress.heal.request import HealRequest
 from llmcompress.compress.heal.run import Healed, Started, heal
 from llmcompress.compress.heal.state import Position
 from llmcompress.compress.heal.training import Schedule
+from llmcompress.compress.prune.run import Pruned, PruneRequest, prune
 from llmcompress.compress.verify import require, verify
 from llmcompress.errors import InputError
 from llmcompress.eval.loading import opened as opened_whole
@@ -31,6 +32,7 @@ from llmcompress.model.checkpoint import read_raw
 from llmcompress.model.hub import resolve
 from llmcompress.model.skeleton import Skeleton
 from llmcompress.model.text import TextRequest
+from llmcompress.recipes import load_recipe
 from llmcompress.runtime.packed import PackedReader
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -279,3 +281,20 @@ def test_what_cannot_be_healed(request_: HealRequest, tmp_path: Path, monkeypatc
         list(heal(request_))
     assert "llmcompress[heal]" in refusal.value.hint
     assert [path.name for path in tmp_path.iterdir()] == ["other"]
+
+
+def test_by_default_the_blocks_beside_removed_ones_are_trained(
+    request_: HealRequest, llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    small = ("calibration.samples=4", "calibration.score_samples=2", "calibration.sequence_length=16")
+    recipe = load_recipe("balanced", (f"calibration.source={text_file}", *small))
+    asked = PruneRequest(resolve(str(llama)), tmp_path / "two", recipe, "cpu", "", by="kl", count=1, exclude=(0,))
+    ((gone,),) = [event.record.removed for event in prune(asked) if isinstance(event, Pruned)]
+    beside = {gone - 1, gone} - {2}
+    for places, blocks in ((Places(), beside), (Places(count=1), set())):
+        events = heal(replace(request_, source=resolve(str(tmp_path / "two")), places=places))
+        found = next(event for event in events if isinstance(event, Started)).blocks
+        events.close()  # type: ignore[attr-defined]
+        assert blocks <= {*found}
+        assert blocks or len(found) == 1
+        shutil.rmtree(tmp_path / ".out.llmcompress")
