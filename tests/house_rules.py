@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 LONGEST_FILE, LONGEST_BODY, DEEPEST, MOST_PARAMETERS, POSITIONAL = 350, 40, 4, 6, 3
-GROUND = ("errors", "spec", "types", "options", "files", "plugins", "recipes", "pictures", "preflight")
+GROUND = ("errors", "spec", "types", "options", "files", "plugins", "recipes", "pictures", "preflight", "hub")
 # room -> rooms of ours it may import (itself always), and outside packages it may not
 ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "": (GROUND, ("torch", "transformers", "click", "rich")),  # llmcompress/__init__.py
@@ -19,6 +19,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "pictures": (("types", "errors", "files"), ("torch", "transformers", "click", "rich")),
     "files": (("errors",), ("torch", "transformers", "click", "rich")),
     "preflight": (("errors", "files"), ("torch", "transformers", "numpy", "click", "rich")),
+    "hub": (("errors", "files"), ("torch", "transformers", "numpy", "click", "rich")),
     "plugins": (("errors",), ("torch", "transformers", "click", "rich")),
     "recipes": (GROUND, ("torch", "transformers", "click", "rich")),
     "kernels": (("types", "spec", "errors", "files", "plugins"), ("transformers", "click", "rich")),

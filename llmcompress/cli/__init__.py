@@ -17,6 +17,7 @@ from llmcompress.cli.judge import eval_command, verify_command
 from llmcompress.cli.look import env_command, inspect_command, list_command
 from llmcompress.cli.planning import plan_command
 from llmcompress.cli.prune import prune_command
+from llmcompress.cli.push import push_command
 from llmcompress.cli.quantize import quantize_command
 from llmcompress.cli.report import report_command
 from llmcompress.cli.rewrite import rewrite_command
@@ -31,6 +32,7 @@ COMMANDS = (
     prune_command,
     heal_command,
     export_command,
+    push_command,
     score_command,
     plan_command,
     verify_command,

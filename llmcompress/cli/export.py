@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from llmcompress.cli.options import speaking
+from llmcompress.cli.push import check_target, push_options, pushed
 from llmcompress.cli.say import Speaker, command_line, megabytes
 from llmcompress.plugins import available
 
@@ -21,10 +22,9 @@ DTYPES = ("bfloat16", "float16", "float32")
 @click.option("--kind", type=click.Choice(("nf4", "fp4")), help="bnb: the table of values. Default: nf4.")
 @click.option("--double/--no-double", default=None, help="bnb: quantize scales once more. Default: yes.")
 @click.option("--force", is_flag=True, help="Replace an existing output, atomically, once the new one is complete.")
+@push_options
 @speaking
-def export_command(
-    checkpoint: str, format_: str, output: Path | None, force: bool, speaker: Speaker, **options: Any
-) -> None:
+def export_command(checkpoint: str, output: Path | None, speaker: Speaker, **flags: Any) -> None:
     """Write CHECKPOINT, an output of ours or a plain model, in another format.
 
     Codes are carried over without loss where the format has a place for them, otherwise the command says what becomes
@@ -34,17 +34,22 @@ def export_command(
     from llmcompress.compress.export.run import Exported, ExportRequest, export
     from llmcompress.model.hub import resolve
 
+    format_, force = flags.pop("format_"), flags.pop("force")
+    repository, public = flags.pop("repository"), flags.pop("public")
     source = resolve(checkpoint)
+    if repository is not None:
+        check_target(repository, public, source.repository)
     output = output or Path(f"{source.name}-{format_}")
-    request = ExportRequest(source, output, format_, command_line(), Options(**options), force)
+    request = ExportRequest(source, output, format_, command_line(), Options(**flags), force)
     for event in export(request):
         if isinstance(event, Exported):
-            _tell(output, event, speaker)
+            sent = None if repository is None else pushed(output, repository, public, speaker)
+            _tell(output, event, sent, speaker=speaker)
         else:
             speaker.talk(f"{event} ...")
 
 
-def _tell(output: Path, event: Any, speaker: Speaker) -> None:
+def _tell(output: Path, event: Any, sent: Any, *, speaker: Speaker) -> None:
     record = event.record
     kinds = [(weight.was, weight.type) for weight in record.weights]
     lines = [
@@ -58,4 +63,8 @@ def _tell(output: Path, event: Any, speaker: Speaker) -> None:
         f"within {record.logit_difference:.2g}, KL {record.kld:.2g} nats/token on {record.probe_tokens} random tokens",
         f"written to  {output}  ({megabytes(event.directory_bytes)})",
     ]
-    speaker.result({"output": output.name, **record.model_dump(mode="json")}, lines)
+    document = {"output": output.name, **record.model_dump(mode="json")}
+    if sent is not None:
+        document["push"], more = sent
+        lines += more
+    speaker.result(document, lines)

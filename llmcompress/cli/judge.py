@@ -11,17 +11,24 @@ from llmcompress.cli.say import Speaker, command_line
 
 
 @click.command("verify")
-@click.argument("output", type=click.Path(path_type=Path))
+@click.argument("output")
 @click.option("--device", default=None, help="cpu or cuda. Default: cpu.")
 @speaking
-def verify_command(output: Path, device: str | None, speaker: Speaker) -> None:
-    """Reopen OUTPUT: hashes, index, true bits against the plan, NaN, logits against the stored codes."""
+def verify_command(output: str, device: str | None, speaker: Speaker) -> None:
+    """Reopen OUTPUT: hashes, index, true bits against the plan, NaN, logits against the stored codes.
+
+    OUTPUT is what quantize, prune, heal or export wrote, here or on the Hub (org/name[@revision]).
+    """
+    from llmcompress.model.hub import resolve
     from llmcompress.preflight import check_source
 
-    check_source(output, packed=True)
-    from llmcompress.compress.verify import require, verify
+    folder = resolve(output).path
+    if not (folder / "export.json").is_file():
+        check_source(folder, packed=True)
+    from llmcompress.compress.sealed import verify_output
+    from llmcompress.compress.verify import require
 
-    checks = require(verify(output, pick_device(device)))
+    checks = require(verify_output(folder, pick_device(device)))
     document = [{"name": c.name, "passed": c.passed, "found": c.found} for c in checks]
     speaker.result(document, [f"{check.name:<18} ok  {check.found}" for check in checks])
 

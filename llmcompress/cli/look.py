@@ -145,7 +145,7 @@ def _recipes() -> list[tuple[str, str]]:
 
 
 def _models() -> list[tuple[str, str]]:
-    from llmcompress.model.aliases import ALIASES
+    from llmcompress.hub.aliases import ALIASES
 
     return [("demo", "the small model that ships with the package"), *ALIASES]
 

@@ -10,6 +10,7 @@ import click
 from llmcompress.cli.options import find_model, pick_device, read_recipe, recipe_options, speaking
 from llmcompress.cli.planning import SCORES, read_scores
 from llmcompress.cli.progress import BlockProgress
+from llmcompress.cli.push import check_target, push_options, pushed
 from llmcompress.cli.rewrite import tell_rewriting
 from llmcompress.cli.say import Speaker, command_line, dropping_lines, megabytes, typed
 
@@ -34,6 +35,7 @@ def default_output(model: str, budget: str) -> Path:
 @click.option("--dry-run", is_flag=True, help="Print sizes and needs, write nothing.")
 @click.option("--force", is_flag=True, help="Replace an existing output, atomically, once the new one is complete.")
 @click.option("--restart", is_flag=True, help="Discard an unfinished run instead of going on with it.")
+@push_options
 @speaking
 def quantize_command(model: str, budget: str, output: Path | None, speaker: Speaker, **flags: Any) -> None:
     """Compress MODEL to a bit budget: trace, score, plan, quantize, verify.
@@ -44,10 +46,12 @@ def quantize_command(model: str, budget: str, output: Path | None, speaker: Spea
     request = _request(model, budget, output, flags)
     if request.source.repository:
         speaker.talk(f"{request.source.repository} at {request.source.revision}")
+    if flags["repository"] is not None:
+        check_target(flags["repository"], flags["public"], request.source.repository)
     if flags["dry_run"]:
         _dry_run(request, speaker)
     else:
-        _run(request, speaker)
+        _run(request, speaker, flags["repository"], flags["public"])
 
 
 def _request(model: str, budget: str, output: Path | None, flags: dict[str, Any]) -> Any:
@@ -105,7 +109,7 @@ def _dry_run(request: Any, speaker: Speaker) -> None:
     speaker.result(found.document(), _forecast_lines(found))
 
 
-def _run(request: Any, speaker: Speaker) -> None:
+def _run(request: Any, speaker: Speaker, repository: str | None, public: bool) -> None:
     from llmcompress.compress.forecast import Forecast
     from llmcompress.compress.run import Finished, Planned, Resumed, Rewrote, Warned, quantize
     from llmcompress.types import BlockOutcome, Dropping
@@ -136,7 +140,9 @@ def _run(request: Any, speaker: Speaker) -> None:
                     progress.block(event)
                 case Finished():
                     finished = event
-    _tell_result(request, finished, time.monotonic() - began, speaker)
+    seconds = time.monotonic() - began
+    sent = None if repository is None else pushed(request.output, repository, public, speaker)
+    _tell_result(request, finished, seconds, sent=sent, speaker=speaker)
 
 
 def _tell_plan(event: Any, speaker: Speaker) -> None:
@@ -170,7 +176,7 @@ def _tell_plan(event: Any, speaker: Speaker) -> None:
         speaker.talk(f"  fused experts left at the source precision: {trace.untraced_share:.0%} of the block weights")
 
 
-def _tell_result(request: Any, finished: Any, seconds: float, speaker: Speaker) -> None:
+def _tell_result(request: Any, finished: Any, seconds: float, *, sent: Any, speaker: Speaker) -> None:
     allocation = finished.plan.allocation
     document = {
         "output": request.output.name,
@@ -204,4 +210,7 @@ def _tell_result(request: Any, finished: Any, seconds: float, speaker: Speaker) 
         f"written to  {request.output}  in {seconds:.0f} s",
         f"next        llmcompress eval {request.output} --ref {typed(request.source)}",
     ]
+    if sent is not None:
+        document["push"], more = sent
+        lines += more
     speaker.result(document, lines)

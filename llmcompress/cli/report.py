@@ -61,15 +61,20 @@ def _check(paths: tuple[Path, ...], runs: list[Any], output: Path | None) -> Non
 def write_page(runs: list[Any], target: Path, profile: str = "standard") -> int:
     """Write the page of one run or several, atomically; its size in bytes. Raises InputError and MachineError."""
     from llmcompress.files import commit_bytes
+
+    content = page_of(runs, profile)
+    commit_bytes(target, content)
+    return len(content)
+
+
+def page_of(runs: list[Any], profile: str = "standard") -> bytes:
+    """The page of one run or several. Raises InputError for a profile there is not."""
     from llmcompress.pages.compare import comparison_page
     from llmcompress.pages.single import run_page
 
     if len(runs) == 1:
-        content = run_page(runs[0], profile=profile, frontier=frontier_of(runs[0])).encode()
-    else:
-        content = comparison_page(runs).encode()
-    commit_bytes(target, content)
-    return len(content)
+        return run_page(runs[0], profile=profile, frontier=frontier_of(runs[0])).encode()
+    return comparison_page(runs).encode()
 
 
 def frontier_of(run: Any) -> Any:

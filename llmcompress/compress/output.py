@@ -1,6 +1,5 @@
 """The small files of an output: config, index, side files, model card, and the record of the run."""
 
-import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,21 +7,17 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Self
 
-import yaml
-
+from llmcompress.compress.card import model_card
 from llmcompress.compress.formats import exporter_of
 from llmcompress.compress.heal.records import HealRecord
 from llmcompress.compress.shards import INDEX_NAME, ShardMap, index_document
 from llmcompress.files import commit_bytes, commit_json, file_digest, read_json, to_json
+from llmcompress.hub.card import CARD_NAME, PICTURE_NAME
 from llmcompress.model.hub import Source
+from llmcompress.pictures.heatmap import bits_heat_map
 from llmcompress.types import BlockOutcome, LinearSpec, ModelTrace, Noun, Plan, RewriteRecord
 
 RECORD_NAME = "llmcompress.json"
-PROGRAM_WORDS = {
-    "integer": "exact integer program",
-    "quadratic": "quadratic program with measured interactions",
-    "order": "order of blocks",
-}
 SIDE_FILES = (
     "tokenizer*.json",
     "tokenizer*.model",
@@ -68,6 +63,10 @@ class Origin(Noun):
     revision: str | None
     license: str | None
     model_digest: str
+    license_name: str | None = None
+    license_link: str | None = None
+    language: tuple[str, ...] = ()
+    base_model: str | None = None  # what the source's own card names as the model it was made of
 
     @classmethod
     def of(cls, source: Source, model_digest: str) -> Self:
@@ -78,6 +77,10 @@ class Origin(Noun):
             revision=source.revision,
             license=source.license,
             model_digest=model_digest,
+            license_name=source.card.license_name,
+            license_link=source.card.license_link,
+            language=source.card.language,
+            base_model=source.card.base_model,
         )
 
 
@@ -152,7 +155,9 @@ def write_small_files(folder: Path, source: Path, shards: ShardMap, story: Story
     original = read_json(source / "config.json")
     document = story.exporter.config_document(original, story.plan, story.trace, heads)
     commit_json(folder / "config.json", document)
-    commit_bytes(folder / "README.md", model_card(story).encode())
+    picture = bits_heat_map(story.trace, story.plan.allocation, name=story.origin.name)
+    commit_bytes(folder / PICTURE_NAME, picture.encode())
+    commit_bytes(folder / CARD_NAME, model_card(story).encode())
     specs = specs_of(story.plan)
     layouts = [(shards.name(place), shards.layout(place, specs)) for place in range(len(shards.shards))]
     commit_json(folder / INDEX_NAME, index_document(layouts, story.trace.parameters))
@@ -195,102 +200,3 @@ def drop_strays(folder: Path, shards: ShardMap) -> None:
             shutil.rmtree(path)
         elif path.name not in known:
             path.unlink()
-
-
-def plain(text: str) -> str:
-    """Text of unknown origin, safe in markdown: no control characters, no markup."""
-    return re.sub(r"[^\w .,:/@+-]", "_", text)
-
-
-def front_matter(origin: Origin, relation: str, *tags: str, library: str = "transformers") -> str:
-    """What the model hub reads at the top of a card: licence and base model where they are known, tags of ours first.
-
-    `relation` is that to the base model in the hub's words: `quantized`, `finetune`.
-    """
-    front: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation"}
-    if origin.license:
-        front["license"] = origin.license
-    if origin.repository:
-        front |= {"base_model": origin.repository, "base_model_relation": relation}
-    front["tags"] = ["llmcompress", *tags]
-    return f"---\n{yaml.safe_dump(front, sort_keys=True)}---\n"
-
-
-def _format_rows(story: Story) -> str:
-    """Weights by format, as table rows, narrowest first."""
-    found: dict[tuple[int, str], int] = {}
-    for linear in story.trace.every:
-        spec = story.plan.spec_of(linear.name)
-        if spec is not None:
-            key = (spec.bits, str(spec.bits) if spec.label == f"int{spec.bits}" else spec.label)
-            found[key] = found.get(key, 0) + linear.weights
-    total = sum(found.values())
-    return "\n".join(f"| {name} | {count:,} | {count / total:.1%} |" for (_, name), count in sorted(found.items()))
-
-
-def _opens_with(story: Story) -> str:
-    transposed = any(linear.transposed for linear in story.trace.linears)
-    return str(story.exporter.opens_with(transposed))
-
-
-def _remarks(story: Story) -> list[str]:
-    """What a reader of the figures should know besides."""
-    head, kept = story.trace.head, story.plan.allocation.kept
-    spec = None if head is None else story.plan.spec_of(head.name)
-    said = [] if spec is None else [f"The output head is quantized as well, to {spec.bits} bits."]
-    if story.rewriting is not None:
-        said.append(f"Before that its weights were rewritten, without changing what it computes: {_methods(story)}.")
-    if story.skipped:
-        halves = ", ".join(story.skipped)
-        said.append(f"Halves of blocks that are zeros, and not computed by `llmcompress.load`: {halves}.")
-    if (dropping := story.plan.dropping) is not None and dropping.dropped:
-        blocks = ", ".join(map(str, dropping.dropped))
-        said.append(f"Of {dropping.blocks} blocks, {blocks} (counted from 0) were dropped for bits elsewhere.")
-    options = story.plan.options
-    rounded = {"inputs of linears": options.inputs, "keys and values": options.kv_cache, "softmax": options.softmax}
-    said += [f"Rounded while it runs: {what}, `{word}`." for what, word in rounded.items() if word != "none"]
-    return [*said, f"{len(kept)} linear(s) are left at the source precision."] if kept else said
-
-
-def _methods(story: Story) -> str:
-    return ", ".join(f"`{name}`" for name in (story.rewriting.methods if story.rewriting else ()))
-
-
-def _choice(plan: Plan) -> str:
-    """How formats were chosen, in words."""
-    if plan.scorer == "none":
-        return "every linear in the one format allowed"
-    return f"`{plan.scorer}` scores, {PROGRAM_WORDS[plan.program]}"
-
-
-def model_card(story: Story) -> str:
-    """The README.md of the output, with front matter the model hub understands."""
-    plan, origin, allocation = story.plan, story.origin, story.plan.allocation
-    revision = f" at revision `{origin.revision}`" if origin.revision else ""
-    kept = " ".join(_remarks(story))
-    front = front_matter(origin, "quantized", story.exporter.TAG, "quantized", library=story.exporter.LIBRARY)
-    return f"""{front}
-# {plain(origin.name)}, {allocation.bits_per_weight:.3f} bits per weight
-
-Quantized from `{plain(origin.name)}`{revision} by llmcompress: {_choice(plan)},
-`{plan.quantizer}` rounding, calibrated on {plain(plan.calibration)}.
-
-| figure | value |
-|---|---|
-| budget | {plain(allocation.budget)} |
-| bits per weight, quantized linears (codes, scales, shapes) | {allocation.bits_per_weight:.4f} |
-| bits per weight, whole checkpoint | {allocation.file_bits_per_weight:.4f} |
-| weight shards | {allocation.file_bytes:,} bytes |
-
-| code width | weights | share |
-|---|---|---|
-{_format_rows(story)}
-
-{kept}
-
-    {story.command}
-
-Format: {story.exporter.TITLE}. {_opens_with(story)}
-What the compression cost is measured with `llmcompress eval`; `llmcompress.json` holds the plan and a sha256 of
-every file.
-"""

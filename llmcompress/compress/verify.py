@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llmcompress.compress.output import RECORD_NAME, OutputRecord, Probe, RunRecord
+from llmcompress.compress.output import RECORD_NAME, FileRecord, OutputRecord, Probe, RunRecord
 from llmcompress.errors import CompressError, InputError
 from llmcompress.files import file_digest, parse_json
 from llmcompress.model.checkpoint import CheckpointReader
@@ -65,22 +65,23 @@ def verify(folder: Path, device: str = "cpu") -> Iterator[Check]:
     files = check_source(folder, packed=True)
     record = read_record(folder)
     yield Check("shards and index", True, f"{len(files.shards)} shards, {len(files.tensors)} tensors agree")
-    yield _check_hashes(folder, record)
+    yield check_hashes(folder, record.files)
     if isinstance(record, RunRecord):
         yield _check_bits(PackedReader(CheckpointReader(files.tensors), files.config), files.tensors, record)
         yield _check_size(files.shards, folder, record)
-    yield _check_finite(folder)
+    yield check_finite(folder)
     yield _check_logits(folder, record, device)
 
 
-def _check_hashes(folder: Path, record: OutputRecord) -> Check:
-    for known in record.files:
+def check_hashes(folder: Path, files: tuple[FileRecord, ...]) -> Check:
+    """Whether every file on record is there and is the one that was written."""
+    for known in files:
         path = folder / known.name
         if not path.is_file():
             return Check("hashes", False, f"{known.name} is missing")
         if path.stat().st_size != known.size_bytes or file_digest(path) != known.sha256:
             return Check("hashes", False, f"{known.name} is not the file that was written")
-    return Check("hashes", True, f"{len(record.files)} files")
+    return Check("hashes", True, f"{len(files)} files")
 
 
 def _check_bits(reader: PackedReader, tensors: Mapping[str, TensorEntry], record: RunRecord) -> Check:
@@ -107,7 +108,8 @@ def _check_size(shards: tuple[str, ...], folder: Path, record: RunRecord) -> Che
     return Check("size", size == planned, f"{size} bytes of shards, {planned} planned")
 
 
-def _check_finite(folder: Path) -> Check:
+def check_finite(folder: Path) -> Check:
+    """Whether no weight is NaN or infinite."""
     try:
         scan(check_source(folder, packed=True))
     except InputError as error:

@@ -137,11 +137,19 @@ def losses(run: Run) -> Section | None:
     return Section("losses", "What rounding cost, linear by linear", join(body))
 
 
+TASK_COLUMNS = ["task", "metric", "reference", "this model", "difference"]
+
+
 def tasks(run: Run) -> Section | None:
     """Public tasks, both models side by side."""
-    report = run.report
-    if report is None or not report.tasks:
+    rows = [] if run.report is None else task_rows(run.report)
+    if not rows:
         return None
+    return Section("tasks", "Public tasks", table(TASK_COLUMNS, rows, caption="± is one standard error"))
+
+
+def task_rows(report: EvalReport) -> list[list[str]]:
+    """Every metric of every task as cells of `TASK_COLUMNS`."""
     rows = []
     for task, found in report.tasks.items():
         before = report.reference_tasks.get(task, {})
@@ -152,10 +160,7 @@ def tasks(run: Run) -> Section | None:
             error = f"{metric}_stderr,{form}"
             cells = [_score(before, key, error), _score(found, key, error), _change(before.get(key), value)]
             rows.append([task, metric, *cells])
-    if not rows:
-        return None
-    columns = ["task", "metric", "reference", "this model", "difference"]
-    return Section("tasks", "Public tasks", table(columns, rows, caption="± is one standard error"))
+    return rows
 
 
 def _score(found: Mapping[str, float | str], key: str, error: str) -> str:

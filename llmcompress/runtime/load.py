@@ -11,6 +11,7 @@ from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
 from llmcompress.errors import InputError
+from llmcompress.hub.source import resolve
 from llmcompress.preflight import check_source
 from llmcompress.runtime.hf import packed_config
 from llmcompress.runtime.packed import PackedReader
@@ -28,8 +29,9 @@ def load(
 ) -> nn.Module:
     """A checkpoint written by llmcompress as a transformers model, ready for inference.
 
-    path        directory of the checkpoint: compressed-tensors, bitsandbytes 4-bit, llmcompress's own layout, or a
-                model that is not quantized, some halves of whose blocks `prune --sublayers` left out
+    path        directory of the checkpoint, or org/name[@revision] on the Hub: compressed-tensors, bitsandbytes 4-bit,
+                llmcompress's own layout, or a model that is not quantized, some halves of whose blocks
+                `prune --sublayers` left out
     dtype       of everything that is not packed, and of what flows; what config.json says, where not given
     device      where the model is put
     device_map  in its place, what accelerate takes: "auto", or modules and their devices
@@ -39,9 +41,10 @@ def load(
     again. Linears whose inputs are rounded round them, and multiply integers where both sides are 8-bit integers.
     Skipped halves of blocks are not computed, and their weights are not in memory.
     An adapter that `heal` left beside the checkpoint is not added: peft opens it over a dense model.
-    Raises InputError where the directory is not such a checkpoint, or is damaged.
+    Raises InputError where the directory is not such a checkpoint, is damaged, or may not be had from the Hub, and
+    MachineError where the way there fails.
     """
-    folder = Path(path)
+    folder = resolve(path).path if isinstance(path, str) else path
     files = check_source(folder, packed=True)
     document = files.config
     record = SkipRecord.of(document)

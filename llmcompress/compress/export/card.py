@@ -4,15 +4,15 @@ from collections import Counter
 from pathlib import Path
 from types import ModuleType
 
+from llmcompress.compress.card import card, made_with
 from llmcompress.compress.export.records import ExportRecord
-from llmcompress.compress.output import front_matter, plain
+from llmcompress.hub.card import PICTURE_NAME, UNMEASURED, plain
 
 
 def model_card(record: ExportRecord, module: ModuleType, folder: Path) -> str:
     """What was exported, what it became, and how far that is from the checkpoint."""
-    base = record.base
-    return f"""{front_matter(base, "quantized", module.TAG, library=module.LIBRARY)}
-# {plain(base.name)}, {module.TITLE}
+    body = f"""
+# {plain(record.base.name)}, {module.TITLE}
 
 Exported by llmcompress from its checkpoint `{plain(record.origin.name)}`.
 
@@ -23,10 +23,21 @@ Exported by llmcompress from its checkpoint `{plain(record.origin.name)}`.
 Read back from these files and run on {record.probe_tokens} random tokens, its logits are at most
 {record.logit_difference:.2g} from those of the checkpoint, KL {record.kld:.2g} nats per token.
 {"".join(f"{chr(10)}{note}{chr(10)}" for note in record.notes)}
-    {record.command}
+{UNMEASURED}{_picture(folder)}
+## What loads it
 
-{module.opens_with(folder)} `export.json` has the figures of every weight and a sha256 of every file.
+{module.opens_with(folder)}
+
+{made_with(record.command, record.environment, record.llmcompress)}
+`export.json` has the figures of every weight and a sha256 of every file; `llmcompress verify` checks them.
 """
+    return card(record.base, "quantized", (module.TAG,), body, library=module.LIBRARY)
+
+
+def _picture(folder: Path) -> str:
+    if not (folder / PICTURE_NAME).is_file():
+        return ""
+    return f"\n## Where the bits are\n\n![The width of every linear, block by block]({PICTURE_NAME})\n"
 
 
 def _rows(record: ExportRecord) -> str:

@@ -1,5 +1,7 @@
 """`export.json`: what a checkpoint was exported to, and what reading it back showed."""
 
+from pydantic import Field
+
 from llmcompress.compress.output import FileRecord, Origin
 from llmcompress.types import Noun
 
@@ -37,6 +39,7 @@ class ExportRecord(Noun):
     logit_difference: float
     kld: float
     probe_tokens: int
+    environment: dict[str, str] = Field(default_factory=dict)
     files: tuple[FileRecord, ...]
 
     @property

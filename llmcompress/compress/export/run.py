@@ -12,9 +12,11 @@ from llmcompress.compress.export.records import RECORD_NAME, ExportedWeight, Exp
 from llmcompress.compress.journal import Journal, check_output
 from llmcompress.compress.output import RECORD_NAME as OUTPUT_RECORD
 from llmcompress.compress.output import Origin, copy_side_files, file_records
+from llmcompress.compress.run import environment
 from llmcompress.compress.verify import read_record
 from llmcompress.errors import InputError
 from llmcompress.files import commit_bytes, commit_json
+from llmcompress.hub.card import CARD_NAME, PICTURE_NAME
 from llmcompress.model.checkpoint import folder_bytes
 from llmcompress.model.hub import Source
 from llmcompress.model.integrity import digest_source, scan
@@ -71,7 +73,9 @@ def export(request: ExportRequest) -> Iterator[str | Exported]:
         yield "opening again and comparing"
         comparison = compare(checkpoint.skeleton, module.reopen(checkpoint, folder), written)
         record = _record(request, (origin, base), checkpoint, written=written, comparison=comparison)
-        commit_bytes(folder / "README.md", model_card(record, module, folder).encode())
+        if record.lossless and (drawn := request.source.path / PICTURE_NAME).is_file():
+            commit_bytes(folder / PICTURE_NAME, drawn.read_bytes())
+        commit_bytes(folder / CARD_NAME, model_card(record, module, folder).encode())
         record = record.model_copy(update={"files": file_records(folder)})
         commit_json(folder / RECORD_NAME, record.model_dump(mode="json"))
         size = folder_bytes(folder)
@@ -103,6 +107,7 @@ def _record(
         logit_difference=comparison.logit_difference,
         kld=comparison.kld,
         probe_tokens=comparison.tokens,
+        environment=environment(),
         files=(),
     )
 

@@ -2,21 +2,23 @@
 
 from pathlib import Path
 
+from llmcompress.compress.card import card
 from llmcompress.compress.heal.records import Figure, HealRecord
 from llmcompress.compress.heal.write import is_ours
-from llmcompress.compress.output import Origin, front_matter, plain
+from llmcompress.compress.output import Origin
+from llmcompress.hub.card import CARD_NAME, plain
 from llmcompress.runtime.adapter import FOLDER
 
 
 def healed_card(source: Path, origin: Origin, record: HealRecord) -> str:
     """The whole card."""
-    before = source / "README.md"
+    before = source / CARD_NAME
     known = before.read_text(encoding="utf-8") if is_ours(source) and before.is_file() else _front(origin)
     return f"{known.rstrip()}\n\n{_section(record)}"
 
 
 def _front(origin: Origin) -> str:
-    return f"{front_matter(origin, 'finetune', 'healed')}\n# {plain(origin.name)}, healed\n"
+    return card(origin, "finetune", ("healed",), f"\n# {plain(origin.name)}, healed\n")
 
 
 def _section(record: HealRecord) -> str:

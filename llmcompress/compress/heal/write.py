@@ -8,16 +8,18 @@ from torch import Tensor
 
 from llmcompress.compress.heal.lora import LoraTuning
 from llmcompress.compress.output import RECORD_NAME, copy_side_files
+from llmcompress.compress.prune.records import RECORD_NAME as PRUNE_NAME
 from llmcompress.compress.rewrite import RECORD_NAME as REWRITE_NAME
 from llmcompress.compress.shards import INDEX_NAME, write_shard
+from llmcompress.compress.tie.records import TYING_NAME
 from llmcompress.files import commit_bytes, commit_json
+from llmcompress.hub.card import PICTURE_NAME
 from llmcompress.kernels.stored import Layout
 from llmcompress.model.checkpoint import DTYPE_NAMES, read_tensor
 from llmcompress.preflight import SourceFiles
 from llmcompress.runtime.adapter import CONFIG_NAME, FOLDER, WEIGHTS_NAME
 
-PRUNE_NAME, TYING_NAME = "pruning.json", "tying.json"
-KEPT = ("config.json", INDEX_NAME, PRUNE_NAME, TYING_NAME, REWRITE_NAME)
+KEPT = (PICTURE_NAME, "config.json", INDEX_NAME, PRUNE_NAME, TYING_NAME, REWRITE_NAME)
 
 
 def write_checkpoint(files: SourceFiles, changed: Mapping[str, Tensor], folder: Path) -> None:

@@ -1,7 +1,8 @@
 """The README.md of a pruned model."""
 
-from llmcompress.compress.output import front_matter, plain
+from llmcompress.compress.card import card, made_with
 from llmcompress.compress.prune.records import PruneRecord
+from llmcompress.hub.card import UNMEASURED, plain
 
 
 def model_card(record: PruneRecord) -> str:
@@ -10,7 +11,7 @@ def model_card(record: PruneRecord) -> str:
     rows = "\n".join(
         f"| {', '.join(map(str, step.removed))} | {step.kld:.5f} ± {step.standard_error:.5f} |" for step in record.steps
     )
-    return f"""{front_matter(origin, "finetune", "pruned")}
+    body = f"""
 # {plain(origin.name)}, {_what_is_left(record)}
 
 {_removed(record)}
@@ -22,10 +23,15 @@ KL {record.kld:.5f} ± {record.standard_error:.5f} nats per token on {record.seq
 |---|---|
 {rows}
 
-    {record.command}
+{UNMEASURED}
+## What loads it
 
-Opens with `AutoModelForCausalLM.from_pretrained`. `pruning.json` holds the search.
+Everything that opens the original: `AutoModelForCausalLM.from_pretrained`.
+
+{made_with(record.command, record.environment, record.llmcompress)}
+`pruning.json` holds the search and a sha256 of every file; `llmcompress verify` checks them.
 """
+    return card(origin, "finetune", ("pruned",), body)
 
 
 def _what_is_left(record: PruneRecord) -> str:

@@ -2,8 +2,10 @@
 
 from pydantic import Field
 
-from llmcompress.compress.output import Origin
+from llmcompress.compress.output import FileRecord, Origin
 from llmcompress.types import Noun, Series
+
+RECORD_NAME = "pruning.json"
 
 
 class RemovalStep(Noun):
@@ -31,6 +33,7 @@ class PruneRecord(Noun):
     removed     blocks that are gone
     halves      of other blocks, stored as zeros and skipped by `llmcompress.load`: `3.attn`, `5.mlp`
     kld         of the final set on text that the choice did not see, with its standard error and 95 % upper bound
+    files       beside this one, as they were written
     """
 
     version: int = 1
@@ -53,3 +56,5 @@ class PruneRecord(Noun):
     calibration: str
     calibration_digest: str
     seed: int
+    environment: dict[str, str] = Field(default_factory=dict)
+    files: tuple[FileRecord, ...] = ()

@@ -9,15 +9,16 @@ from torch import Tensor
 
 from llmcompress import __version__
 from llmcompress.compress.journal import Journal, check_output
-from llmcompress.compress.output import Origin, copy_side_files
+from llmcompress.compress.output import Origin, copy_side_files, file_records
 from llmcompress.compress.pipeline import Opened, calibration, open_model, probe_tokens, score_job
 from llmcompress.compress.prune.card import model_card
 from llmcompress.compress.prune.choose import Chooser, Measure, Search, choose
 from llmcompress.compress.prune.halves import Half, Removal
 from llmcompress.compress.prune.measure import removal_damage
-from llmcompress.compress.prune.records import PruneRecord, RemovalStep
+from llmcompress.compress.prune.records import RECORD_NAME, PruneRecord, RemovalStep
 from llmcompress.compress.prune.units import Scope, Units, find_units
 from llmcompress.compress.prune.write import Writing, check_pruned, write_pruned
+from llmcompress.compress.run import environment
 from llmcompress.compress.scoring import SCORERS, Measured, run_scorers
 from llmcompress.compress.statistics import mean, standard_error, upper_bound
 from llmcompress.errors import InputError
@@ -28,7 +29,6 @@ from llmcompress.model.text import Batches
 from llmcompress.plugins import find
 from llmcompress.recipes import Recipe
 
-RECORD_NAME = "pruning.json"
 MEASURED = "kl"  # ranked by measured removals of single blocks
 VOIDS = "voids"
 FREE = 1e-3  # nats per token: what a block that does nothing may cost
@@ -248,6 +248,7 @@ def _record(
         calibration=facts.batches.source,
         calibration_digest=facts.batches.digest,
         seed=request.recipe.seed,
+        environment=environment(),
     )
 
 
@@ -261,8 +262,9 @@ def _publish(request: PruneRequest, output: Path, writing: Writing, record: Prun
         write_pruned(writing, folder)
         check_pruned(writing, folder, probe)
         copy_side_files(request.source.path, folder)
-        commit_json(folder / RECORD_NAME, record.model_dump(mode="json"))
         commit_bytes(folder / "README.md", model_card(record).encode())
+        record = record.model_copy(update={"files": file_records(folder)})
+        commit_json(folder / RECORD_NAME, record.model_dump(mode="json"))
         size = folder_bytes(folder)
         journal.publish(request.force)
     return size

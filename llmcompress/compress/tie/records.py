@@ -4,6 +4,8 @@ from llmcompress.compress.output import Origin
 from llmcompress.compress.prune.records import RemovalStep
 from llmcompress.types import Noun
 
+TYING_NAME = "tying.json"
+
 
 class Instead(Noun):
     """What removing blocks costs, as many as save at least the same bytes, on the same text.

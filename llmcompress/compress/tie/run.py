@@ -20,7 +20,7 @@ from llmcompress.compress.prune.run import FREE, texts
 from llmcompress.compress.run import environment
 from llmcompress.compress.statistics import mean, standard_error, upper_bound
 from llmcompress.compress.tie.card import model_card
-from llmcompress.compress.tie.records import Instead, TyingRecord
+from llmcompress.compress.tie.records import TYING_NAME, Instead, TyingRecord
 from llmcompress.compress.tie.weights import BASES, Group, Tied, Ties
 from llmcompress.compress.tie.write import Writing, check_tied, write_tied
 from llmcompress.compress.verify import probe_of, require, verify
@@ -31,8 +31,6 @@ from llmcompress.model.hub import Source
 from llmcompress.model.text import Batches
 from llmcompress.recipes import Recipe
 from llmcompress.runtime.skipping import SkipRecord
-
-TYING_NAME = "tying.json"
 
 
 @dataclass(frozen=True)

@@ -184,7 +184,7 @@ class Stub:
 PROGRAM = """
 import json, sys, time
 from llmcompress.errors import CompressError
-from llmcompress.model.hub import resolve
+from llmcompress.hub.source import resolve
 assert "huggingface_hub" not in sys.modules
 time.sleep = lambda seconds: None
 found = {}

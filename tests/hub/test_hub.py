@@ -8,8 +8,8 @@ import pytest
 from hub_stub import CARD, FIRST, SECOND, SECRET, TAGGED, WANTED, Stub, running_stub
 
 from llmcompress.errors import InputError
-from llmcompress.model import hub
-from llmcompress.model.hub import Source, aliases, known_words, resolve
+from llmcompress.hub import source as hub
+from llmcompress.hub.source import Source, aliases, known_words, resolve
 
 
 @pytest.fixture
