@@ -18,7 +18,7 @@ class Packed:
     remarks: tuple[str, ...]
 
 
-def pack(output: Path, report_path: Path | None, public: bool) -> Packed:
+def pack(output: Path, repository: str, *, report_path: Path | None, public: bool) -> Packed:
     """Gather an output that was verified. Nothing on this machine is changed.
 
     Only files on record go. Where there is an evaluation, its figures are put on the card and the page beside it, and
@@ -32,7 +32,10 @@ def pack(output: Path, report_path: Path | None, public: bool) -> Packed:
     name, record = record_of(output)
     known = {file.name: file for file in record.files}
     report, of = _evaluation(output, record, report_path)
-    made, remarks = _rendered(output, record, report, of=of, public=public)
+    attached = report is None or not public or report.data.source == "builtin"
+    made = _rendered(output, repository, report, of=of, attached=attached)
+    if report is None and PAGE_NAME in known:
+        made = {}
     listed = {file.name: file for file in record.files} | {n: _record(n, data) for n, data in made.items()}
     record = record.model_copy(update={"files": tuple(listed[n] for n in sorted(listed))})
     items = [Item(n, made.get(n, output / n)) for n in sorted(listed)]
@@ -40,6 +43,9 @@ def pack(output: Path, report_path: Path | None, public: bool) -> Packed:
         items.append(Item(name, to_json(record.model_dump(mode="json")).encode()))
     else:
         items.append(Item(name, output / name))
+    remarks = [] if report is not None else [of] * bool(of)
+    if not attached:
+        remarks.append(f"{PAGE_NAME} and {REPORT_NAME} quote the text it was evaluated on, and stay here")
     present = {path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file()}
     if strays := sorted(present - known.keys() - {name}):
         remarks.append(f"{len(strays)} file(s) that are not on record stay here: {', '.join(strays[:5])}")
@@ -61,7 +67,7 @@ def _message(record: Any) -> str:
 
 
 def _evaluation(output: Path, record: Any, report_path: Path | None) -> tuple[Any, str]:
-    """The report of these weights and what to say of it: the one given, that of `OUTPUT-eval`, or none."""
+    """The report of these weights and a word on it: the one given, that of `OUTPUT-eval`, or none and why."""
     from llmcompress.errors import InputError
     from llmcompress.eval.report import EvalReport
     from llmcompress.files import read_small
@@ -78,10 +84,10 @@ def _evaluation(output: Path, record: Any, report_path: Path | None) -> tuple[An
         return report, ""
     if getattr(record, "lossless", False) and report.model.model_digest == record.origin.model_digest:
         return report, "Measured on the checkpoint that these weights equal, bit for bit. "
-    hint = f"evaluate this one: llmcompress eval {output} --ref MODEL"
+    what = f"{place.name}: the evaluation of other weights than those in {output.name}"
     if report_path is None:
-        hint += f"; or move {place.name} away"
-    raise InputError(f"{place.name}: the evaluation of other weights than those in {output.name}", hint)
+        return None, f"{what}; not put on the card"
+    raise InputError(what, f"evaluate these: llmcompress eval {output} --ref MODEL")
 
 
 def _digest(output: Path, record: Any) -> str | None:
@@ -95,25 +101,19 @@ def _digest(output: Path, record: Any) -> str | None:
     return digest_source(scan(files), files.config)
 
 
-def _rendered(output: Path, record: Any, report: Any, *, of: str, public: bool) -> tuple[dict[str, bytes], list[str]]:
-    """Files that are made for the push, by name, and remarks."""
+def _rendered(output: Path, repository: str, report: Any, *, of: str, attached: bool) -> dict[str, bytes]:
+    """Files made for the push, by name: the page and, where there is an evaluation, card and figures."""
     from llmcompress.cli.report import page_of
     from llmcompress.files import to_json
     from llmcompress.hub.card import CARD_NAME
     from llmcompress.pages.card import evaluated_card
     from llmcompress.pages.reading import run_of
 
-    known = {file.name for file in record.files}
-    remarks: list[str] = []
     run = run_of(report, output, output)
     if report is None:
-        shown = PAGE_NAME not in known and bool(run.record)
-        return ({PAGE_NAME: page_of([run])} if shown else {}), remarks
-    attached = not public or report.data.source.startswith("builtin")
-    if not attached:
-        remarks.append(f"{PAGE_NAME} and {REPORT_NAME} quote the text it was evaluated on, and stay here")
+        return {PAGE_NAME: page_of([run])} if run.record else {}
     card = (output / CARD_NAME).read_text(encoding="utf-8")
-    made = {CARD_NAME: evaluated_card(card, report, of=of, attached=attached).encode()}
+    made = {CARD_NAME: evaluated_card(card, report, name=repository, of=of, attached=attached).encode()}
     if attached:
         made |= {PAGE_NAME: page_of([run]), REPORT_NAME: to_json(report.model_dump(mode="json")).encode()}
-    return made, remarks
+    return made

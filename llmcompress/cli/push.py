@@ -102,7 +102,7 @@ def push_output(
 
     if speaker.quiet or speaker.json or not speaker.err.is_terminal:
         disable_progress_bars()
-    packed = pack(output, report_path, public)
+    packed = pack(output, repository, report_path=report_path, public=public)
     for remark in packed.remarks:
         speaker.talk(remark)
     for event in push(repository, packed.items, public=public, message=packed.message):

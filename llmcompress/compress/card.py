@@ -96,9 +96,8 @@ def model_card(story: "Story") -> str:
     """The README.md of a quantized model."""
     plan, origin, allocation = story.plan, story.origin, story.plan.allocation
     revision = f" at revision `{origin.revision}`" if origin.revision else ""
-    remarks = "".join(f"\n{remark}" for remark in _remarks(story))
-    body = f"""
-# {plain(origin.name)}, {allocation.bits_per_weight:.3f} bits per weight
+    remarks = "".join(f"\n{remark}" for remark in ["", *_remarks(story)]).rstrip()
+    body = f"""# {plain(origin.name)}, {allocation.bits_per_weight:.3f} bits per weight
 
 Quantized from `{plain(origin.name)}`{revision} by llmcompress: {_choice(plan)},
 `{plan.quantizer}` rounding, calibrated on {plain(plan.calibration)}.
@@ -119,8 +118,7 @@ Quantized from `{plain(origin.name)}`{revision} by llmcompress: {_choice(plan)},
 
 | code width | weights | share |
 |---|---|---|
-{_format_rows(story)}
-{remarks}
+{_format_rows(story)}{remarks}
 
 ## What loads it
 

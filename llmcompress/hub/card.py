@@ -80,7 +80,7 @@ def _one(found: Mapping[str, Any], key: str, pattern: re.Pattern[str]) -> str | 
 
 def with_front(front: Mapping[str, Any], body: str) -> str:
     """A whole card."""
-    return f"---\n{yaml.safe_dump(dict(front), sort_keys=True, allow_unicode=True)}---\n{body}"
+    return f"---\n{yaml.safe_dump(dict(front), sort_keys=True, allow_unicode=True)}---\n\n{body.lstrip()}"
 
 
 def parts(card: str) -> tuple[dict[str, Any], str]:
@@ -93,7 +93,7 @@ def parts(card: str) -> tuple[dict[str, Any], str]:
         raise InputError(
             f"{CARD_NAME}: its front matter is not a mapping", "the file was edited by hand: make it again"
         )
-    return found, card[front.end() :].removeprefix("\n")
+    return found, card[front.end() :].lstrip()
 
 
 def plain(text: str) -> str:

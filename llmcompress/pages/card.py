@@ -3,6 +3,7 @@
 import re
 from typing import Any
 
+from llmcompress.errors import one_line
 from llmcompress.eval.report import Estimate, EvalReport
 from llmcompress.hub.card import UNMEASURED, parts, plain, with_front
 from llmcompress.pages.figures import fixed, kl_digits, percent
@@ -10,20 +11,20 @@ from llmcompress.pages.sections import TASK_COLUMNS, task_rows
 
 HEADING = UNMEASURED.partition("\n")[0]
 SECTION = re.compile(rf"^{re.escape(HEADING)}\n.*?(?=^## |\Z)", re.DOTALL | re.MULTILINE)
-REPORT_NAMES = ("report.json", "report.html")
 TASK = {"type": "text-generation", "name": "Text Generation"}
 
 
-def evaluated_card(card: str, report: EvalReport, *, of: str = "", attached: bool = True) -> str:
+def evaluated_card(card: str, report: EvalReport, *, name: str, of: str = "", attached: bool = True) -> str:
     """The card with figures in place of its word that there are none, or of figures it had before.
 
+    name      what the results are listed under: the repository
     of        what was measured, where that is not the very files the card lies beside
     attached  whether report.html and report.json lie there, too
 
     Raises InputError where the card's front matter cannot be read.
     """
     front, body = parts(card)
-    front["model-index"] = [{"name": plain(report.model.name), "results": results(report)}]
+    front["model-index"] = [{"name": name, "results": results(report)}]
     section = _section(report, of, attached)
     if SECTION.search(body):
         body = SECTION.sub(lambda _: section + "\n", body, count=1)
@@ -33,34 +34,36 @@ def evaluated_card(card: str, report: EvalReport, *, of: str = "", attached: boo
 
 
 def _section(report: EvalReport, of: str, attached: bool) -> str:
-    data, versions = report.data, report.environment
+    data = report.data
     text = f"{data.sequences} × {data.sequence_length} tokens of held-out text ({plain(data.source)})"
-    made = ", ".join(f"{plain(key)} {plain(value)}" for key, value in versions.items())
-    tasks = _tasks(report)
-    more = "[report.html](report.html) shows everything that was measured, `report.json` holds it. " if attached else ""
-    return f"""{HEADING}
-
-{of}Against `{plain(report.ref.name)}`, on {text}; 95 % intervals over sequences:
-
-{_figures(report)}
-{tasks}
-    {report.command}
-
-{more}Evaluated on {report.date[:10]} with {made}.
-"""
+    made = ", ".join(f"{plain(key)} {plain(value)}" for key, value in report.environment.items())
+    more = (
+        "[report.html](report.html) shows everything that was measured, `report.json` holds it.\n" if attached else ""
+    )
+    parts = [
+        HEADING,
+        f"{of}Against `{plain(report.ref.name)}`, on {text}; 95 % intervals over sequences:",
+        "" if report.finite else "**It gives NaN or infinity on this text.**",
+        _figures(report),
+        _tasks(report),
+        f"    {one_line(report.command)}",
+        f"{more}Evaluated on {plain(report.date[:10])} with {made}.",
+    ]
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def _figures(report: EvalReport) -> str:
     found, digits = report.summary, kl_digits(report)
     perplexities = f"{fixed(found.perplexity_reference)} → {fixed(found.perplexity_candidate)}"
+    top1 = found.top1
+    agreed = "no interval" if top1.low is None else f"{percent(top1.low)} to {percent(top1.high)}"
     rows = [
         ["KL divergence, nats per token", fixed(found.kld.mean, digits), _between(found.kld, digits)],
         ["perplexity, original → this", perplexities, ""],
         ["perplexity ratio", fixed(found.perplexity_ratio.mean), _between(found.perplexity_ratio, 4)],
-        ["same likeliest next token", percent(found.top1.mean), _between(found.top1, 3)],
+        ["same likeliest next token", percent(top1.mean), agreed],
     ]
-    warning = "" if report.finite else "**It gives NaN or infinity on this text.**\n\n"
-    return warning + _table(["figure", "value", "95 %"], rows)
+    return _table(["figure", "value", "95 %"], rows)
 
 
 def _between(estimate: Estimate, digits: int) -> str:
@@ -71,12 +74,12 @@ def _between(estimate: Estimate, digits: int) -> str:
 
 def _tasks(report: EvalReport) -> str:
     rows = [[plain(cell) if place < 2 else cell for place, cell in enumerate(row)] for row in task_rows(report)]
-    return f"\n{_table(TASK_COLUMNS, rows)}\nTasks by lm-evaluation-harness; ± is one standard error.\n" if rows else ""
+    words = "Tasks by lm-evaluation-harness; ± is one standard error:"
+    return f"{words}\n\n{_table(TASK_COLUMNS, rows)}" if rows else ""
 
 
 def _table(columns: list[str], rows: list[list[str]]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in [columns, ["---"] * len(columns), *rows])
 
 
 def results(report: EvalReport) -> list[dict[str, Any]]:
@@ -98,7 +101,7 @@ def results(report: EvalReport) -> list[dict[str, Any]]:
             "tokens_sha256": data.tokens_digest,
         },
     }
-    first = {"task": TASK, "dataset": dataset, "metrics": [metric for metric in metrics if metric is not None]}
+    first = {"task": dict(TASK), "dataset": dataset, "metrics": [metric for metric in metrics if metric is not None]}
     return [*([first] if first["metrics"] else []), *_task_results(report)]
 
 
@@ -107,8 +110,7 @@ def _metric(kind: str, name: str, estimate: Estimate) -> dict[str, Any] | None:
         return None
     metric: dict[str, Any] = {"type": kind, "name": name, "value": round(estimate.mean, 6)}
     if estimate.low is not None and estimate.high is not None:
-        interval = {"level": 0.95, "low": round(estimate.low, 6), "high": round(estimate.high, 6)}
-        metric["args"] = interval
+        metric["args"] = {"level": 0.95, "low": round(estimate.low, 6), "high": round(estimate.high, 6)}
     return metric
 
 
@@ -126,5 +128,5 @@ def _task_results(report: EvalReport) -> list[dict[str, Any]]:
                 entry["args"] = {"standard_error": round(float(spread), 6)}
             metrics.append(entry)
         if metrics:
-            found.append({"task": TASK, "dataset": {"name": plain(task), "type": plain(task)}, "metrics": metrics})
+            found.append({"task": dict(TASK), "dataset": {"name": plain(task), "type": plain(task)}, "metrics": metrics})
     return found

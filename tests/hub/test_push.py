@@ -1,6 +1,7 @@
 """Out through the Hub and in again: one commit or none, only what verifies, and every refusal with advice."""
 
 import json
+import shutil
 import signal
 import subprocess
 import time
@@ -106,6 +107,78 @@ def sha256(path: Path) -> str:
     import hashlib
 
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_only_what_is_on_record_and_verifies_goes_and_nothing_private_goes_public(
+    client: Client, made: Path, tmp_path: Path
+) -> None:
+    for name in ("damaged", "changed", "out", "out-eval"):
+        shutil.copytree(made / name.replace("damaged", "out").replace("changed", "plain"), tmp_path / name)
+    (tmp_path / "out" / ".env").write_text("secret")
+    for name, file in (("damaged", "README.md"), ("changed", "config.json")):
+        with (tmp_path / name / file).open("ab") as stream:
+            stream.write(b" ")
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "plain-eval").mkdir()
+    report = json.loads((tmp_path / "out-eval" / "report.json").read_text())
+    report["model"]["model_digest"] = "of others"
+    (tmp_path / "plain-eval" / "report.json").write_text(json.dumps(report))
+    quantized = ["quantize", made / "plain", "--budget", "4bits", "--calibration", made / "text.txt", *SMALL]
+    commands = {
+        "damaged": ["push", "damaged", "acme/damaged"],
+        "changed": ["push", "changed", "acme/damaged"],
+        "bare": ["push", "bare", "acme/damaged"],
+        "nothing": ["push", "nothing", "acme/damaged"],
+        "private": ["push", "out", "acme/x", "-v"],
+        "public": ["push", "out", "acme/public", "--public"],
+        "export": [
+            "export",
+            "out",
+            "--format",
+            "bf16",
+            "--dtype",
+            "float32",
+            "-o",
+            "plain",
+            "--push",
+            "acme/x",
+            "--json",
+        ],
+        "others": ["push", "plain", "acme/x", "--report", "plain-eval"],
+        "equal": ["push", "plain", "acme/x", "--report", "out-eval"],
+        "verify": ["verify", "acme/x"],
+        "original": ["quantize", "acme/x", "--budget", "4bits", "--push", "acme/X"],
+        "failed": [*quantized, "-o", "late", "--push", "acme/late"],
+        "forget": ["forget"],
+        "later": ["push", "late", "acme/late"],
+    }
+    client.forge.faults.append(Fault("POST", "acme/late/commit", 503))
+    found = dict(zip(commands, client.run(*commands.values(), folder=tmp_path), strict=True))
+    ends = {"damaged": 2, "changed": 2, "bare": 2, "nothing": 2, "others": 2, "original": 2, "failed": 3}
+    assert {name: each.code for name, each in found.items()} == {name: ends.get(name, 0) for name in commands}, found
+    assert "README.md is not the file that was written" in found["damaged"].err
+    assert "config.json is not the file that was written" in found["changed"].err
+    assert "no record of ours" in found["bare"].err
+    assert "1 file(s) that are not on record stay here: .env" in found["private"].err
+    assert "the evaluation of other weights" in found["others"].err
+    assert "plain-eval: the evaluation of other weights than those in plain; not put on the card" in found["export"].err
+    assert "acme/X is the original" in found["original"].err
+    assert "late is complete: llmcompress push late acme/late" in found["failed"].err
+    assert "the card has no figures yet" in found["later"].out
+    repos = client.forge.repos
+    assert set(repos) == {"acme/x", "acme/public", "acme/late"}
+    assert [len(repos[name].commits) for name in ("acme/x", "acme/public", "acme/late")] == [4, 2, 2]
+    first, second, third = (files for _, _, files in repos["acme/x"].commits[1:])
+    assert ".env" not in first
+    assert {"report.html", "report.json", "scores.json", "llmcompress.json"} <= set(first)
+    assert {"report.html", "report.json"} & set(repos["acme/public"].files) == set()
+    assert "report.html" not in repos["acme/public"].files["README.md"].decode()
+    assert "KL divergence, nats per token" in repos["acme/public"].files["README.md"].decode()
+    assert set(json.loads(found["export"].out)["push"]["removed"]) == set(first) - set(second)
+    assert {"llmcompress.json", "scores.json"} <= set(first) - set(second)
+    assert "Not measured yet" in second["README.md"].decode()
+    assert "these weights equal, bit for bit" in third["README.md"].decode()
+    assert "report.html" in repos["acme/late"].files
 
 
 # repository -> the fault on the way, the exit code, what is said, and the advice

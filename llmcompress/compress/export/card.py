@@ -11,8 +11,7 @@ from llmcompress.hub.card import PICTURE_NAME, UNMEASURED, plain
 
 def model_card(record: ExportRecord, module: ModuleType, folder: Path) -> str:
     """What was exported, what it became, and how far that is from the checkpoint."""
-    body = f"""
-# {plain(record.base.name)}, {module.TITLE}
+    body = f"""# {plain(record.base.name)}, {module.TITLE}
 
 Exported by llmcompress from its checkpoint `{plain(record.origin.name)}`.
 

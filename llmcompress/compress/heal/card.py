@@ -18,7 +18,7 @@ def healed_card(source: Path, origin: Origin, record: HealRecord) -> str:
 
 
 def _front(origin: Origin) -> str:
-    return card(origin, "finetune", ("healed",), f"\n# {plain(origin.name)}, healed\n")
+    return card(origin, "finetune", ("healed",), f"# {plain(origin.name)}, healed\n")
 
 
 def _section(record: HealRecord) -> str:

@@ -11,8 +11,7 @@ def model_card(record: PruneRecord) -> str:
     rows = "\n".join(
         f"| {', '.join(map(str, step.removed))} | {step.kld:.5f} ± {step.standard_error:.5f} |" for step in record.steps
     )
-    body = f"""
-# {plain(origin.name)}, {_what_is_left(record)}
+    body = f"""# {plain(origin.name)}, {_what_is_left(record)}
 
 {_removed(record)}
 Ranked by `{record.by}`, chosen by the KL divergence measured with them left out, on {plain(record.calibration)}.
