@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from llmcompress.cli.options import speaking
-from llmcompress.cli.push import check_target, push_options, pushed
+from llmcompress.cli.push import check_original, check_target, push_options, pushed
 from llmcompress.cli.say import Speaker, command_line, megabytes
 from llmcompress.plugins import available
 
@@ -36,9 +36,9 @@ def export_command(checkpoint: str, output: Path | None, speaker: Speaker, **fla
 
     format_, force = flags.pop("format_"), flags.pop("force")
     repository, public = flags.pop("repository"), flags.pop("public")
+    check_target(repository, public)
     source = resolve(checkpoint)
-    if repository is not None:
-        check_target(repository, public, source.repository)
+    check_original(repository, source.repository)
     output = output or Path(f"{source.name}-{format_}")
     request = ExportRequest(source, output, format_, command_line(), Options(**flags), force)
     for event in export(request):

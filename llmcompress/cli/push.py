@@ -63,19 +63,25 @@ def push_command(
     speaker.result(document, lines)
 
 
-def check_target(repository: str, public: bool, original: str | None) -> None:
-    """Refuse a push that could not succeed before there is any work for it. Raises what `hub.push.look_at` raises."""
+def check_target(repository: str | None, public: bool) -> None:
+    """Where --push was given, refuse a push that could not succeed before there is any work for it.
+
+    Raises what `hub.push.look_at` raises, and InputError for --public alone.
+    """
+    from llmcompress.errors import InputError
     from llmcompress.hub.push import look_at
 
-    check_original(repository, original)
-    look_at(repository, public)
+    if repository is not None:
+        look_at(repository, public)
+    elif public:
+        raise InputError("--public says nothing without --push", "add --push ORG/NAME, or leave it out")
 
 
-def check_original(repository: str, original: str | None) -> None:
+def check_original(repository: str | None, original: str | None) -> None:
     """Refuse to push over the model that was compressed. Raises InputError."""
     from llmcompress.errors import InputError
 
-    if original is not None and original.lower() == repository.lower():
+    if repository is not None and original is not None and original.lower() == repository.lower():
         raise InputError(f"{repository} is the original", "push to another name, so that nothing of it is replaced")
 
 

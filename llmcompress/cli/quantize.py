@@ -10,7 +10,7 @@ import click
 from llmcompress.cli.options import find_model, pick_device, read_recipe, recipe_options, speaking
 from llmcompress.cli.planning import SCORES, read_scores
 from llmcompress.cli.progress import BlockProgress
-from llmcompress.cli.push import check_target, push_options, pushed
+from llmcompress.cli.push import check_original, check_target, push_options, pushed
 from llmcompress.cli.rewrite import tell_rewriting
 from llmcompress.cli.say import Speaker, command_line, dropping_lines, megabytes, typed
 
@@ -43,11 +43,11 @@ def quantize_command(model: str, budget: str, output: Path | None, speaker: Spea
     MODEL is a directory, org/name[@revision], a short name (`llmcompress list models`), or demo.
     The same command goes on where an interrupted run stopped.
     """
+    check_target(flags["repository"], flags["public"])
     request = _request(model, budget, output, flags)
     if request.source.repository:
         speaker.talk(f"{request.source.repository} at {request.source.revision}")
-    if flags["repository"] is not None:
-        check_target(flags["repository"], flags["public"], request.source.repository)
+    check_original(flags["repository"], request.source.repository)
     if flags["dry_run"]:
         _dry_run(request, speaker)
     else:

@@ -1,14 +1,15 @@
 """README.md of a quantized model, and the front matter of every card of ours."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from llmcompress import __version__
-from llmcompress.hub.card import PICTURE_NAME, UNMEASURED, plain, with_front
+from llmcompress.compress.output import Origin, Story
+from llmcompress.files import commit_bytes
+from llmcompress.hub.card import CARD_NAME, PICTURE_NAME, UNMEASURED, plain, with_front
+from llmcompress.pictures.heatmap import bits_heat_map
 from llmcompress.types import Plan
-
-if TYPE_CHECKING:
-    from llmcompress.compress.output import Origin, Story
 
 PROGRAM_WORDS = {
     "integer": "exact integer program",
@@ -17,7 +18,7 @@ PROGRAM_WORDS = {
 }
 
 
-def card(origin: "Origin", relation: str, tags: tuple[str, ...], body: str, *, library: str = "transformers") -> str:
+def card(origin: Origin, relation: str, tags: tuple[str, ...], body: str, *, library: str = "transformers") -> str:
     """A whole card: what the Hub reads at its top, then `body`.
 
     relation  to the base model in the Hub's words: `quantized`, `finetune`
@@ -45,7 +46,7 @@ def made_with(command: str, environment: Mapping[str, str], version: str = __ver
     return f"## How it was made\n\n    {command}\n\nWith {', '.join(versions)}.\n"
 
 
-def _format_rows(story: "Story") -> str:
+def _format_rows(story: Story) -> str:
     """Weights by format, as table rows, narrowest first."""
     found: dict[tuple[int, str], int] = {}
     for linear in story.trace.every:
@@ -57,12 +58,12 @@ def _format_rows(story: "Story") -> str:
     return "\n".join(f"| {name} | {count:,} | {count / total:.1%} |" for (_, name), count in sorted(found.items()))
 
 
-def _opens_with(story: "Story") -> str:
+def _opens_with(story: Story) -> str:
     transposed = any(linear.transposed for linear in story.trace.linears)
     return str(story.exporter.opens_with(transposed))
 
 
-def _remarks(story: "Story") -> list[str]:
+def _remarks(story: Story) -> list[str]:
     """What a reader of the figures should know besides."""
     head, kept = story.trace.head, story.plan.allocation.kept
     spec = None if head is None else story.plan.spec_of(head.name)
@@ -81,7 +82,7 @@ def _remarks(story: "Story") -> list[str]:
     return [*said, f"{len(kept)} linear(s) are left at the source precision."] if kept else said
 
 
-def _methods(story: "Story") -> str:
+def _methods(story: Story) -> str:
     return ", ".join(f"`{name}`" for name in (story.rewriting.methods if story.rewriting else ()))
 
 
@@ -92,7 +93,14 @@ def _choice(plan: Plan) -> str:
     return f"`{plan.scorer}` scores, {PROGRAM_WORDS[plan.program]}"
 
 
-def model_card(story: "Story") -> str:
+def write_card(folder: Path, story: Story) -> None:
+    """The README.md of a quantized model, and the picture in it."""
+    picture = bits_heat_map(story.trace, story.plan.allocation, name=story.origin.name)
+    commit_bytes(folder / PICTURE_NAME, picture.encode())
+    commit_bytes(folder / CARD_NAME, model_card(story).encode())
+
+
+def model_card(story: Story) -> str:
     """The README.md of a quantized model."""
     plan, origin, allocation = story.plan, story.origin, story.plan.allocation
     revision = f" at revision `{origin.revision}`" if origin.revision else ""

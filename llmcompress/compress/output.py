@@ -7,14 +7,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Self
 
-from llmcompress.compress.card import model_card
 from llmcompress.compress.formats import exporter_of
 from llmcompress.compress.heal.records import HealRecord
 from llmcompress.compress.shards import INDEX_NAME, ShardMap, index_document
 from llmcompress.files import commit_bytes, commit_json, file_digest, read_json, to_json
-from llmcompress.hub.card import CARD_NAME, PICTURE_NAME
 from llmcompress.model.hub import Source
-from llmcompress.pictures.heatmap import bits_heat_map
 from llmcompress.types import BlockOutcome, LinearSpec, ModelTrace, Noun, Plan, RewriteRecord
 
 RECORD_NAME = "llmcompress.json"
@@ -150,14 +147,11 @@ def specs_of(plan: Plan) -> dict[str, LinearSpec]:
 
 
 def write_small_files(folder: Path, source: Path, shards: ShardMap, story: Story, heads: tuple[str, ...]) -> None:
-    """Everything but the shards and the record; the index, without which the shards are nothing, comes last."""
+    """Everything but shards, card and record; the index, without which the shards are nothing, comes last."""
     copy_side_files(source, folder)
     original = read_json(source / "config.json")
     document = story.exporter.config_document(original, story.plan, story.trace, heads)
     commit_json(folder / "config.json", document)
-    picture = bits_heat_map(story.trace, story.plan.allocation, name=story.origin.name)
-    commit_bytes(folder / PICTURE_NAME, picture.encode())
-    commit_bytes(folder / CARD_NAME, model_card(story).encode())
     specs = specs_of(story.plan)
     layouts = [(shards.name(place), shards.layout(place, specs)) for place in range(len(shards.shards))]
     commit_json(folder / INDEX_NAME, index_document(layouts, story.trace.parameters))

@@ -11,6 +11,7 @@ import transformers
 from llmcompress import __version__
 from llmcompress.compress.allocate.budget import Budget
 from llmcompress.compress.apply import ApplyJob, apply, finished_logits
+from llmcompress.compress.card import write_card
 from llmcompress.compress.forecast import Forecast, check_disk, fitted
 from llmcompress.compress.joint import decide_dropping, reopen_dropped, write_dropped
 from llmcompress.compress.journal import Journal, check_output
@@ -317,6 +318,7 @@ def _close(
     if not bool(torch.isfinite(logits).all()):
         raise InputError("the quantized model gives logits that are not finite", "ask for more bits")
     drop_strays(journal.partial, job.shards)
+    write_card(journal.partial, story)
     write_small_files(journal.partial, opened.source.path, job.shards, story, outside_linears(job.skeleton))
     if story.plan.scorer != NO_SCORER:
         scores = Scores.parse((journal.state / SCORES_NAME).read_bytes(), SCORES_NAME)

@@ -1,10 +1,11 @@
 """Push files to a repository of the Hub: what is large first, then everything in one commit."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from llmcompress.errors import InputError, MachineError
 from llmcompress.hub.refusals import PASSWORD, TOKENS, explain_push
@@ -65,17 +66,30 @@ def look_at(repository: str, public: bool) -> Target:
     if not get_token():
         hint = f"set HF_TOKEN to one that may write, from {TOKENS}, or run `hf auth login`"
         raise InputError(f"cannot push to {repository}: there is no token", hint)
+    failures = (errors.HTTPError, OSError, ValueError, RuntimeError, KeyError)
     try:
         found = HfApi().model_info(repository, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
     except errors.GatedRepoError as error:
         raise explain_push(repository, error) from None
     except errors.RepositoryNotFoundError:
+        try:
+            _check_owner(repository, HfApi().whoami())
+        except failures as error:
+            raise explain_push(repository, error) from None
         return Target(repository)
-    except (errors.HTTPError, OSError, ValueError, RuntimeError, KeyError) as error:
+    except failures as error:
         raise explain_push(repository, error) from None
     target = Target(repository, found.sha, tuple(sorted(file.rfilename for file in found.siblings or ())))
     _check(target, bool(found.private), public)
     return target
+
+
+def _check_owner(repository: str, user: Mapping[str, Any]) -> None:
+    """Whether a repository that is not there could be made by the one whose token it is."""
+    owner, mine = repository.partition("/")[0], [user["name"], *(one["name"] for one in user.get("orgs", ()))]
+    if owner.lower() not in {name.lower() for name in mine}:
+        what = f"{repository}: {owner} is neither you nor an organization of yours"
+        raise InputError(what, f"choose a name under {' or '.join(mine[:5])}")
 
 
 def _check(target: Target, private: bool, public: bool) -> None:

@@ -12,6 +12,7 @@ from llmcompress.hub.nearest import nearby, suggest
 
 PASSWORD = re.compile(r"//[^/@\s]*@")
 TOKENS = "https://huggingface.co/settings/tokens"
+VALID = f"HF_TOKEN must be a valid token that may write: {TOKENS}"
 FULL = re.compile(r"quota|storage|payment|billing|exceed", re.IGNORECASE)
 CACHED = "or set HF_HUB_OFFLINE=1 to use what is cached"
 GO_ON = "what was uploaded stays there; run the same command again to go on"
@@ -89,6 +90,8 @@ def explain_push(repository: str, error: BaseException) -> CompressError:
         return _push_refusal(repository, reason)
     if isinstance(reason, errors.HTTPError | ConnectionError):
         return _unreachable(repository, _words(reason), GO_ON)
+    if isinstance(reason, PermissionError) and reason.errno is None:  # of the client for large files
+        return InputError(f"{repository}: the hub refuses the token: {_words(reason)}", VALID)
     if isinstance(reason, OSError) and reason.errno is not None:
         return MachineError(f"cannot read what is to be pushed to {repository}: {reason.strerror}", GO_ON)
     return MachineError(f"cannot push to {repository}: {_words(reason)}", GO_ON)
@@ -109,8 +112,7 @@ def _push_refusal(repository: str, error: Any) -> CompressError:
         hint = f"choose a name under your own account, or a token that may write to {owner}: {TOKENS}"
         return InputError(f"{repository}: not allowed to write there (status 403): {said}", hint)
     if status == 401:
-        hint = f"HF_TOKEN must be a valid token that may write: {TOKENS}"
-        return InputError(f"{repository}: the hub refuses the token (status 401)", hint)
+        return InputError(f"{repository}: the hub refuses the token (status 401)", VALID)
     if status == 404:
         return InputError(f"{repository}: no such repository, and it could not be made", f"does {owner} exist?")
     if status in (409, 412):

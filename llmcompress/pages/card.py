@@ -128,5 +128,7 @@ def _task_results(report: EvalReport) -> list[dict[str, Any]]:
                 entry["args"] = {"standard_error": round(float(spread), 6)}
             metrics.append(entry)
         if metrics:
-            found.append({"task": dict(TASK), "dataset": {"name": plain(task), "type": plain(task)}, "metrics": metrics})
+            found.append(
+                {"task": dict(TASK), "dataset": {"name": plain(task), "type": plain(task)}, "metrics": metrics}
+            )
     return found

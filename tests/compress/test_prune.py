@@ -101,8 +101,12 @@ def test_blocks_that_do_nothing_are_found_and_leave_no_trace(
     names = {p.name for p in out.iterdir()}
     assert {"tokenizer.json", "README.md", "pruning.json", "config.json"} <= names
     if family == "gemma3":
+        assert json.loads(run("verify", "out", "--json").stdout)[0]["name"] == "hashes"
         again = run("quantize", "out", "--budget", "4bits", "--recipe", "fast", "-o", "small")
         assert again.returncode == 0, again.stderr
+        with (out / "README.md").open("a") as stream:
+            stream.write(" ")
+        assert "README.md is not the file" in run("verify", "out").stderr
 
 
 @torch.no_grad()

@@ -66,6 +66,7 @@ class Forge:
     large: dict[str, bytes] = field(default_factory=dict)
     uploads: list[str] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
+    parents: dict[str, list[str | None]] = field(default_factory=dict)
     faults: list[Fault] = field(default_factory=list)
     reached: Event = field(default_factory=Event)
     released: Event = field(default_factory=Event)
@@ -113,6 +114,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.validate(json.loads(body)["content"])
         if self.headers.get("Authorization") != f"Bearer {TOKEN}":
             return self.refuse(401, "Invalid credentials in Authorization header")
+        if self.path == "/api/whoami-v2":
+            return self.document({"type": "user", "name": "acme", "orgs": [{"name": "team"}]})
         if self.path == "/api/repos/create":
             return self.create(json.loads(body))
         if found := BATCH.fullmatch(self.path):
@@ -159,8 +162,6 @@ class Handler(BaseHTTPRequestHandler):
 
     def create(self, asked: dict[str, Any]) -> None:
         name = f"{asked['organization']}/{asked['name']}"
-        if asked["organization"] != "acme":
-            return self.refuse(403, "You don't have the rights to create a model under this namespace")
         if name in self.forge.repos:
             return self.refuse(409, "You already created this model repo")
         repo = self.forge.repos[name] = Repo(asked["visibility"] == "private")
@@ -217,6 +218,7 @@ class Handler(BaseHTTPRequestHandler):
                 del files[value["path"]]
             else:
                 return self.refuse(400, f"cannot {key} {value['path']}")
+        self.forge.parents.setdefault(name, []).append(head.get("parentCommit"))
         made = repo.commit(head["summary"], files)
         return self.document({"commitUrl": f"{self.here()}/{name}/commit/{made}", "commitOid": made, "success": True})
 

@@ -148,13 +148,14 @@ def test_only_what_is_on_record_and_verifies_goes_and_nothing_private_goes_publi
         "equal": ["push", "plain", "acme/x", "--report", "out-eval"],
         "verify": ["verify", "acme/x"],
         "original": ["quantize", "acme/x", "--budget", "4bits", "--push", "acme/X"],
+        "alone": ["export", "out", "--format", "bf16", "--public"],
         "failed": [*quantized, "-o", "late", "--push", "acme/late"],
         "forget": ["forget"],
         "later": ["push", "late", "acme/late"],
     }
     client.forge.faults.append(Fault("POST", "acme/late/commit", 503))
     found = dict(zip(commands, client.run(*commands.values(), folder=tmp_path), strict=True))
-    ends = {"damaged": 2, "changed": 2, "bare": 2, "nothing": 2, "others": 2, "original": 2, "failed": 3}
+    ends = {"damaged": 2, "changed": 2, "bare": 2, "nothing": 2, "others": 2, "original": 2, "alone": 2, "failed": 3}
     assert {name: each.code for name, each in found.items()} == {name: ends.get(name, 0) for name in commands}, found
     assert "README.md is not the file that was written" in found["damaged"].err
     assert "config.json is not the file that was written" in found["changed"].err
@@ -168,6 +169,8 @@ def test_only_what_is_on_record_and_verifies_goes_and_nothing_private_goes_publi
     repos = client.forge.repos
     assert set(repos) == {"acme/x", "acme/public", "acme/late"}
     assert [len(repos[name].commits) for name in ("acme/x", "acme/public", "acme/late")] == [4, 2, 2]
+    commits = [made for made, _, _ in repos["acme/x"].commits]
+    assert client.forge.parents["acme/x"] == [None, *commits[1:3]]  # the first made the repository itself
     first, second, third = (files for _, _, files in repos["acme/x"].commits[1:])
     assert ".env" not in first
     assert {"report.html", "report.json", "scores.json", "llmcompress.json"} <= set(first)
@@ -184,7 +187,8 @@ def test_only_what_is_on_record_and_verifies_goes_and_nothing_private_goes_publi
 # repository -> the fault on the way, the exit code, what is said, and the advice
 REFUSED: dict[str, tuple[Fault | None, int, str, str]] = {
     "name": (None, 2, "not a repository name", "org/name"),
-    "stranger/x": (None, 2, "not allowed to write there (status 403)", "a token that may write to stranger"),
+    "stranger/x": (None, 2, "stranger is neither you nor an organization of yours", "under acme or team"),
+    "acme/rights": (Fault("POST", "acme/rights/preupload", 403, "No rights"), 2, "not allowed to write there", "token"),
     "acme/foreign": (None, 2, "has weights that llmcompress did not write: w.safetensors", "another name"),
     "acme/open": (None, 2, "exists and is public", "pass --public"),
     "acme/denied": (
