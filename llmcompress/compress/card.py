@@ -104,11 +104,12 @@ def model_card(story: Story) -> str:
     """The README.md of a quantized model."""
     plan, origin, allocation = story.plan, story.origin, story.plan.allocation
     revision = f" at revision `{origin.revision}`" if origin.revision else ""
+    text = "without calibration text" if plan.calibration == "none" else f"calibrated on {plain(plan.calibration)}"
     remarks = "".join(f"\n{remark}" for remark in ["", *_remarks(story)]).rstrip()
     body = f"""# {plain(origin.name)}, {allocation.bits_per_weight:.3f} bits per weight
 
 Quantized from `{plain(origin.name)}`{revision} by llmcompress: {_choice(plan)},
-`{plan.quantizer}` rounding, calibrated on {plain(plan.calibration)}.
+`{plan.quantizer}` rounding, {text}.
 
 {UNMEASURED}
 ## Size

@@ -74,7 +74,7 @@ def verify(folder: Path, device: str = "cpu") -> Iterator[Check]:
 
 
 def check_hashes(folder: Path, files: tuple[FileRecord, ...]) -> Check:
-    """Whether every file on record is there and is the one that was written."""
+    """Whether files of an output are those on record."""
     for known in files:
         path = folder / known.name
         if not path.is_file():
@@ -109,7 +109,7 @@ def _check_size(shards: tuple[str, ...], folder: Path, record: RunRecord) -> Che
 
 
 def check_finite(folder: Path) -> Check:
-    """Whether no weight is NaN or infinite."""
+    """Whether no weight of a checkpoint is NaN or infinite."""
     try:
         scan(check_source(folder, packed=True))
     except InputError as error:

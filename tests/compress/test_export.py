@@ -264,7 +264,12 @@ def test_the_command(mixed: Path, tmp_path: Path) -> None:
     document = json.loads(found.stdout)
     assert document["format"] == "bf16"
     assert document["weights"] == json.loads((out / "export.json").read_text())["weights"]
-    assert "Read back" in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert "Read back" in card
+    assert f"| bits per weight, whole checkpoint | {document['file_bits_per_weight']:.4f} |" in card
+    assert document["bits_per_weight"] == 16
+    assert document["weight_bytes"] == sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    assert runner.invoke(cli, ["verify", str(out)]).exit_code == 0
     again = runner.invoke(
         cli, ["export", str(mixed), "--format", "gptq", "-o", str(tmp_path / "x"), "--dtype", "float16"]
     )

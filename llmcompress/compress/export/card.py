@@ -22,7 +22,13 @@ Exported by llmcompress from its checkpoint `{plain(record.origin.name)}`.
 Read back from these files and run on {record.probe_tokens} random tokens, its logits are at most
 {record.logit_difference:.2g} from those of the checkpoint, KL {record.kld:.2g} nats per token.
 {"".join(f"{chr(10)}{note}{chr(10)}" for note in record.notes)}
-{UNMEASURED}{_picture(folder)}
+{UNMEASURED}
+## Size
+
+| figure | value |
+|---|---|
+{_sizes(record)}
+{_picture(folder)}
 ## What loads it
 
 {module.opens_with(folder)}
@@ -31,6 +37,12 @@ Read back from these files and run on {record.probe_tokens} random tokens, its l
 `export.json` has the figures of every weight and a sha256 of every file; `llmcompress verify` checks them.
 """
     return card(record.base, "quantized", (module.TAG,), body, library=module.LIBRARY)
+
+
+def _sizes(record: ExportRecord) -> str:
+    bits = {"quantized linears": record.bits_per_weight, "whole checkpoint": record.file_bits_per_weight}
+    rows = [f"| bits per weight, {what} | {value:.4f} |" for what, value in bits.items() if value is not None]
+    return "\n".join([*rows, f"| weight files | {record.weight_bytes:,} bytes |"])
 
 
 def _picture(folder: Path) -> str:

@@ -25,6 +25,7 @@ class ExportRecord(Noun):
     logit_difference   largest on the probe, between the checkpoint and what was read back
     kld                nats per token on the probe, the same two
     probe_tokens       random tokens the two were run on
+    bits_per_weight    of the linears that had codes, everything that belongs to them counted, where tensors tell
     """
 
     version: int = 1
@@ -39,6 +40,9 @@ class ExportRecord(Noun):
     logit_difference: float
     kld: float
     probe_tokens: int
+    weight_bytes: int = 0
+    bits_per_weight: float | None = None
+    file_bits_per_weight: float | None = None
     environment: dict[str, str] = Field(default_factory=dict)
     files: tuple[FileRecord, ...]
 

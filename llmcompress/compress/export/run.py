@@ -9,6 +9,7 @@ from llmcompress.compress.export.card import model_card
 from llmcompress.compress.export.check import Comparison, compare
 from llmcompress.compress.export.checkpoint import Checkpoint, Options, Written
 from llmcompress.compress.export.records import RECORD_NAME, ExportedWeight, ExportRecord
+from llmcompress.compress.export.sizes import sizes_of
 from llmcompress.compress.journal import Journal, check_output
 from llmcompress.compress.output import RECORD_NAME as OUTPUT_RECORD
 from llmcompress.compress.output import Origin, copy_side_files, file_records
@@ -73,6 +74,7 @@ def export(request: ExportRequest) -> Iterator[str | Exported]:
         yield "opening again and comparing"
         comparison = compare(checkpoint.skeleton, module.reopen(checkpoint, folder), written)
         record = _record(request, (origin, base), checkpoint, written=written, comparison=comparison)
+        record = record.model_copy(update=vars(sizes_of(checkpoint, folder)))
         if record.lossless and (drawn := request.source.path / PICTURE_NAME).is_file():
             commit_bytes(folder / PICTURE_NAME, drawn.read_bytes())
         commit_bytes(folder / CARD_NAME, model_card(record, module, folder).encode())
