@@ -15,9 +15,9 @@ from llmcompress.compress.heal.request import LORA, NORMS, RATES, HealRequest, a
 from llmcompress.compress.heal.state import Position, Saves
 from llmcompress.compress.heal.training import Data, Original, Trainer
 from llmcompress.compress.heal.tuning import NormTuning, by_name, gradients_pass
-from llmcompress.compress.heal.write import PRUNE_NAME
 from llmcompress.compress.journal import Journal, check_output
 from llmcompress.compress.pipeline import read_text
+from llmcompress.compress.prune.records import RECORD_NAME as PRUNE_NAME
 from llmcompress.compress.prune.records import PruneRecord
 from llmcompress.compress.run import Warned, environment
 from llmcompress.compress.verify import read_record, require, verify

@@ -290,7 +290,7 @@ def _publish(
         shards = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         record = record.model_copy(update={"bytes_after": shards})
         commit_json(folder / TYING_NAME, record.model_dump(mode="json"))
-        commit_bytes(folder / "README.md", model_card(record).encode())
+        commit_bytes(folder / "README.md", model_card(record, environment()).encode())
         whole = OutputRecord(
             llmcompress=__version__,
             origin=record.origin,
