@@ -5,6 +5,7 @@ corrupted or hand-edited file is refused with the place named.
 """
 
 from collections.abc import Iterable
+from functools import cached_property
 from typing import Literal
 
 from pydantic import Field
@@ -13,97 +14,14 @@ from llmcompress.options import QuantizerOptions as QuantizerOptions
 from llmcompress.spec import InputSpec as InputSpec
 from llmcompress.spec import LinearSpec as LinearSpec
 from llmcompress.spec import Noun as Noun
+from llmcompress.traces import BlockTrace as BlockTrace
+from llmcompress.traces import ChildEnd as ChildEnd
+from llmcompress.traces import LinearInfo as LinearInfo
+from llmcompress.traces import ModelTrace as ModelTrace
+from llmcompress.traces import NormFeed as NormFeed
+from llmcompress.traces import StreamWriter as StreamWriter
 
 Unit = Literal["nats/token", "proxy loss", "unitless"]
-
-
-class LinearInfo(Noun):
-    """One linear `(rows = outputs, columns = inputs)` and where its weight is kept.
-
-    `transposed` marks GPT-2's Conv1D, stored `(columns, rows)`. Linears of one `unit` are fused by
-    serving runtimes and must share a format; `shared_input` numbers the tensor the linear reads.
-    """
-
-    name: str
-    tensor: str
-    rows: int
-    columns: int
-    transposed: bool = False
-    unit: str
-    shared_input: int
-
-    @property
-    def weights(self) -> int:
-        return self.rows * self.columns
-
-    @property
-    def stem(self) -> str:
-        """What the names of its tensors begin with in a packed file."""
-        return self.tensor.removesuffix(".weight")
-
-
-class NormFeed(Noun):
-    """The norm module whose output is the input of one shared-input group."""
-
-    shared_input: int
-    norm: str
-
-
-class StreamWriter(Noun):
-    """A linear whose output is added to a stream of the block: what enters the block, or what `norm` reads.
-
-    `after` are linears whose outputs were added to that stream before, where several write side by side.
-    """
-
-    linear: str
-    norm: str = ""
-    after: tuple[str, ...] = ()
-
-
-class ChildEnd(Noun):
-    """A child of a block (attention, MLP) that returns the output of a linear inside it as it is.
-
-    `beside` is how many Nones it returns after that in a tuple; 0 is a bare tensor.
-    """
-
-    child: str
-    linear: str
-    beside: int = 0
-
-
-class BlockTrace(Noun):
-    """What one forward of a block showed: its linears in call order, the norms that feed them, what they write to."""
-
-    index: int
-    name: str
-    linears: tuple[LinearInfo, ...]
-    norms: tuple[NormFeed, ...]
-    writers: tuple[StreamWriter, ...] = ()
-    ends: tuple[ChildEnd, ...] = ()
-
-
-class ModelTrace(Noun):
-    """The traced model: its blocks, the head where it is a linear of its own, and the size of everything else.
-
-    `head` is the linear outside the blocks that makes the logits. One tied to the input embedding has no weight
-    of its own: it is None, and stays at the source precision.
-    """
-
-    model_type: str
-    blocks: tuple[BlockTrace, ...]
-    head: LinearInfo | None = None
-    parameters: int
-    other_bytes: int  # tensors in the checkpoint that belong to no linear of the blocks
-    untraced_share: float  # of the weights inside the blocks, e.g. fused experts
-
-    @property
-    def linears(self) -> tuple[LinearInfo, ...]:
-        return tuple(linear for block in self.blocks for linear in block.linears)
-
-    @property
-    def every(self) -> tuple[LinearInfo, ...]:
-        """The linears of the blocks and the head."""
-        return self.linears if self.head is None else (*self.linears, self.head)
 
 
 class Candidate(Noun):
@@ -159,18 +77,18 @@ class ScoreFile(Noun):
     other_bytes: int  # of the shards, beyond the packed linears
 
 
-class Kept(Noun):
-    """A linear left at the source precision, and why."""
-
-    linear: str
-    reason: str
-
-
 class Assigned(Noun):
     """The format one linear gets."""
 
     linear: str
     spec: LinearSpec
+
+
+class Kept(Noun):
+    """A linear left at the source precision, and why."""
+
+    linear: str
+    reason: str
 
 
 class Fallback(Noun):
@@ -282,6 +200,10 @@ class Plan(Noun):
     seed: int
     batch_size: int
 
+    @cached_property
+    def specs(self) -> dict[str, LinearSpec]:
+        return {a.linear: a.spec for a in self.allocation.assigned}
+
     def left_alone(self, outside: Iterable[str]) -> list[str]:
         """Linears at the source precision, sorted: those kept, and of those `outside` the blocks what has no format."""
         alone = {name for name in outside if self.spec_of(name) is None}
@@ -289,16 +211,17 @@ class Plan(Noun):
 
     def spec_of(self, linear: str) -> LinearSpec | None:
         """The format of one linear, None where it is kept at the source precision."""
-        return next((a.spec for a in self.allocation.assigned if a.linear == linear), None)
+        return self.specs.get(linear)
 
 
 class LinearOutcome(Noun):
-    """What quantizing one linear cost."""
+    """What quantizing one linear cost; of an expert's, how many calibration tokens were routed to it."""
 
     linear: str
     bits: int
     proxy_loss: float
     relative_loss: float
+    tokens: int | None = None
 
 
 class BlockOutcome(Noun):

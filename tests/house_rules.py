@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 LONGEST_FILE, LONGEST_BODY, DEEPEST, MOST_PARAMETERS, POSITIONAL = 350, 40, 4, 6, 3
-GROUND = ("errors", "spec", "types", "options", "files", "plugins", "recipes", "pictures", "preflight", "hub")
+GROUND = ("errors", "spec", "traces", "types", "options", "files", "plugins", "recipes", "pictures", "preflight", "hub")
 # room -> rooms of ours it may import (itself always), and outside packages it may not
 ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "": (GROUND, ("torch", "transformers", "click", "rich")),  # llmcompress/__init__.py
     "errors": ((), ("torch", "transformers", "click", "rich")),
     "spec": (("errors",), ("torch", "transformers", "click", "rich")),
-    "types": (("errors", "spec", "options"), ("torch", "transformers", "click", "rich")),
+    "traces": (("spec",), ("torch", "transformers", "click", "rich")),
+    "types": (("errors", "spec", "options", "traces"), ("torch", "transformers", "click", "rich")),
     "options": (("spec", "errors"), ("torch", "transformers", "click", "rich")),
     "pictures": (("types", "errors", "files"), ("torch", "transformers", "click", "rich")),
     "files": (("errors",), ("torch", "transformers", "click", "rich")),
@@ -23,10 +24,11 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "plugins": (("errors",), ("torch", "transformers", "click", "rich")),
     "recipes": (GROUND, ("torch", "transformers", "click", "rich")),
     "kernels": (("types", "spec", "errors", "files", "plugins"), ("transformers", "click", "rich")),
-    "runtime": (("kernels", *GROUND), ("click", "rich")),
-    "model": (GROUND, ("click", "rich")),
-    "compress": (("model", "runtime", "kernels", *GROUND), ("click", "rich")),
-    "eval": (("model", "runtime", *GROUND), ("click", "rich")),
+    "experts": (("errors",), ("click", "rich")),
+    "runtime": (("kernels", "experts", *GROUND), ("click", "rich")),
+    "model": (("experts", *GROUND), ("click", "rich")),
+    "compress": (("model", "runtime", "kernels", "experts", *GROUND), ("click", "rich")),
+    "eval": (("model", "runtime", "experts", *GROUND), ("click", "rich")),
     "gate": (("eval", *GROUND), ("torch", "transformers", "scipy", "click", "rich")),
     "pages": (("eval", "gate", *GROUND), ("torch", "transformers", "click", "rich")),
     "cli": (GROUND, ("torch", "transformers")),

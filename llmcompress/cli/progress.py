@@ -63,8 +63,12 @@ class BlockProgress:
             for linear in outcome.linears:
                 loss = f"relative output error {linear.relative_loss:.2%}"
                 self._speaker.talk(f"  {linear.linear}  {linear.bits} bits  {loss}")
+        reasons: dict[str, list[str]] = {}
         for fallback in outcome.fallbacks:
-            self._speaker.talk(f"  {fallback.where}: {fallback.reason}")
+            reasons.setdefault(fallback.reason, []).append(fallback.where)
+        for reason, places in reasons.items():
+            more = f" and {len(places) - 1} more" if len(places) > 1 else ""
+            self._speaker.talk(f"  {places[0]}{more}: {reason}")
         if self._bar is not None:
             self._bar.advance(self._task)
         elif not outcome.resumed:

@@ -1,5 +1,6 @@
 """`llmcompress score`: what each width of each linear is expected to cost."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,26 +101,28 @@ def _tell_middle_width(trace: Any, scores: Any, speaker: Speaker) -> None:
     from llmcompress.pictures.columns import columns_of
 
     bits, columns = middle_width(scores), columns_of(trace)
-    words = {layer.linear: _damage(layer, bits) for layer in scores.layers}
+    known = {layer.linear: layer for layer in scores.layers}
     rows = []
     for block in trace.blocks:
-        found = {columns.kind_of[x.name]: words.get(x.name, "-") for x in block.linears}
-        rows.append([str(block.index), *(found.get(kind, "-") for kind in columns.kinds)])
+        found: dict[str, list[Any]] = {kind: [] for kind in columns.kinds}
+        for linear in block.linears:
+            found[columns.kind_of[linear.name]] += [known[linear.name]] if linear.name in known else []
+        rows.append([str(block.index), *(_damage(found[kind], bits) for kind in columns.kinds)])
     kinds = list(columns.kinds)
     if kinds and all(len(set(row[1:])) == 1 for row in rows):
         kinds, rows = ["each linear"], [row[:2] for row in rows]
     title = f"{scores.scorer}: expected damage at {bits} bits, {scores.unit} (every width with -v)"
     say_table(speaker, title, ["block", *kinds], rows)
-    if trace.head is not None and trace.head.name in words:
-        say_lines(speaker, [f"head {trace.head.name}: {words[trace.head.name]}", ""])
+    if trace.head is not None and trace.head.name in known:
+        say_lines(speaker, [f"head {trace.head.name}: {_damage([known[trace.head.name]], bits)}", ""])
 
 
-def _damage(layer: Any, bits: int) -> str:
-    """The damage of a linear at a width, or at its own nearest width, which is then named."""
-    if not layer.candidates:
+def _damage(layers: Sequence[Any], bits: int) -> str:
+    """The damage of a linear, or of all experts together, at a width or at its own nearest, which is then named."""
+    near = [min(x.candidates, key=lambda c: (abs(c.spec.bits - bits), c.spec.bits)) for x in layers if x.candidates]
+    if not near:
         return "-"
-    near = min(layer.candidates, key=lambda c: (abs(c.spec.bits - bits), c.spec.bits))
-    return f"{near.damage:.3g}" + ("" if near.spec.bits == bits else f" at {near.spec.bits}")
+    return f"{sum(c.damage for c in near):.3g}" + ("" if near[0].spec.bits == bits else f" at {near[0].spec.bits}")
 
 
 def _tell_series(trace: Any, scores: Any, speaker: Speaker) -> None:

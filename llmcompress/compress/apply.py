@@ -13,10 +13,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from llmcompress.compress.attention import attention_stems
-from llmcompress.compress.formats import packed_tensors
+from llmcompress.compress.formats import exporter_for
 from llmcompress.compress.head import head_input, logits_reader
 from llmcompress.compress.journal import CommitRecord, Journal
-from llmcompress.compress.output import specs_of
 from llmcompress.compress.rewriting.hints import Hints
 from llmcompress.compress.rounds import BlockRounds, Method, Rounded, Streams, round_head
 from llmcompress.compress.shards import ShardMap, write_shard
@@ -207,10 +206,11 @@ def quantize_block(job: ApplyJob, chain: Chain, info: BlockTrace, journal: Journ
     streams = chain.streams(info.index, job)
     if streams.logits is not None:
         job.skeleton.load_rest()
-    rounds = BlockRounds(job.method, block, info, specs_of(job.plan), streams)
+    rounds = BlockRounds(job.method, block, info, job.plan.specs, streams)
+    exporter = exporter_for(job.plan, job.trace)
     for rounded in rounds.rounded():
         linear, result = rounded.linear, rounded.result
-        packed[linear.tensor] = packed_tensors(job.plan, linear, result.codes)
+        packed[linear.tensor] = exporter.packed_tensors(linear, result.codes)
         outcomes.append(_outcome(rounded))
         fallbacks += [Fallback(where=linear.name, reason=note) for note in result.fallbacks]
     chain.advance(info.index, rounds)
@@ -242,7 +242,7 @@ def quantize_head(job: ApplyJob, chain: Chain, head: LinearInfo, journal: Journa
     module = job.skeleton.model.get_submodule(head.name)
     target = module.weight
     seen = head_input(module, chain.stream, job.batches, chain.hidden[:-1], chain.full or None)
-    rounded = round_head(job.method, head, target.detach(), specs_of(job.plan)[head.name], seen)
+    rounded = round_head(job.method, head, target.detach(), job.plan.specs[head.name], seen)
     codes = rounded.result.codes
     target.copy_(codes.dequantize())
     probe = chain.stream.leave(job.probe, chain.hidden[-1])
@@ -250,7 +250,8 @@ def quantize_head(job: ApplyJob, chain: Chain, head: LinearInfo, journal: Journa
     chain.hidden[-1] = probe
     job.skeleton.free_rest()
     step = len(job.parts)
-    shard, digest = _write_shard(job, step, {head.tensor: packed_tensors(job.plan, head, codes)}, journal)
+    packed = exporter_for(job.plan, job.trace).packed_tensors(head, codes)
+    shard, digest = _write_shard(job, step, {head.tensor: packed}, journal)
     fallbacks = tuple(Fallback(where=head.name, reason=note) for note in rounded.result.fallbacks)
     seconds = time.monotonic() - began
     outcome = BlockOutcome(
@@ -265,7 +266,13 @@ def _outcome(rounded: Rounded) -> LinearOutcome:
     bits = rounded.result.codes.spec.bits
     if not math.isfinite(loss) or not math.isfinite(whole):
         raise InputError(f"{rounded.linear.name}: what it reads or makes of it is NaN or infinite", OVERFLOWS)
-    return LinearOutcome(linear=rounded.linear.name, bits=bits, proxy_loss=loss, relative_loss=loss / max(whole, 1e-30))
+    return LinearOutcome(
+        linear=rounded.linear.name,
+        bits=bits,
+        proxy_loss=loss,
+        relative_loss=loss / max(whole, 1e-30),
+        tokens=rounded.tokens,
+    )
 
 
 def _write_shard(
@@ -276,5 +283,5 @@ def _write_shard(
     for name in job.shards.shards[place]:
         tensors |= packed.get(name) or {name: read_tensor(job.shards.entries[name])}
     shard = job.shards.name(place)
-    digest = write_shard(journal.partial / shard, job.shards.layout(place, specs_of(job.plan)), tensors)
+    digest = write_shard(journal.partial / shard, job.shards.layout(place, job.plan.specs), tensors)
     return shard, digest

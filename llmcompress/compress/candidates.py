@@ -1,6 +1,7 @@
 """Which formats each linear could get: the widths of the recipe, narrowed and pinned by name."""
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from functools import partial
@@ -10,6 +11,7 @@ from llmcompress.compress.formats import Maker
 from llmcompress.errors import InputError
 from llmcompress.plugins import nearest
 from llmcompress.recipes import PlanPart, check_widths
+from llmcompress.spec import PER_ROW
 from llmcompress.types import LinearInfo, LinearSpec, ModelTrace, QuantizerOptions
 
 Candidates = dict[str, tuple[LinearSpec, ...]]
@@ -24,6 +26,32 @@ def _specs(linear: LinearInfo, widths: Iterable[int], make: Maker) -> tuple[Line
 def integers(group_size: int) -> Maker:
     """Symmetric integers: what a quantizer makes that does not say otherwise."""
     return partial(formats.integers, group_size=group_size, options=QuantizerOptions())
+
+
+def tie_experts(trace: ModelTrace, scope: str, make: Maker) -> ModelTrace:
+    """The trace with all experts of the model in one unit where `scope` is `model`, those of a block otherwise.
+
+    Formats by rows differ with the number of inputs: of what `make` makes so, linears of one size share a unit.
+    """
+    spec = make(8, 64 * 128)
+    by_rows = spec is not None and spec.kind in PER_ROW
+
+    def tied(linear: LinearInfo) -> LinearInfo:
+        if linear.expert is None:
+            return linear
+        unit = "experts" if scope == "model" else linear.unit
+        return linear.model_copy(update={"unit": f"{unit}#{linear.columns}" if by_rows else unit})
+
+    blocks = tuple(b.model_copy(update={"linears": tuple(map(tied, b.linears))}) for b in trace.blocks)
+    return trace.model_copy(update={"blocks": blocks})
+
+
+def _unit_specs(unit: list[LinearInfo], widths: Iterable[int], make: Maker) -> Candidates:
+    """The formats of the linears of a unit; experts have one group size, which divides the inputs of them all."""
+    if unit[0].expert is None:
+        return {linear.name: _specs(linear, widths, make) for linear in unit}
+    shared = unit[0].model_copy(update={"columns": math.gcd(*(linear.columns for linear in unit))})
+    return dict.fromkeys((linear.name for linear in unit), _specs(shared, widths, make))
 
 
 def candidates_for(trace: ModelTrace, bits: tuple[int, ...], group_size: int) -> Candidates:
@@ -105,13 +133,21 @@ def _listed(unit: list[LinearInfo], part: PlanPart) -> set[int] | None:
     return common
 
 
-def resolve(trace: ModelTrace, plan_part: PlanPart, whole_file: bool, *, make: Maker | None = None) -> Candidates:
+def resolve(
+    trace: ModelTrace,
+    plan_part: PlanPart,
+    whole_file: bool,
+    *,
+    make: Maker | None = None,
+    make_experts: Maker | None = None,
+) -> Candidates:
     """The formats each linear could get, by name; a linear that is absent stays at the source precision.
 
     A pin leaves one width and goes before a list, a list goes before `bits`; what is said of one member of a
     fused unit holds for the unit, and where several lists match, the widths they all allow remain. The head
     is there when it is pinned, or when `whole_file` says that the budget counts its bytes. `make` is what the
     quantizer makes of a linear at a width, symmetric integers where not given; widths it does not make are left out.
+    `make_experts` is the same for experts, `make` where not given.
 
     Raises InputError for a name that stands for no linear, a width outside 2 to 8 or one that the quantizer does not
     make, or rules that disagree.
@@ -128,7 +164,8 @@ def resolve(trace: ModelTrace, plan_part: PlanPart, whole_file: bool, *, make: M
             continue
         usual = plan_part.head_bits if is_head else plan_part.bits
         widths = (pin,) if pin is not None else usual if listed is None else listed
-        found |= {linear.name: specs for linear in unit if (specs := _specs(linear, widths, make))}
+        maker = (make_experts or make) if unit[0].expert is not None else make
+        found |= {name: specs for name, specs in _unit_specs(unit, widths, maker).items() if specs}
     if trace.head is not None and trace.head.name in found:  # what the head reads is left as it is
         plain = (spec.model_copy(update={"inputs": None}) for spec in found[trace.head.name])
         found[trace.head.name] = tuple(plain)

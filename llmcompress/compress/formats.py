@@ -8,13 +8,11 @@ nothing. A layout is a file in `exporters`.
 from collections.abc import Callable, Iterable
 from types import ModuleType
 
-from torch import Tensor
-
 from llmcompress.compress.exporters import bnb, compressed_tensors, native
-from llmcompress.compress.grid import Codes, group_size_for
+from llmcompress.compress.grid import group_size_for
 from llmcompress.errors import InputError
 from llmcompress.spec import PACKED_KINDS
-from llmcompress.types import LinearInfo, LinearSpec, Plan, QuantizerOptions
+from llmcompress.types import LinearSpec, ModelTrace, Plan, QuantizerOptions
 
 PREFERRED = (compressed_tensors, bnb)  # what other programs open; `native` holds everything
 WIDTHS = range(2, 9)
@@ -63,19 +61,21 @@ def widths_of_maker(make: Maker, group_size: int) -> tuple[int, ...]:
     return tuple(bits for bits in WIDTHS if make(bits, 64 * group_size) is not None)
 
 
-def exporter_of(specs: Iterable[LinearSpec], options: QuantizerOptions | None = None) -> ModuleType:
+def exporter_of(
+    specs: Iterable[LinearSpec], options: QuantizerOptions | None = None, *, experts: bool = False
+) -> ModuleType:
     """The layout of a checkpoint with linears of these formats: the most widely opened one that holds them all.
 
     What `options` say of attention has to find its place in it as well: bitsandbytes has none for keys and values, and
-    only our own layout has one for attention weights.
+    only our own layout has one for attention weights. With `experts` among the linears, bitsandbytes has none either.
     """
     every, options = frozenset(specs), options or QuantizerOptions()
-    able = () if options.softmax != "none" else PREFERRED[:1] if options.rounds_attention else PREFERRED
+    some = PREFERRED[:1] if options.rounds_attention or experts else PREFERRED
+    able = () if options.softmax != "none" else some
     return next((exporter for exporter in able if exporter.holds(every)), native)
 
 
-def packed_tensors(plan: Plan, linear: LinearInfo, codes: Codes) -> dict[str, Tensor]:
-    """The tensors that replace the weight of one linear in the output of a plan."""
-    exporter = exporter_of((assigned.spec for assigned in plan.allocation.assigned), plan.options)
-    found: dict[str, Tensor] = exporter.packed_tensors(linear, codes)
-    return found
+def exporter_for(plan: Plan, trace: ModelTrace) -> ModuleType:
+    """The layout of the output of a plan."""
+    experts = any(linear.expert is not None and linear.name in plan.specs for linear in trace.linears)
+    return exporter_of(plan.specs.values(), plan.options, experts=experts)

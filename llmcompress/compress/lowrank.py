@@ -15,6 +15,8 @@ from torch import Tensor
 from llmcompress.compress.rounding import Quantized, Request, Seen
 from llmcompress.types import QuantizerOptions
 
+UNSEEN = "no calibration token reached it: rounded without data"
+
 
 def factors_of(error: Tensor, hessian: Tensor | None, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """`up` `(rows, rank)` and `down` `(rank, columns)`, both of `dtype`, whose product is nearest to `error`.
@@ -43,8 +45,15 @@ def quantized(
     options: QuantizerOptions,
     dtype: torch.dtype,
 ) -> list[Quantized]:
-    """What a quantizer makes of linears that read one input, with the corrections that their formats have."""
+    """What a quantizer makes of linears that read one input, with the corrections that their formats have.
+
+    Where calibration showed nothing of the input, as of an expert that no token was routed to, it goes without: mostly
+    that is rounding to nearest. It is recorded.
+    """
+    unseen = seen is not None and quantizer.NEEDS_HESSIAN and not bool(seen.hessian.any())
+    seen = None if unseen else seen
     results: list[Quantized] = quantizer.quantize(requests, seen, options=options, dtype=dtype)
+    results = [replace(result, fallbacks=(UNSEEN,)) for result in results] if unseen else results
     hessian = seen.hessian if seen is not None and seen.finite else None
     found = []
     for request, result in zip(requests, results, strict=True):

@@ -176,10 +176,10 @@ class InputSums:
         """What was seen, and for every linear that writes to a stream its term `(rows, columns)`, see `Targets.of`."""
         if self._lower is None:
             raise ValueError("nothing was added")
-        count, lower = self.tokens, self._lower.tril()
+        count, lower = max(self.tokens, 1), self._lower.tril()
         drift = None if self._drift is None else self._drift / count
         terms = {name: total / count for name, total in self._terms.items()}
-        return Seen((lower + lower.tril(-1).T).div_(count), count, drift), terms
+        return Seen((lower + lower.tril(-1).T).div_(count), self.tokens, drift), terms
 
 
 def _grown(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:

@@ -7,12 +7,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Self
 
-from llmcompress.compress.formats import exporter_of
+from llmcompress.compress.formats import exporter_for
 from llmcompress.compress.heal.records import HealRecord
 from llmcompress.compress.shards import INDEX_NAME, ShardMap, index_document
 from llmcompress.files import commit_bytes, commit_json, file_digest, read_json, to_json
 from llmcompress.model.hub import Source
-from llmcompress.types import BlockOutcome, LinearSpec, ModelTrace, Noun, Plan, RewriteRecord
+from llmcompress.types import BlockOutcome, ModelTrace, Noun, Plan, RewriteRecord
 
 RECORD_NAME = "llmcompress.json"
 SIDE_FILES = (
@@ -125,7 +125,7 @@ class Story:
     @property
     def exporter(self) -> ModuleType:
         """The layout the plan's formats are written in."""
-        return exporter_of(specs_of(self.plan).values(), self.plan.options)
+        return exporter_for(self.plan, self.trace)
 
 
 def side_files(source: Path) -> list[Path]:
@@ -141,18 +141,13 @@ def copy_side_files(source: Path, folder: Path) -> None:
         commit_bytes(folder / relative, (source / relative).read_bytes())
 
 
-def specs_of(plan: Plan) -> dict[str, LinearSpec]:
-    """The format of every quantized linear, by name."""
-    return {a.linear: a.spec for a in plan.allocation.assigned}
-
-
 def write_small_files(folder: Path, source: Path, shards: ShardMap, story: Story, heads: tuple[str, ...]) -> None:
     """Everything but shards, card and record; the index, without which the shards are nothing, comes last."""
     copy_side_files(source, folder)
     original = read_json(source / "config.json")
     document = story.exporter.config_document(original, story.plan, story.trace, heads)
     commit_json(folder / "config.json", document)
-    specs = specs_of(story.plan)
+    specs = story.plan.specs
     layouts = [(shards.name(place), shards.layout(place, specs)) for place in range(len(shards.shards))]
     commit_json(folder / INDEX_NAME, index_document(layouts, story.trace.parameters))
 

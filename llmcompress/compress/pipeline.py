@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress.compress.allocate.budget import Budget
-from llmcompress.compress.candidates import resolve
+from llmcompress.compress.candidates import resolve, tie_experts
 from llmcompress.compress.formats import maker
 from llmcompress.compress.journal import Journal, check_output
 from llmcompress.compress.rewrite import RewriteJob, check_methods, read_rewriting, rewrite
@@ -69,14 +69,16 @@ def open_model(source: Source, recipe: Recipe, device: str, *, whole_file: bool 
     check_methods(recipe.rewrite.methods)
     skeleton = Skeleton.open(source.path, device)
     text_config = skeleton.config.get_text_config()
-    traced = trace(skeleton)
+    quantizer, size = find(QUANTIZERS, recipe.quantizer), recipe.plan.group_size
+    make = maker(quantizer, recipe.quantize, size)
+    make_experts = maker(quantizer, recipe.quantize.model_copy(update={"inputs": "none"}), size)
+    traced = tie_experts(trace(skeleton), recipe.plan.experts, make_experts)
     if recipe.quantize.rounds_attention:
         install(skeleton.model)
     files = skeleton.files
     halves = sum(1 for entry in files.tensors.values() if entry.dtype == "F16")
     scale_dtype = "F16" if halves * 2 > len(files.tensors) else "BF16"
-    make = maker(find(QUANTIZERS, recipe.quantizer), recipe.quantize, recipe.plan.group_size)
-    candidates = resolve(traced, recipe.plan, whole_file, make=make)
+    candidates = resolve(traced, recipe.plan, whole_file, make=make, make_experts=make_experts)
     if (record := SkipRecord.of(files.config)) is not None:  # zeros, as cheap as they can be
         candidates = {name: specs[:1] if record.covers(name) else specs for name, specs in candidates.items()}
     return Opened(
@@ -152,6 +154,7 @@ def settings_digest(recipe: Recipe, scorer: str, working_bits: int | None) -> st
         "pin": recipe.plan.pin,
         "candidates": recipe.plan.candidates,
         "head_bits": recipe.plan.head_bits,
+        "experts": recipe.plan.experts,
         "rounding": recipe.quantize.model_dump(mode="json"),
         "options": recipe.score.model_dump(mode="json"),
         "working_bits": working_bits if scorer in WORKING_SCORERS else None,

@@ -37,7 +37,14 @@ def block_order(trace: ModelTrace, scores: Scores) -> Program:
     Units with one format, pinned ones and the head, keep it. Raises InputError where a unit has more than two.
     """
     importance = block_importance(trace, scores)
-    block_of = {x.unit: info.index for info in trace.blocks for x in info.linears}
+    block_of: dict[str, int] = {}
+    for info in trace.blocks:
+        for x in info.linears:
+            if block_of.setdefault(x.unit, info.index) != info.index:
+                raise InputError(
+                    "the order program goes by blocks, and the experts of all blocks share a format",
+                    "use --set plan.experts=block",
+                )
 
     def program(units: Sequence[SpendUnit], budget: int, minimum: int) -> Solution:
         blocks, costs, places = [], [], []

@@ -19,6 +19,7 @@ from llmcompress.compress.lowrank import quantized
 from llmcompress.compress.observe import (
     GroupWatch,
     InputSums,
+    Reading,
     groups_of,
     install_weight,
     local_name,
@@ -29,6 +30,7 @@ from llmcompress.compress.ranges import InputRanges
 from llmcompress.compress.replay import Keep, Replay, call_block, in_memory
 from llmcompress.compress.rewriting.hints import Hints
 from llmcompress.compress.rounding import Quantized, Request, Seen
+from llmcompress.compress.routed import Routed, rows_of
 from llmcompress.compress.targets import Targets
 from llmcompress.kernels.inputs import InputQuantizer
 from llmcompress.model.stream import BlockCall
@@ -99,6 +101,7 @@ class Rounded:
     result: Quantized
     seen: Seen | None
     known: tuple[float, float] | None = None
+    tokens: int | None = None  # that were routed to it, of an expert's
 
     def errors(self) -> tuple[float, float]:
         """Error of the linear's output against what was asked for, and that of an output of zeros."""
@@ -128,6 +131,8 @@ class BlockRounds:
         self.stored = Replay(block, info, streams.keep)
         compares = self.looks and streams.full is not None
         self.full = Replay(copy.deepcopy(block), info, streams.keep) if compares else None
+        self.routed = Routed(block, info, streams.keep)
+        self.full_routed = None if self.full is None else Routed(self.full.block, info, streams.keep)
         self.leaving: list[Tensor | None] = [None] * len(streams.full or ())
         self.quantizers: dict[str, InputQuantizer] = {}
         self.attention: dict[str, AttentionRounding] = {}  # by the attention's name inside the block
@@ -195,6 +200,8 @@ class BlockRounds:
         self._round_inputs(group)
         if not self.looks:
             return None
+        if self.groups[group][0].expert is not None:
+            return self._look_routed(group)
         whole = self.full is not None and self.method.options.target == "residual"
         watch = GroupWatch(self.info, self.groups[group], whole=whole)
         sums, streams = InputSums(whole=watch.whole), self.streams
@@ -217,6 +224,22 @@ class BlockRounds:
             with self.stored.on(place, final):
                 run = partial(call_block, self.stored.block, streams.stored[place], call)
                 sums.add(watch.read(self.stored.block, streams.stored[place], run), full)
+        return sums.means()
+
+    def _look_routed(self, group: int) -> Look:
+        """What the linears of an expert read of the tokens that the stored model routes to it."""
+        linear, sums, streams = self.groups[group][0], InputSums(), self.streams
+        for place, call in enumerate(streams.calls):
+            with self.stored.on(place, self._final(group)):
+                run = partial(call_block, self.stored.block, streams.stored[place], call)
+                arrival = self.routed.arrival(place, linear, run)
+            rows, full = rows_of(linear, arrival), None
+            if self.full is not None and self.full_routed is not None and streams.full is not None:
+                with self.full.on(place, self._settled(group)):
+                    run = partial(call_block, self.full.block, streams.full[place], call)
+                    beside = self.full_routed.arrival(place, linear, run)
+                full = Reading(self.full_routed.read(linear, beside, rows), {})
+            sums.add(Reading(self.routed.read(linear, arrival, rows), {}), full)
         return sums.means()
 
     def _child(self, group: int) -> str:
@@ -273,7 +296,8 @@ def _round_group(
     found = []
     for (linear, _), weight, result in zip(members, wanted, results, strict=True):
         install_weight(block, info, linear, result.codes.dequantize())
-        found.append(Rounded(linear, weight, result, seen))
+        tokens = None if linear.expert is None or seen is None else seen.tokens
+        found.append(Rounded(linear, weight, result, seen, tokens=tokens))
     return found
 
 

@@ -51,7 +51,8 @@ class ShardMap:
         `specs`, by linear name, are those of the whole checkpoint, which decide its layout; absent ones are copied.
         """
         found = dict(self.attention.get(shard, {}))
-        exporter = exporter_of(specs.values(), self.options)
+        experts = any(x.expert is not None and x.name in specs for x in self.linears.values())
+        exporter = exporter_of(specs.values(), self.options, experts=experts)
         for tensor in self.shards[shard]:
             linear = self.linears.get(tensor)
             if linear is not None and linear.name in specs:

@@ -17,7 +17,6 @@ from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
@@ -27,6 +26,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from llmcompress.errors import InputError
+from llmcompress.experts import Experts, conversions_of, split_experts
 from llmcompress.model.checkpoint import CheckpointReader, TensorReader
 from llmcompress.model.shelf import Shelf
 from llmcompress.plugins import nearest
@@ -118,6 +118,10 @@ class Skeleton:
         self.config = read_config(files)
         with init_empty_weights(include_buffers=False), _explained():
             self.model = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
+        split_experts(self.model, reader.names())
+        for module in self.model.modules():
+            if isinstance(module, Experts):
+                module.call_all = True
         self.model.eval()
         self.model.requires_grad_(False)
         layers = int(self.config.get_text_config().num_hidden_layers)
@@ -141,7 +145,7 @@ class Skeleton:
         return cls(files, reader, device)
 
     def _conversions(self) -> tuple[list[WeightRenaming], list[WeightConverter]]:
-        mapping = get_model_conversion_mapping(self.model)
+        mapping = conversions_of(self.model)
         renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         return renamings, [entry for entry in mapping if isinstance(entry, WeightConverter)]
 
@@ -273,7 +277,7 @@ class Skeleton:
     def _fill(self, names: Iterable[str]) -> None:
         tensors = {name: self.read(name) for name in names}
         settings = LoadStateDictConfig(
-            weight_mapping=get_model_conversion_mapping(self.model),
+            weight_mapping=conversions_of(self.model),
             dtype=torch.float32,
             device_map={"": self.device},
         )

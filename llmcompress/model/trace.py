@@ -3,7 +3,8 @@
 One short forward of each kind of block with every module watched. Linears that receive the very
 same tensor object form a shared-input group; those of one group under one parent module form a
 fused unit (`{q, k, v}`, `{gate, up}`), which serving runtimes store together. The head, which makes
-the logits, is a linear outside the blocks and a unit of its own.
+the logits, is a linear outside the blocks and a unit of its own. The experts of a block
+are one unit as well, whatever they read. What routes tokens to them is no linear here.
 """
 
 from collections.abc import Callable, Iterable
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmcompress.experts import Experts, router_weights
 from llmcompress.model.skeleton import Skeleton
 from llmcompress.model.stream import BlockStream, hidden_of, linear_modules
 from llmcompress.types import BlockTrace, ChildEnd, LinearInfo, ModelTrace, NormFeed, StreamWriter
@@ -136,27 +138,39 @@ def _close(left: Tensor, right: Any) -> bool:
 
 
 def _linear_infos(skeleton: Skeleton, index: int, pattern: _Pattern) -> Iterable[LinearInfo]:
-    modules = linear_modules(skeleton.blocks[index])
+    block = skeleton.blocks[index]
+    modules, routers = linear_modules(block), router_weights(block)
+    experts = {name + ".": name for name, module in block.named_modules() if isinstance(module, Experts)}
     file_name = {module: name for name, module in skeleton.names.module_of.items()}
     prefix = skeleton.block_name(index)
     for name, group in pattern.linears:
         tensor = file_name.get(f"{prefix}.{name}.weight")
         if tensor is None or tensor in skeleton.names.converted:
             continue  # merged from several tensors of the file: left as it is, and counted as untraced
+        if f"{name}.weight" in routers:
+            continue
         module = modules[name]
         transposed = not isinstance(module, nn.Linear)
         weight: Tensor = module.weight  # type: ignore[assignment]
         rows, columns = (weight.shape[1], weight.shape[0]) if transposed else (weight.shape[0], weight.shape[1])
         parent = name.rpartition(".")[0]
+        unit = f"{prefix}.{parent}#{group}" if parent else f"{prefix}#{group}"
+        home = next((start for start in experts if name.startswith(start)), None)
         yield LinearInfo(
             name=f"{prefix}.{name}",
             tensor=tensor,
             rows=rows,
             columns=columns,
             transposed=transposed,
-            unit=f"{prefix}.{parent}#{group}" if parent else f"{prefix}#{group}",
+            unit=unit if home is None else f"{prefix}.{experts[home]}",
             shared_input=group,
+            expert=None if home is None else int(name.removeprefix(home).partition(".")[0]),
         )
+
+
+def _routers(skeleton: Skeleton, index: int) -> tuple[str, ...]:
+    wanted = {f"{skeleton.block_name(index)}.{name}" for name in router_weights(skeleton.blocks[index])}
+    return tuple(name for name, module in skeleton.names.module_of.items() if module in wanted)
 
 
 def trace(skeleton: Skeleton) -> ModelTrace:
@@ -188,7 +202,17 @@ def trace(skeleton: Skeleton) -> ModelTrace:
         known = {info.name.removeprefix(name + ".") for info in infos}
         writers = tuple(writer for writer in patterns[kind].writers if {writer.linear, *writer.after} <= known)
         ends = tuple(end for end in patterns[kind].ends if end.linear in known)
-        blocks.append(BlockTrace(index=index, name=name, linears=infos, norms=norms, writers=writers, ends=ends))
+        blocks.append(
+            BlockTrace(
+                index=index,
+                name=name,
+                linears=infos,
+                norms=norms,
+                writers=writers,
+                ends=ends,
+                routers=_routers(skeleton, index),
+            )
+        )
     head = _head(skeleton, stream, tokens, hidden[0])
     skeleton.free_rest()
     return _model_trace(skeleton, tuple(blocks), head)
@@ -221,7 +245,8 @@ def _head(skeleton: Skeleton, stream: BlockStream, tokens: Tensor, hidden: Tenso
 def _model_trace(skeleton: Skeleton, blocks: tuple[BlockTrace, ...], head: LinearInfo | None) -> ModelTrace:
     traced = {linear.tensor for block in blocks for linear in block.linears}
     weights = sum(linear.weights for block in blocks for linear in block.linears)
-    inside = sum(p.numel() for p in skeleton.blocks.parameters() if p.ndim >= 2)
+    routers = {id(p) for block in skeleton.blocks for p in router_weights(block).values()}
+    inside = sum(p.numel() for p in skeleton.blocks.parameters() if p.ndim >= 2 and id(p) not in routers)
     other = sum(e.stop - e.start for name, e in skeleton.files.tensors.items() if name not in traced)
     return ModelTrace(
         model_type=str(skeleton.config.model_type),

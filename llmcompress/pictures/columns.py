@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from llmcompress.types import BlockTrace, LinearInfo, ModelTrace
 
 INSIDE = re.compile(r"(.+?\.(\d+))\.(.+)")  # of a block: its name, its number, the linear
+EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(\w+)")  # the experts, the number of one, its projection
 
 
 @dataclass(frozen=True)
@@ -22,9 +23,18 @@ class Columns:
     units: tuple[tuple[str, ...], ...]
 
 
+def _inner(block: BlockTrace, linear: LinearInfo) -> str:
+    """A linear's name inside its block, the same for all experts."""
+    name = linear.name.removeprefix(block.name + ".")
+    return name if linear.expert is None else f"{name.rsplit('.', 2)[0]}.*.{name.rpartition('.')[2]}"
+
+
 def columns_of(trace: ModelTrace) -> Columns:
-    """What the linears of a model are called inside their blocks, as short as stays unambiguous."""
-    inner = {x.name: x.name.removeprefix(block.name + ".") for block in trace.blocks for x in block.linears}
+    """What the linears of a model are called inside their blocks, as short as stays unambiguous.
+
+    All experts of a block are one kind for each projection.
+    """
+    inner = {x.name: _inner(block, x) for block in trace.blocks for x in block.linears}
     paths = dict.fromkeys(inner.values())
     last = Counter(path.rpartition(".")[2] for path in paths)
     short = {path: tail if last[tail := path.rpartition(".")[2]] == 1 else path for path in paths}
@@ -53,8 +63,9 @@ def named_trace(names: Iterable[str]) -> ModelTrace:
     outside = []
     for name in names:
         found = INSIDE.fullmatch(name)
-        unit = name.rpartition(".")[0]
-        info = LinearInfo(name=name, tensor=name, rows=0, columns=0, unit=unit, shared_input=0)
+        routed = EXPERT.fullmatch(name)
+        unit, expert = (routed[1], int(routed[2])) if routed else (name.rpartition(".")[0], None)
+        info = LinearInfo(name=name, tensor=name, rows=0, columns=0, unit=unit, shared_input=0, expert=expert)
         if found is None:
             outside.append(info)
         else:

@@ -39,6 +39,7 @@ class PlanPart(Noun):
     name is a linear's full name, its last component, or a pattern (`*`, `?`, `[...]`) on the full name.
     `voids` also tries to drop whole blocks for bits elsewhere, and does it where that measures better.
     `head_bits` are the widths of the output head where the budget counts the whole file; empty leaves it alone.
+    `experts`: all experts of a `model` share one format, which is what plain transformers reads, or those of a `block`.
     """
 
     bits: tuple[int, ...] = (2, 3, 4, 5, 6, 8)
@@ -50,6 +51,7 @@ class PlanPart(Noun):
     pin: dict[str, int] = Field(default_factory=dict)
     candidates: dict[str, tuple[int, ...]] = Field(default_factory=dict)
     head_bits: tuple[int, ...] = (4, 6, 8)
+    experts: Literal["model", "block"] = "model"
 
 
 class Recipe(Noun):

@@ -10,19 +10,20 @@ from typing import Any
 
 from torch import nn
 from transformers import AutoConfig
-from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llmcompress.errors import InputError
+from llmcompress.experts import conversions_of, split_experts, unmerged
 from llmcompress.kernels import stored
 from llmcompress.runtime.modules import PackedLinear, buffer_name
 from llmcompress.runtime.packed import PackedReader
 from llmcompress.runtime.shards import ShardReader
 from llmcompress.runtime.siblings import introduce
 from llmcompress.runtime.skipping import SkipRecord
+from llmcompress.runtime.targets import block_of_expert
 from llmcompress.runtime.tying import TieRecord, on_one_device, tie_modules
 from llmcompress.spec import FOUR_BIT, PER_ROW
 
@@ -78,6 +79,11 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         parts = [part for part in stored.FOUR_BIT_PARTS if part.count(".") > 1]
         return [WeightRenaming(part.lstrip(".").replace(".", r"\."), buffer_name(part)) for part in parts]
 
+    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
+        """Those of the family, but for a merge of experts that are apart."""
+        found: list[Any] = super().update_weight_conversions(unmerged(model, weight_conversions), model)
+        return found
+
     def is_serializable(self) -> bool:
         """Yes: buffers are the tensors of the file."""
         return True
@@ -96,8 +102,11 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
 def pack_modules(model: Any, shards: ShardReader, reader: PackedReader) -> dict[str, str]:
     """Replace every linear of a model on the meta device that a checkpoint has codes for; their names by stem.
 
-    Raises InputError where the model has no such linear, or the tensors are not what the format needs.
+    Experts that have codes are taken apart first. Raises InputError where the model has no such linear, or the tensors
+    are not what the format needs.
     """
+    if any(block_of_expert(stem) is not None for stem in reader.stems()):
+        split_experts(model, reader.names())
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     names = _module_names(model, reader.stems())
     record = SkipRecord.of(model.config.to_dict())
@@ -122,7 +131,7 @@ def pack_modules(model: Any, shards: ShardReader, reader: PackedReader) -> dict[
 
 def _module_names(model: Any, stems: tuple[str, ...]) -> dict[str, str]:
     """Which module each stem belongs to, renamed as the loader will rename its tensors."""
-    known = get_model_conversion_mapping(model)
+    known = conversions_of(model)
     renamings = [entry for entry in known if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in known if isinstance(entry, WeightConverter)]
     state = model.state_dict()

@@ -10,6 +10,7 @@ from llmcompress.kernels import stored
 from llmcompress.kernels.codes import Codes
 from llmcompress.runtime.attention import PARTS, install, rounding_of, set_rounding
 from llmcompress.runtime.inputs import attach_stored, detach
+from llmcompress.runtime.targets import block_of_expert, blocks_of
 from llmcompress.runtime.tying import TiedReader, TieRecord
 from llmcompress.spec import PER_ROW, InputSpec, LinearSpec
 
@@ -27,9 +28,10 @@ class Reader(Protocol):
     def read(self, name: str) -> Tensor: ...
 
 
-def _compressed_tensors(section: Mapping[str, Any]) -> dict[str, LinearSpec]:
-    """Format by module name, of a compressed-tensors checkpoint."""
+def _compressed_tensors(section: Mapping[str, Any]) -> tuple[dict[str, LinearSpec], dict[int, LinearSpec]]:
+    """Format by module name, of a compressed-tensors checkpoint, and of experts by block."""
     found: dict[str, LinearSpec] = {}
+    experts: dict[int, LinearSpec] = {}
     for group in section["config_groups"].values():
         weights, inputs = group["weights"], group.get("input_activations")
         by_rows = weights["strategy"] == "channel" and weights["num_bits"] == 8
@@ -41,8 +43,11 @@ def _compressed_tensors(section: Mapping[str, Any]) -> dict[str, LinearSpec]:
             "kind": "int" if not by_rows else "fp8" if weights["type"] == "float" else "int8",
             "inputs": inputs and _inputs(inputs),
         }
-        found |= dict.fromkeys(map(str, group["targets"]), LinearSpec.model_validate(spec))
-    return found
+        checked = LinearSpec.model_validate(spec)
+        for target in map(str, group["targets"]):
+            found[target] = checked
+            experts |= dict.fromkeys(blocks_of(target), checked)
+    return found, experts
 
 
 def _inputs(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,6 +89,7 @@ class PackedReader:
         names = base.names()
         self._present = frozenset(names)
         self._specs: dict[str, LinearSpec] = {}
+        self._experts: dict[int, LinearSpec] = {}
         self._cache: InputSpec | None = None
         self._softmax_bits: int | None = None
         self._read_config(config)
@@ -112,7 +118,7 @@ class PackedReader:
             raise InputError("config.json: not a quantized checkpoint", GIVE)
         try:
             if section.get("quant_method") == "compressed-tensors":
-                self._specs = _compressed_tensors(section)
+                self._specs, self._experts = _compressed_tensors(section)
                 cache = section.get("kv_cache_scheme")
                 self._cache = None if cache is None else InputSpec.model_validate(_inputs(cache))
             elif section.get("quant_method") == "llmcompress":
@@ -164,6 +170,8 @@ class PackedReader:
         """What config.json says of a linear; bitsandbytes' says nothing of single ones."""
         if stem in self._specs:
             return self._specs[stem]
+        if (block := block_of_expert(stem)) in self._experts:
+            return self._experts[block]
         for target, spec in self._specs.items():  # module and tensor names may differ by a prefix
             if target.endswith("." + stem) or stem.endswith("." + target):
                 return spec

@@ -41,7 +41,9 @@ def config_document(
     """The config.json of the output: the source's, with the quantization section added."""
     return {
         **source,
-        "quantization_config": section(plan.allocation.assigned[0].spec, source, plan.left_alone(heads)),
+        "quantization_config": section(
+            plan.allocation.assigned[0].spec, source, plan.left_alone((*heads, *trace.routers))
+        ),
     }
 
 

@@ -6,7 +6,9 @@
 
 and where inputs are rounded under one scale, `input_scale` and `input_zero_point`, `(1,)` each. Targets in
 `config.json` are exact module names that never overlap, under zero-padded group keys, so that every reader resolves
-them alike. Needs compressed-tensors >= 0.17 to be read (dense packing of 3, 5 and 6 bits).
+them alike; the experts of all blocks that share a format are one pattern, in a group of its own. Plain transformers
+takes the first such group for all experts of a model. Needs compressed-tensors >= 0.17 to be read (dense packing of 3,
+5 and 6 bits).
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from llmcompress.compress.grid import Codes
 from llmcompress.kernels import stored
+from llmcompress.runtime.targets import blocks_of, experts_target
 from llmcompress.spec import PER_ROW
 from llmcompress.types import InputSpec, LinearInfo, LinearSpec, ModelTrace, Plan
 
@@ -25,6 +28,7 @@ TAG = "compressed-tensors"
 LIBRARY = "transformers"
 FORMATS = {"int": "pack-quantized", "int8": "int-quantized", "fp8": "float-quantized"}
 MIXED = "mixed-precision"
+SEVERAL = "re:the experts have several formats, which plain transformers cannot read: open it with llmcompress$"
 
 
 def holds(specs: Collection[LinearSpec]) -> bool:
@@ -55,15 +59,24 @@ def packed_layout(linear: LinearInfo, spec: LinearSpec, scale_dtype: str) -> sto
 
 
 def _targets(plan: Plan, trace: ModelTrace) -> list[tuple[LinearSpec, list[str]]]:
-    """The linears of each format, narrowest first; the head comes last, in a group of its own."""
+    """The linears of each format, narrowest first, then experts; the head comes last, in a group of its own."""
     by_spec: dict[LinearSpec, list[str]] = {}
-    for linear in trace.linears:
-        spec = plan.spec_of(linear.name)
-        if spec is not None:
-            by_spec.setdefault(_of_any_columns(spec), []).append(linear.name)
-    groups = sorted(by_spec.items(), key=lambda item: (item[0].bits, item[0].group_size))
+    experts: dict[LinearSpec, dict[int, None]] = {}
+    for info in trace.blocks:
+        for linear in info.linears:
+            spec = plan.spec_of(linear.name)
+            if spec is not None and linear.expert is not None:
+                experts.setdefault(_of_any_columns(spec), {})[info.index] = None
+            elif spec is not None:
+                by_spec.setdefault(_of_any_columns(spec), []).append(linear.name)
+    groups = sorted(by_spec.items(), key=_by_size)
+    groups += [(spec, [experts_target(blocks)]) for spec, blocks in sorted(experts.items(), key=_by_size)]
     head = None if trace.head is None else plan.spec_of(trace.head.name)
     return groups if trace.head is None or head is None else [*groups, (head, [trace.head.name])]
+
+
+def _by_size(item: tuple[LinearSpec, object]) -> tuple[int, int]:
+    return item[0].bits, item[0].group_size
 
 
 def _of_any_columns(spec: LinearSpec) -> LinearSpec:
@@ -93,10 +106,23 @@ def _inputs(spec: InputSpec) -> dict[str, Any]:
     }
 
 
+def _guard_experts(formats: int) -> dict[str, Any]:
+    """Where experts have several formats, a group that matches nothing.
+
+    Plain transformers reads all experts of a model by the first group that speaks of experts, which would be wrong for
+    some of them without a word. By this one it can read none, and stops.
+    """
+    if formats < 2:
+        return {}
+    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
+    return {"group_00": {"targets": [SEVERAL], "weights": weights, "format": FORMATS["int8"]}}
+
+
 def quantization_config(plan: Plan, trace: ModelTrace, unquantized: Iterable[str]) -> dict[str, Any]:
     """The `quantization_config` section of config.json; `unquantized` are linears outside the blocks."""
     targets = _targets(plan, trace)
-    groups = {
+    guards = _guard_experts(sum(1 for _, names in targets if any(map(blocks_of, names))))
+    groups = guards | {
         f"group_{place:02d}": {
             "targets": names,
             "weights": _weights(spec),
@@ -104,7 +130,7 @@ def quantization_config(plan: Plan, trace: ModelTrace, unquantized: Iterable[str
             "output_activations": None,
             "format": FORMATS[spec.kind],
         }
-        for place, (spec, names) in enumerate(targets)
+        for place, (spec, names) in enumerate(targets, len(guards))
     }
     formats = {FORMATS[spec.kind] for spec, _ in targets}
     return {
@@ -112,7 +138,7 @@ def quantization_config(plan: Plan, trace: ModelTrace, unquantized: Iterable[str
         "format": formats.pop() if len(formats) == 1 else MIXED,
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": plan.left_alone(unquantized),
+        "ignore": plan.left_alone((*unquantized, *trace.routers)),
         "kv_cache_scheme": None if plan.options.cache_spec is None else _inputs(plan.options.cache_spec),
     }
 

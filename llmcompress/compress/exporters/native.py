@@ -49,7 +49,7 @@ def config_document(
     for linear in trace.every:
         spec = plan.spec_of(linear.name)
         if spec is not None:
-            targets.setdefault(spec, []).append(linear.name)
+            targets.setdefault(spec, []).append(linear.name if linear.expert is None else linear.stem)
     groups = {
         f"group_{place:02d}": {"targets": names, "spec": spec.model_dump(mode="json")}
         for place, (spec, names) in enumerate(targets.items())
@@ -60,7 +60,7 @@ def config_document(
         "how_to_open": HOW,
         "groups": groups,
         "attention": _attention(plan.options),
-        "ignore": plan.left_alone(heads),
+        "ignore": plan.left_alone((*heads, *trace.routers)),
     }
     return {**source, "quantization_config": section}
 

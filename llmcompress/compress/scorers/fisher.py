@@ -58,11 +58,14 @@ class Sums:
     def __init__(self, linears: Mapping[str, LinearInfo], errors: Errors, reduce: str) -> None:
         self.linears, self.errors, self.reduce = linears, errors, reduce
         self.found: dict[tuple[str, int], float] = {}
+        self.shape = (1, 1)  # sequences and tokens of the batch at hand
         self._open: dict[tuple[str, int], Tensor] = {}
 
-    def add(self, name: str, inputs: Tensor, gradient: Tensor) -> None:
-        """One linear's inputs `(batch, tokens, columns)` and output gradients `(batch, tokens, rows)`."""
-        sequences = inputs.shape[0]
+    def add(self, name: str, inputs: Tensor, gradient: Tensor, rows: Tensor | None = None) -> None:
+        """One linear's inputs `(batch, tokens, columns)` and output gradients `(batch, tokens, rows)`.
+
+        Both may be flat, `(tokens, ...)`; `rows` are then the tokens of the batch that an expert's linear reads.
+        """
         inputs, gradient = inputs.flatten(0, -2), gradient.flatten(0, -2)
         step = max(CHUNK // gradient.shape[1], 1)
         for spec, error in self.errors[name]:
@@ -78,8 +81,10 @@ class Sums:
                 continue
             key = (self.linears[name].unit, spec.bits)
             dots = torch.cat([part.sum(1, dtype=torch.float64) for part in parts])
+            if rows is not None:
+                dots = dots.new_zeros(self.shape[0] * self.shape[1]).index_add(0, rows, dots)
             if self.reduce == "sequence":
-                dots = dots.view(sequences, -1).sum(1)
+                dots = dots.view(self.shape[0], -1).sum(1)
             self._open[key] = self._open[key] + dots if key in self._open else dots
 
     def settle(self) -> None:
@@ -106,14 +111,17 @@ class Sums:
 
 
 @contextmanager
-def _measuring(modules: Mapping[str, nn.Module], sums: Sums) -> Iterator[None]:
-    """Add to `sums` while a backward runs through the modules."""
+def _measuring(modules: Mapping[str, nn.Module], sums: Sums, hidden: Tensor) -> Iterator[None]:
+    """Add to `sums` while a backward from `hidden` `(batch, tokens, hidden)` runs through the modules."""
     handles = []
+    sums.shape = (hidden.shape[0], hidden.shape[1])
     for linear in modules:
 
-        def after(_: nn.Module, args: tuple[Any, ...], output: Tensor, name: str = linear) -> None:
-            inputs = args[0].detach()
-            output.register_hook(lambda gradient: sums.add(name, inputs, gradient))  # type: ignore[no-untyped-call]
+        def after(module: nn.Module, args: tuple[Any, ...], output: Tensor, name: str = linear) -> None:
+            inputs, rows = args[0].detach(), getattr(module, "rows", None)
+            output.register_hook(  # type: ignore[no-untyped-call]
+                lambda gradient: sums.add(name, inputs, gradient, rows)
+            )
 
         handles.append(modules[linear].register_forward_hook(after))
     try:
@@ -164,7 +172,7 @@ class _Backward:
         for _ in range(self.options.draws):
             found = []
             for tokens, state in zip(self.tokens, self.hidden, strict=True):
-                with _measuring(modules, sums):
+                with _measuring(modules, sums, state):
                     gradient = output_gradient(self.stream, tokens, state, generator, self.options.labels)
                 found.append(self.stream.keep(gradient))
                 sums.settle()
@@ -189,7 +197,7 @@ class _Backward:
         for gradients in self.gradients:
             for place, call in enumerate(self.calls):
                 leaf = entering[place].detach().requires_grad_(True)
-                with _measuring(modules, sums), torch.enable_grad():
+                with _measuring(modules, sums, leaf), torch.enable_grad():
                     output = self._run(info, leaf, call)
                     gradient = torch.autograd.grad(output, leaf, gradients[place])[0]
                 gradients[place] = self.stream.keep(gradient)
