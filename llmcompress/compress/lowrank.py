@@ -50,7 +50,7 @@ def quantized(
     Where calibration showed nothing of the input, as of an expert that no token was routed to, it goes without: mostly
     that is rounding to nearest. It is recorded.
     """
-    unseen = seen is not None and quantizer.NEEDS_HESSIAN and not bool(seen.hessian.any())
+    unseen = seen is not None and quantizer.NEEDS_HESSIAN and seen.nothing
     seen = None if unseen else seen
     results: list[Quantized] = quantizer.quantize(requests, seen, options=options, dtype=dtype)
     results = [replace(result, fallbacks=(UNSEEN,)) for result in results] if unseen else results

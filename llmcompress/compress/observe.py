@@ -191,10 +191,16 @@ def summing(sums: dict[int, InputSums]) -> Callable[[int, Tensor], None]:
     return lambda number, inputs: sums.setdefault(number, InputSums()).add(Reading(inputs.float(), {}))
 
 
+def seen_of(sums: InputSums, linear: LinearInfo) -> Seen:
+    """What sums say of the input of a linear; those of an expert, which has a share of the tokens, steadied."""
+    found, _ = sums.means()
+    return found if linear.expert is None else found.steadied()
+
+
 def collect_hessians(block: nn.Module, info: BlockTrace, runs: Sequence[Callable[[], Any]]) -> dict[int, Seen]:
     """Mean of `x x^T` over all tokens for each shared-input group; `runs` are forwards of the block, a batch each."""
     sums: dict[int, InputSums] = {}
     with torch.no_grad(), watching_inputs(block, info, summing(sums)):
         for run in runs:
             run()
-    return {number: found.means()[0] for number, found in sums.items()}
+    return {number: seen_of(sums[number], members[0]) for number, members in groups_of(info).items() if number in sums}

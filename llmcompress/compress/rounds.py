@@ -39,6 +39,7 @@ from llmcompress.runtime.inputs import attach, attach_stored, detach
 from llmcompress.types import BlockTrace, LinearInfo, LinearSpec, QuantizerOptions
 
 FEWEST_BATCHES = 2
+FEW = "fewer calibration tokens reached it than it has inputs: its Hessian was damped accordingly"
 Learner = Callable[..., Learned]
 Look = tuple[Seen, dict[str, Tensor]]  # of one group: its input, and the term of the target of each writer
 
@@ -240,7 +241,8 @@ class BlockRounds:
                     beside = self.full_routed.arrival(place, linear, run)
                 full = Reading(self.full_routed.read(linear, beside, rows), {})
             sums.add(Reading(self.routed.read(linear, arrival, rows), {}), full)
-        return sums.means()
+        seen, terms = sums.means()
+        return seen.steadied(), terms
 
     def _child(self, group: int) -> str:
         return local_name(self.info, self.groups[group][0]).partition(".")[0]
@@ -297,7 +299,10 @@ def _round_group(
     for (linear, _), weight, result in zip(members, wanted, results, strict=True):
         install_weight(block, info, linear, result.codes.dequantize())
         tokens = None if linear.expert is None or seen is None else seen.tokens
-        found.append(Rounded(linear, weight, result, seen, tokens=tokens))
+        if tokens is not None and 0 < tokens < linear.columns:
+            result = replace(result, fallbacks=(*result.fallbacks, FEW))
+        known = None if seen is None or seen.nothing else seen
+        found.append(Rounded(linear, weight, result, known, tokens=tokens))
     return found
 
 

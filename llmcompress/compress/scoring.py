@@ -148,17 +148,28 @@ def layers_from_importance(job: ScoreJob, importance: Callable[[LinearInfo], flo
     """Turn a unitless importance of each linear into damage: times the distortion of Gaussian weights at each width.
 
     `importance(linear)` must not be negative. The table, not the weights, gives the shape over the widths, so
-    that a measure which costs nothing does not cost a rounding of every linear at every width.
+    that a measure which costs nothing does not cost a rounding of every linear at every width. The experts of a block
+    count together as one linear for each projection: a token reads some of them.
     """
-    layers = []
+    layers, share = [], _expert_shares(job.trace)
     for linear in job.trace.linears:
         if linear.name in job.candidates:
             value = importance(linear)
             candidates = tuple(
-                Candidate(spec=spec, damage=value * gaussian_distortion(spec)) for spec in job.candidates[linear.name]
+                Candidate(spec=spec, damage=value * share[linear.name] * gaussian_distortion(spec))
+                for spec in job.candidates[linear.name]
             )
             layers.append(LayerScore(linear=linear.name, importance=value, candidates=candidates))
     return tuple(layers)
+
+
+def _expert_shares(trace: ModelTrace) -> dict[str, float]:
+    """Of each linear: one, and of an expert's one over the number of experts in its block."""
+    shares = {}
+    for info in trace.blocks:
+        count = len({x.expert for x in info.linears if x.expert is not None})
+        shares |= {x.name: 1.0 if x.expert is None else 1.0 / count for x in info.linears}
+    return shares
 
 
 def layers_from_blocks(job: ScoreJob, importance: Sequence[float]) -> tuple[LayerScore, ...]:

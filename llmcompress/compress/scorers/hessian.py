@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from torch import nn
 
 from llmcompress.compress.grid import proxy_loss
-from llmcompress.compress.observe import InputSums, groups_of, summing, watching_inputs, weight_of
+from llmcompress.compress.observe import InputSums, groups_of, seen_of, summing, watching_inputs, weight_of
 from llmcompress.compress.scoring import Measured, Observer, ScoreJob, rounding_errors
 from llmcompress.types import BlockTrace, Candidate, LayerScore, Unit
 
@@ -28,13 +28,15 @@ class _ProxyLoss(Observer):
         return watching_inputs(block, info, summing(self.sums))
 
     def close(self, block: nn.Module, info: BlockTrace) -> None:
-        known = {number: sums.means()[0] for number, sums in self.sums.items()}
+        most = max((sums.tokens for sums in self.sums.values()), default=0)
         found: dict[str, list[Candidate]] = {x.name: [] for x in info.linears if x.name in self.job.candidates}
         for number, members in groups_of(info).items():
             weights = {x.name: weight_of(block, info, x).contiguous() for x in members if x.name in found}
-            hessian = known[number].hessian
-            for name, spec, error in rounding_errors(self.job, weights, known[number]):
-                loss = proxy_loss(weights[name], weights[name] + error, hessian)
+            sums = self.sums[number]
+            known, (mean, _) = seen_of(sums, members[0]), sums.means()
+            share = sums.tokens / max(most, 1)  # of an expert's input: a mean over the tokens routed there
+            for name, spec, error in rounding_errors(self.job, weights, known):
+                loss = proxy_loss(weights[name], weights[name] + error, mean.hessian) * share
                 found[name].append(Candidate(spec=spec, damage=max(loss, 0.0)))
         self.layers += [LayerScore(linear=name, candidates=tuple(rows)) for name, rows in found.items()]
 
