@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress.errors import InputError
+from llmcompress.experts import Experts
 from llmcompress.model.skeleton import Skeleton
 
 Forward = Callable[..., Any]
@@ -186,3 +187,12 @@ def linear_modules(block: nn.Module) -> dict[str, nn.Module]:
         for name, module in block.named_modules()
         if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
     }
+
+
+def steady_linears(block: nn.Module) -> dict[str, nn.Module]:
+    """The linears of a block that read every token, by name inside it: not those of experts.
+
+    What an expert reads changes with the router's choice, so that nothing can be followed through it.
+    """
+    inside = {id(part) for module in block.modules() if isinstance(module, Experts) for part in module.modules()}
+    return {name: module for name, module in linear_modules(block).items() if id(module) not in inside}

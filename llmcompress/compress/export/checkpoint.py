@@ -20,6 +20,7 @@ from llmcompress.model.skeleton import Skeleton
 from llmcompress.preflight.weights import INDEX_NAME, SINGLE_NAME
 from llmcompress.runtime.adapter import AdaptedReader, reader_of
 from llmcompress.runtime.packed import PackedReader
+from llmcompress.runtime.targets import block_of_expert
 from llmcompress.spec import LinearSpec
 
 TO_BF16 = "export it to bf16, which holds every weight"
@@ -111,6 +112,14 @@ class Checkpoint:
             kind = type(self.skeleton.model.get_submodule(self.module_name(name)))
             if kind is not nn.Linear:
                 raise InputError(f"{name} belongs to a {kind.__name__}, which {what} does not hold", TO_BF16)
+
+    def refuse_experts(self, what: str) -> None:
+        """Raises InputError where experts are packed: what reads other formats keeps them fused, and fills the fused
+        ones with random numbers where it finds none."""
+        stems = (name.removesuffix(".weight") for name in self.skeleton.reader.names() if self._packed(name))
+        name = next((stem for stem in stems if block_of_expert(stem) is not None), None)
+        if name is not None:
+            raise InputError(f"{name}: packed experts, which programs that read {what} do not find", TO_BF16)
 
     def shards(self) -> dict[str, list[str]]:
         """The tensors of the checkpoint by the shard they lie in."""

@@ -17,7 +17,7 @@ from llmcompress.compress.heal.tuning import stored_names
 from llmcompress.errors import InputError
 from llmcompress.model.checkpoint import TORCH_DTYPES
 from llmcompress.model.skeleton import Skeleton
-from llmcompress.model.stream import linear_modules
+from llmcompress.model.stream import steady_linears
 from llmcompress.runtime.packed import PackedReader
 
 ADAPTER = "default"  # what peft calls the only adapter of a model
@@ -133,12 +133,13 @@ class LoraTuning:
 def _targets(skeleton: Skeleton, blocks: Sequence[int]) -> dict[str, str]:
     """Linears of the blocks and the names of their weights in the file; those that are merged on their way stay out.
 
-    Raises InputError where there are none, or where linears round what they read.
+    So do experts, which other programs keep fused: an adapter for one of them has no place there. Raises InputError
+    where there are none, or where linears round what they read.
     """
     by_parameter = stored_names(skeleton)
     found: dict[str, str] = {}
     for index in blocks:
-        for leaf in linear_modules(skeleton.blocks[index]):
+        for leaf in steady_linears(skeleton.blocks[index]):
             name = f"{skeleton.block_name(index)}.{leaf}"
             weight = by_parameter.get(f"{name}.weight")
             if weight is not None and weight not in skeleton.names.converted:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from llmcompress.compress.rewriting.edits import scale_columns, scale_rows
 from llmcompress.compress.rewriting.work import Call
-from llmcompress.model.stream import linear_modules
+from llmcompress.model.stream import linear_modules, steady_linears
 from llmcompress.model.trace import watch
 
 CLOSE = 1e-9  # relative, in float64
@@ -75,9 +75,9 @@ def norm_sites(block: nn.Module, call: Call) -> tuple[NormSite, ...]:
 
 @contextmanager
 def reading(block: nn.Module, see: Callable[[str, Tensor], None], names: Sequence[str] | None = None) -> Iterator[None]:
-    """Call `see(linear, input)` for every linear of a block as it is called, or for those of `names`."""
+    """Call `see(linear, input)` for every linear of a block as it is called, or for those of `names`; no expert's."""
     handles = []
-    for name, module in linear_modules(block).items():
+    for name, module in steady_linears(block).items():
         if names is None or name in names:
 
             def before(_: nn.Module, args: tuple[Any, ...], name: str = name) -> None:

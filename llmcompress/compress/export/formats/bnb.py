@@ -42,6 +42,7 @@ def _wanted(checkpoint: Checkpoint, options: Options) -> tuple[Literal["nf4", "f
 def write(checkpoint: Checkpoint, folder: Path, options: Options) -> Written:
     """Weights and config.json. Raises InputError where nothing is quantized."""
     kind, double = _wanted(checkpoint, options)
+    checkpoint.refuse_experts(TITLE)
     document = read_json(checkpoint.skeleton.files.folder / "config.json")
     errors: dict[str, float] = {}
     types: dict[str, str] = {}

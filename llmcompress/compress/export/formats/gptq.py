@@ -95,6 +95,7 @@ def _layers(checkpoint: Checkpoint) -> dict[str, Layer]:
     """How the format says every packed weight, by tensor. Raises InputError with the reason where it cannot."""
     found = {}
     checkpoint.require_linears(TITLE)
+    checkpoint.refuse_experts(TITLE)
     for name, codes in checkpoint.every_code():
         rows, columns = codes.codes.shape
         why = refusal(codes.spec, rows, columns)
