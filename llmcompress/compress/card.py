@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from llmcompress import __version__
+from llmcompress.compress.exporters import compressed_tensors
 from llmcompress.compress.output import Origin, Story
 from llmcompress.files import commit_bytes
 from llmcompress.hub.card import CARD_NAME, PICTURE_NAME, UNMEASURED, plain, with_front
 from llmcompress.pictures.heatmap import bits_heat_map
 from llmcompress.types import Plan
 
+ROUNDS = "Plain transformers keeps weights of experts in the dtype of their scales, whatever dtype is asked for."
 PROGRAM_WORDS = {
     "integer": "exact integer program",
     "quadratic": "quadratic program with measured interactions",
@@ -60,7 +62,12 @@ def _format_rows(story: Story) -> str:
 
 def _opens_with(story: Story) -> str:
     transposed = any(linear.transposed for linear in story.trace.linears)
-    return str(story.exporter.opens_with(transposed))
+    told = str(story.exporter.opens_with(transposed))
+    experts = {story.plan.spec_of(x.name) for x in story.trace.linears if x.expert is not None}
+    if story.exporter is compressed_tensors and experts - {None}:
+        several = "Its experts have several formats: plain transformers stops, the rest holds for the other readers."
+        told += "\n" + (several if len(experts) > 1 else ROUNDS)
+    return told
 
 
 def _remarks(story: Story) -> list[str]:

@@ -4,7 +4,7 @@ Counted is anonymous memory: what the system cannot get back by dropping or writ
 from the code, copies that live at one time; `python bench/memory.py` compares the sums with what runs take.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -119,8 +119,23 @@ class _Sizes:
 
     def activations(self, *, gradients: bool = False) -> int:
         """Inputs and outputs of every linear of a block, for one batch; with gradients, what goes back as well."""
-        each = max(sum(x.rows + x.columns for x in info.linears) for info in self.opened.trace.blocks)
+        each = max(self._of_token(info.linears) for info in self.opened.trace.blocks)
         return self.recipe.calibration.batch_size * self.length * each * FLOAT * (2 if gradients else 1)
+
+    def _of_token(self, linears: Sequence[LinearInfo]) -> int:
+        """Inputs and outputs of the linears that a token passes: of experts, those it is routed to."""
+        sizes = {
+            routed: sum(x.rows + x.columns for x in linears if (x.expert is not None) == routed) for routed in (0, 1)
+        }
+        experts = len({x.expert for x in linears if x.expert is not None})
+        config = self.opened.skeleton.config.get_text_config()
+        chosen = min(int(getattr(config, "num_experts_per_tok", 0) or experts), experts)
+        return sizes[0] + -(-sizes[1] * chosen // max(experts, 1))
+
+    @property
+    def routes(self) -> bool:
+        """Whether what arrives at experts waits until all of them have been looked at."""
+        return any(x.expert is not None for linears in self.linears for x in linears)
 
     def hessians(self, *, every: bool) -> int:
         """What a group with the widest input takes while it is rounded, and float32 ones of all groups of a block."""
@@ -193,7 +208,7 @@ def _applying(sizes: _Sizes, reads: bool) -> Stage:
         logits = 2 * min(sizes.logits(3), 3 * LOGITS * FLOAT)
         terms["learning"] = 4 * sizes.block * FLOAT + sizes.activations(gradients=True) + logits
         terms["outside the blocks"] = sizes.rest
-    waiting = sizes.hidden(samples) * (1 + 2 * models) + sizes.inputs(samples) * models
+    waiting = sizes.hidden(samples) * (1 + (2 + sizes.routes) * models) + sizes.inputs(samples) * models
     return Stage("quantizing a block", terms, waiting if samples else 0)
 
 
@@ -229,7 +244,7 @@ def _trials(sizes: _Sizes) -> list[Stage]:
         "activations": sizes.activations(),
     }
     head = {"outside the blocks": sizes.rest, "logits": sizes.logits(LOGIT_COPIES)}
-    waiting = sizes.hidden(part) * 2 * models + sizes.inputs(part) * models
+    waiting = sizes.hidden(part) * (2 + sizes.routes) * models + sizes.inputs(part) * models
     return [Stage("trying allocations on a block", block, ways + waiting), Stage("comparing allocations", head, ways)]
 
 

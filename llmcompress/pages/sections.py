@@ -130,6 +130,13 @@ def losses(run: Run) -> Section | None:
     fallbacks = [
         el("li", f"{shorten(x.where, 80)}: {shorten(x.reason, 200)}") for block in run.blocks for x in block.fallbacks
     ]
+    reached = [x.tokens for block in run.blocks for x in block.linears if x.tokens is not None]
+    if reached:
+        none = sum(1 for tokens in reached if not tokens)
+        lead += (
+            f" Of {len(reached):,} linears of experts, {none:,} got no calibration token; the others got "
+            f"{min((t for t in reached if t), default=0):,} to {max(reached):,}, those routed to their expert."
+        )
     body = [el("p", lead), shown(loss_figure(shown_blocks, name=run.name))]
     if fallbacks:
         words = f"{len(fallbacks)} thing(s) could not be done as asked"

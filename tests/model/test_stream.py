@@ -115,15 +115,6 @@ def test_trace_finds_linears_units_and_norms(name: str, tmp_path: Path) -> None:
     assert found.other_bytes == everything - 4 * sum(x.weights for x in found.linears)
 
 
-def test_experts_are_counted_not_passed_over(tmp_path: Path) -> None:
-    config = transformers.MixtralConfig(**GROUPED, num_local_experts=4, num_experts_per_tok=2)
-    folder = save_model(tmp_path / "mixtral", config)
-    tokens = torch.randint(96, (2, 16))
-    skeleton = Skeleton.open(folder)
-    assert torch.equal(next(iter(BlockStream(skeleton).logits([tokens]))), whole_model_logits(folder, tokens))
-    assert trace(Skeleton.open(folder)).untraced_share > 0.8
-
-
 def test_memory_is_given_back_after_each_block(llama: Path) -> None:
     skeleton = Skeleton.open(llama)
     seen = []

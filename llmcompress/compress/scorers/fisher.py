@@ -67,6 +67,8 @@ class Sums:
         Both may be flat, `(tokens, ...)`; `rows` are then the tokens of the batch that an expert's linear reads.
         """
         inputs, gradient = inputs.flatten(0, -2), gradient.flatten(0, -2)
+        if not len(inputs):
+            return  # an expert that no token was routed to
         step = max(CHUNK // gradient.shape[1], 1)
         for spec, error in self.errors[name]:
             matrix = error.float().T
