@@ -45,8 +45,9 @@ class Seen:
     def steadied(self) -> Self:
         """The same as if as many tokens again as there are columns had been seen, alike in every direction.
 
-        `H + (columns / tokens) mean(diag H) I`. Rounding that trusts the Hessian of a few tokens is worse on
-        others than rounding to nearest; with this it was not, at any number (docs/log.md, 2026-11-26).
+        `H + (columns / tokens) mean(diag H) I`. Rounding that trusts the Hessian of a few tokens can be several times
+        worse on others than rounding to nearest; with this it is better on average, however few there are
+        (`bench/few_tokens.py`).
         """
         if not self.tokens:
             return self
