@@ -165,7 +165,7 @@ def layers_from_importance(job: ScoreJob, importance: Callable[[LinearInfo], flo
 
 def _expert_shares(trace: ModelTrace) -> dict[str, float]:
     """Of each linear: one, and of an expert's one over the number of experts in its block."""
-    shares = {}
+    shares: dict[str, float] = {}
     for info in trace.blocks:
         count = len({x.expert for x in info.linears if x.expert is not None})
         shares |= {x.name: 1.0 if x.expert is None else 1.0 / count for x in info.linears}
