@@ -12,6 +12,7 @@ from llmcompress.hub.card import CARD_NAME, PICTURE_NAME, UNMEASURED, plain, wit
 from llmcompress.pictures.heatmap import bits_heat_map
 from llmcompress.types import Plan
 
+STOPS = "But its experts have several formats, or the source's: plain transformers stops, llmcompress.load opens it."
 ROUNDS = "Plain transformers keeps weights of experts in the dtype of their scales, whatever dtype is asked for."
 PROGRAM_WORDS = {
     "integer": "exact integer program",
@@ -64,9 +65,8 @@ def _opens_with(story: Story) -> str:
     transposed = any(linear.transposed for linear in story.trace.linears)
     told = str(story.exporter.opens_with(transposed))
     experts = {story.plan.spec_of(x.name) for x in story.trace.linears if x.expert is not None}
-    if story.exporter is compressed_tensors and experts - {None}:
-        several = "Its experts have several formats: plain transformers stops, the rest holds for the other readers."
-        told += "\n" + (several if len(experts) > 1 else ROUNDS)
+    if story.exporter is compressed_tensors and experts:
+        told += "\n" + (STOPS if None in experts or len(experts) > 1 else ROUNDS)
     return told
 
 
