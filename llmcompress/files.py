@@ -5,6 +5,7 @@ import json
 import math
 import os
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -59,19 +60,26 @@ def commit_bytes(path: Path, *pieces: bytes | memoryview) -> None:
 
     Raises MachineError when the disk refuses; `path` is then as it was.
     """
+    commit_pieces(path, pieces)
+
+
+def commit_pieces(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
+    """`commit_bytes` of pieces that are made as they are written; what making one raises leaves `path` as it was."""
     aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
         handle = os.open(aside, flags, 0o666 & ~_umask())
-        with os.fdopen(handle, "wb") as stream:
-            for piece in pieces:
-                stream.write(piece)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.rename(aside, path)
+        try:
+            with os.fdopen(handle, "wb") as stream:
+                for piece in pieces:
+                    stream.write(piece)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.rename(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)
         sync_folder(path.parent)
     except OSError as error:
-        aside.unlink(missing_ok=True)
         hint = "free space and run the same command again; finished work is kept"
         raise MachineError(f"cannot write {path.name}: {error.strerror or error}", hint) from error
 

@@ -20,10 +20,11 @@ from llmcompress.compress.rewriting.hints import Hints
 from llmcompress.compress.rounds import BlockRounds, Method, Rounded, Streams, round_head
 from llmcompress.compress.shards import ShardMap, write_shard
 from llmcompress.errors import InputError
-from llmcompress.model.checkpoint import DTYPE_NAMES, TORCH_DTYPES, read_tensor
+from llmcompress.model.checkpoint import DTYPE_NAMES, TORCH_DTYPES
 from llmcompress.model.skeleton import Skeleton
 from llmcompress.model.stream import BlockCall, BlockStream
 from llmcompress.plugins import find
+from llmcompress.preflight.header import TensorEntry
 from llmcompress.runtime.attention import tensors_of
 from llmcompress.types import BlockOutcome, BlockTrace, Fallback, LinearInfo, LinearOutcome, ModelTrace, Plan
 
@@ -168,7 +169,7 @@ def finished_logits(job: ApplyJob, journal: Journal) -> Tensor:
         return probe
     stream = BlockStream(job.skeleton)
     stream.start([job.probe])  # learns what the blocks of this family return
-    job.skeleton.free(job.skeleton.blocks[0])
+    job.skeleton.free(job.skeleton.model)
     logits = stream.leave(job.probe, probe)
     job.skeleton.free_rest()
     return logits
@@ -177,7 +178,7 @@ def finished_logits(job: ApplyJob, journal: Journal) -> Tensor:
 def _commit_rest(job: ApplyJob, journal: Journal) -> str:
     """Step 0: everything outside the blocks, copied."""
     name = job.shards.name(0)
-    tensors = {tensor: read_tensor(job.shards.entries[tensor]) for tensor in job.shards.shards[0]}
+    tensors = {tensor: job.shards.entries[tensor] for tensor in job.shards.shards[0]}
     digest = write_shard(journal.partial / name, job.shards.layout(0, {}), tensors)
     record = CommitRecord(step=0, shard=name, shard_digest=digest, hidden_digest="", previous="", outcome=None)
     journal.commit(record)
@@ -205,7 +206,7 @@ def quantize_block(job: ApplyJob, chain: Chain, info: BlockTrace, journal: Journ
     outcomes, fallbacks, packed = [], [], {}
     streams = chain.streams(info.index, job)
     if streams.logits is not None:
-        job.skeleton.load_rest()
+        job.skeleton.load_exit()
     rounds = BlockRounds(job.method, block, info, job.plan.specs, streams)
     exporter = exporter_for(job.plan, job.trace)
     for rounded in rounds.rounded():
@@ -238,7 +239,7 @@ def quantize_head(job: ApplyJob, chain: Chain, head: LinearInfo, journal: Journa
     The chain ends here: what remains of its hidden states are the probe's logits under the stored head.
     """
     began = time.monotonic()
-    job.skeleton.load_rest()
+    job.skeleton.load_exit()
     module = job.skeleton.model.get_submodule(head.name)
     target = module.weight
     seen = head_input(module, chain.stream, job.batches, chain.hidden[:-1], chain.full or None)
@@ -279,9 +280,9 @@ def _write_shard(
     job: ApplyJob, place: int, packed: Mapping[str, dict[str, Tensor]], journal: Journal
 ) -> tuple[str, str]:
     """Write shard `place`: packed linears, everything else byte for byte; returns its file name and digest."""
-    tensors = dict(packed.get(ATTENTION, {}))
+    tensors: dict[str, Tensor | TensorEntry] = dict(packed.get(ATTENTION, {}))
     for name in job.shards.shards[place]:
-        tensors |= packed.get(name) or {name: read_tensor(job.shards.entries[name])}
+        tensors |= packed.get(name) or {name: job.shards.entries[name]}
     shard = job.shards.name(place)
     digest = write_shard(journal.partial / shard, job.shards.layout(place, job.plan.specs), tensors)
     return shard, digest

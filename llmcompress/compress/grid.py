@@ -33,7 +33,8 @@ ASYMMETRIC_DISTORTION = {  # the same with zero-points and scales that span each
 TABLE_DISTORTION = {"nf4": 0.00843, "fp4": 0.01483, "fp8": 0.00068}
 LLOYD_MAX_DISTORTION = (0.1175, 0.03455, 0.0095, 0.0025, 0.00064, 0.000163, 0.0000412)  # at 2, 3, ... 8 bits
 TABLE_BLOCK = 64  # weights that share a scale in the layout of bitsandbytes
-SHIFT_ROWS = 1 << 22  # the clip search works on chunks of about this many weights
+SHIFT_ROWS = 1 << 22  # a search for scales works on chunks of about this many weights
+CACHED_WEIGHTS = 1 << 18  # and the clip search on the CPU on so many, which stay in a core's own cache
 
 
 def round_to_grid(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
@@ -71,7 +72,7 @@ def find_scale(
     """
     rows, columns = weight.shape
     size = spec.group_size
-    step = max(SHIFT_ROWS // columns, 1)
+    step = max((CACHED_WEIGHTS if weight.device.type == "cpu" else SHIFT_ROWS) // columns, 1)
     weights = None if importance is None else importance.to(weight.dtype).view(1, columns // size, size)
     parts = []
     for start in range(0, rows, step):
@@ -89,12 +90,12 @@ def _search(
         return best
     lowest = torch.full_like(full, torch.inf)
     half = 1 << (bits - 1)
+    error = torch.empty_like(groups, memory_format=torch.contiguous_format)
     for shrink in clips:
         scale = stored_scale(full * shrink, dtype)
         wide = scale.to(groups.dtype)[..., None]
-        error = (round_to_grid(groups, wide, bits) - half) * wide - groups
-        squared = error.square() if importance is None else error.square() * importance
-        loss = squared.sum(-1)
+        torch.div(groups, wide, out=error).round_().clamp_(-half, half - 1).mul_(wide).sub_(groups).square_()
+        loss = (error if importance is None else error.mul_(importance)).sum(-1)
         better = loss < lowest
         best = torch.where(better, scale, best)
         lowest = torch.where(better, loss, lowest)

@@ -23,7 +23,7 @@ from llmcompress.compress.rewriting.work import Call, Rewritten, Subject
 from llmcompress.compress.shards import INDEX_NAME, ShardMap, index_document, write_shard
 from llmcompress.errors import InputError
 from llmcompress.files import commit_bytes, commit_json, sync_folder
-from llmcompress.model.checkpoint import TORCH_DTYPES, read_tensor
+from llmcompress.model.checkpoint import TORCH_DTYPES
 from llmcompress.model.skeleton import Skeleton
 from llmcompress.model.stream import BlockStream
 from llmcompress.options import RewriteOptions
@@ -158,8 +158,8 @@ class _BlockRewriter:
 
     def _write(self, place: int, changed: Mapping[str, Tensor]) -> None:
         shards = self.shards
-        tensors = {name: read_tensor(shards.entries[name]) for name in shards.shards[place]}
-        write_shard(self.folder / shards.name(place), shards.layout(place, {}), tensors | dict(changed))
+        entries = {name: shards.entries[name] for name in shards.shards[place]}
+        write_shard(self.folder / shards.name(place), shards.layout(place, {}), {**entries, **changed})
 
     def _blocks(self) -> Iterator[RewriteOutcome]:
         stream = BlockStream(self.skeleton)

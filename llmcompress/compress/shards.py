@@ -7,7 +7,7 @@ its final name.
 
 import hashlib
 import json
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,8 +16,9 @@ from torch import Tensor
 
 from llmcompress.compress.attention import attention_layout
 from llmcompress.compress.formats import exporter_of
-from llmcompress.files import commit_bytes
+from llmcompress.files import commit_pieces
 from llmcompress.kernels.stored import Layout as Layout
+from llmcompress.model.checkpoint import read_tensor
 from llmcompress.model.skeleton import Skeleton
 from llmcompress.preflight.header import DTYPE_BYTES, TensorEntry
 from llmcompress.types import LinearInfo, LinearSpec, ModelTrace, QuantizerOptions
@@ -126,14 +127,26 @@ def _raw(tensor: Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
-def write_shard(path: Path, layout: Layout, tensors: Mapping[str, Tensor]) -> str:
-    """Write the tensors of `layout` durably; returns the sha256 of the file."""
+def write_shard(path: Path, layout: Layout, tensors: Mapping[str, Tensor | TensorEntry]) -> str:
+    """Write the tensors of `layout` durably; returns the sha256 of the file.
+
+    Entries of a source are read when it is their turn, and let go. Raises InputError where one has NaN or infinity.
+    """
     header, order = shard_header(layout)
-    pieces = [memoryview(header), *(_raw(tensors[name]) for name in order)]
     state = hashlib.sha256()
-    for piece in pieces:
-        state.update(piece)
-    commit_bytes(path, *pieces)
+
+    def pieces() -> Iterator[memoryview]:
+        yield memoryview(header)
+        for name in order:
+            tensor = tensors[name]
+            yield _raw(read_tensor(tensor) if isinstance(tensor, TensorEntry) else tensor)
+
+    def hashed() -> Iterator[memoryview]:
+        for piece in pieces():
+            state.update(piece)
+            yield piece
+
+    commit_pieces(path, hashed())
     return state.hexdigest()
 
 

@@ -172,7 +172,7 @@ class _Pass:
 
     @torch.no_grad()
     def _judge(self, judge: Judge) -> None:
-        self.job.skeleton.load_rest()
+        self.job.skeleton.load_exit()
         head = HeadView(self.job, self.stream, self.text.calibration, self.calibration)
         for place, tokens in enumerate(self.text.judging):
             p = torch.log_softmax(self.stream.leave(tokens, self.reference[place]), -1)

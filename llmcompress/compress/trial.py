@@ -53,7 +53,7 @@ def measure_allocations(
     ways = [_Way(specs, list(walk.aims[drop]), drop) for specs, drop in zip(tables, drops, strict=True)]
     for info in job.trace.blocks:
         walk.through(info, ways)
-    job.skeleton.load_rest()
+    job.skeleton.load_exit()
     pairs = [walk.damage(way) for way in ways]
     job.skeleton.free_rest()
     return Damage(torch.stack([kld for kld, _ in pairs]), torch.stack([dnll for _, dnll in pairs]))
@@ -73,7 +73,7 @@ class _Walk:
         """Everything through one block, each way as it would be stored."""
         job, logits = self.job, None
         if job.method.learners and info is job.trace.blocks[-1]:
-            job.skeleton.load_rest()
+            job.skeleton.load_exit()
             logits = logits_reader(self.stream, self.text.calibration)
         rounds: dict[frozenset[int], BlockRounds] = {}
         for way in ways:

@@ -10,7 +10,7 @@ from torch import Tensor
 from llmcompress.eval.facts import BlockCost, BlockError
 from llmcompress.eval.report import number
 from llmcompress.model.skeleton import Skeleton
-from llmcompress.model.stream import BlockStream
+from llmcompress.model.stream import BlockCall, BlockStream
 
 OTHER_BASIS = 0.5  # embeddings that differ by more belong to a stream that was rotated
 
@@ -18,8 +18,8 @@ OTHER_BASIS = 0.5  # embeddings that differ by more belong to a stream that was 
 class Pair:
     """Streams two skeletons side by side. `trajectory` and `costs` are there once the first logits are.
 
-    In memory at one time: hidden states of both for all batches, what lies outside the blocks of both, and one block
-    of one of them, but for the two first blocks, which are there together. `trajectory` stays empty where the models
+    In memory at one time: hidden states of both for all batches, and one block of one of them, or, at the end, the
+    heads of both. `trajectory` stays empty where the models
     have different numbers of blocks, or embeddings so far apart that their streams are not in one basis.
     """
 
@@ -31,7 +31,7 @@ class Pair:
     @torch.no_grad()
     def logits(self, batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """Logits of reference and candidate for each batch of token ids. Raises InputError where the stream does."""
-        started = [stream.start(batches) for stream in self.streams]
+        started = [self._start(stream, batches) for stream in self.streams]
         hidden = [states for states, _ in started]
         depths = [len(stream.skeleton.blocks) for stream in self.streams]
         found = [_distance(-1, *hidden)]
@@ -55,6 +55,12 @@ class Pair:
             hidden[0][place] = hidden[1][place] = torch.empty(0)
         for stream in self.streams:
             stream.skeleton.free_rest()
+
+    @staticmethod
+    def _start(stream: BlockStream, batches: Sequence[Tensor]) -> tuple[list[Tensor], list[list[BlockCall]]]:
+        entered = stream.start(batches)
+        stream.skeleton.free(stream.skeleton.model)
+        return entered
 
 
 def _cost(block: int, reference: float | None, candidate: float | None) -> BlockCost:

@@ -113,7 +113,7 @@ def void_runs(
             pairs = zip(run.hidden, calls, strict=True)
             run.take([stream.run_block(index, hidden, call[index]) for hidden, call in pairs], prompt)
         candidate.free(block)
-    candidate.load_rest()
+    candidate.load_exit()
     states = [runs[0].hidden, runs[0].shown or [], *(run.hidden for run in runs[1:])]
     found: list[dict[str, list[SequenceFidelity]]] = [{PROMPT: [], RESPONSE: []} for _ in states]
     for place, expected in enumerate(BlockStream(reference).logits(batches)):

@@ -28,11 +28,15 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     rows, columns = codes.shape
     packed = numpy.zeros((rows, words_per_row(columns, bits) * 4), dtype=numpy.uint8)
     source = codes.cpu().numpy()
-    shifts = numpy.arange(bits, dtype=numpy.uint8)
+    octets = -(-columns // 8)  # eight codes take `bits` bytes
     for chunk in _row_chunks(rows, columns):
-        stream = (source[chunk, :, None] >> shifts) & 1
-        folded = numpy.packbits(stream.reshape(stream.shape[0], -1), axis=1, bitorder="little")
-        packed[chunk, : folded.shape[1]] = folded
+        padded = numpy.pad(source[chunk], ((0, 0), (0, octets * 8 - columns))).reshape(-1, octets, 8)
+        together = numpy.zeros(padded.shape[:2], dtype="<u8")
+        for place in range(8):
+            together |= padded[:, :, place].astype("<u8") << numpy.uint64(place * bits)
+        folded = together.view(numpy.uint8).reshape(-1, octets, 8)[:, :, :bits].reshape(len(padded), -1)
+        width = min(folded.shape[1], packed.shape[1])
+        packed[chunk, :width] = folded[:, :width]
     return torch.from_numpy(packed.view(numpy.int32))
 
 

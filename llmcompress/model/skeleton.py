@@ -28,6 +28,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from llmcompress.errors import InputError
 from llmcompress.experts import Experts, conversions_of, split_experts
 from llmcompress.model.checkpoint import CheckpointReader, TensorReader
+from llmcompress.model.heap import give_back, map_large_tensors
 from llmcompress.model.shelf import Shelf
 from llmcompress.plugins import nearest
 from llmcompress.preflight import SourceFiles, check_source
@@ -106,11 +107,13 @@ class Skeleton:
     """A causal language model whose blocks are loaded and freed one at a time.
 
     `blocks[i]` is the i-th decoder block, on meta until `load_block(i)`; everything outside the
-    blocks is loaded by `load_rest()`. Weights are float32 on `device`. Hidden states wait on `shelf`.
+    blocks is loaded by `load_rest()`, what tokens enter and leave by alone by `load_entrance()` and `load_exit()`.
+    Weights are float32 on `device`, without gradients. Hidden states wait on `shelf`.
     """
 
     def __init__(self, files: SourceFiles, reader: TensorReader, device: str = "cpu") -> None:
         quiet_transformers()
+        map_large_tensors()
         self.files = files
         self.reader = reader
         self.device = torch.device(device)
@@ -234,17 +237,34 @@ class Skeleton:
         return self.blocks[index]
 
     def load_rest(self) -> None:
-        """Fill everything outside the blocks and tie what is tied."""
-        names = [name for name in self.rest_tensors() if name in self.names.module_of]
-        for part in [names] if self.names.converted else [[name] for name in names]:  # as stored, one at a time
-            self._fill(part)
-        for name, original in self.tied().items():
+        """Fill everything outside the blocks and tie what is tied. Raises InputError like `load_block`."""
+        self._load_outside(None)
+
+    def load_entrance(self) -> None:
+        """Fill what lies before the blocks, and whatever else is not the head's."""
+        self._load_outside(self.model.get_output_embeddings())
+
+    def load_exit(self) -> None:
+        """Fill what lies behind the blocks, and whatever else is not the embedding's."""
+        self._load_outside(self.model.get_input_embeddings())
+
+    def _load_outside(self, left_out: nn.Module | None) -> None:
+        """What is outside the blocks and not there yet, without the weights of one module that no other shares."""
+        tied, given = self.tied(), set(self.names.module_of.values())
+        alone = {id(p) for p in left_out.parameters(recurse=False)} if left_out is not None else set()
+        state = dict(self.model.named_parameters(remove_duplicate=False))
+        apart = {name for name, parameter in state.items() if id(parameter) in alone}
+        if any((name in apart) != (original in apart) for name, original in tied.items()):
+            apart = set()
+        wanted = {n for n in given if n not in apart and (n not in state or state[n].is_meta)}
+        self._fill([name for name in self.rest_tensors() if self.names.module_of.get(name) in wanted])
+        for name, original in tied.items():
             owner, _, leaf = name.rpartition(".")
             source = self.model.get_parameter(original)
             if not source.is_meta and self.model.get_parameter(name).is_meta:
                 setattr(self.model.get_submodule(owner), leaf, source)
         for name, module in self.model.named_children():
-            self._check_filled(module, name, skip=self.blocks)
+            self._check_filled(module, name, skip=(self.blocks, left_out if apart else None))
 
     def free(self, module: nn.Module) -> None:
         """Give the memory of a module's parameters back."""
@@ -252,6 +272,7 @@ class Skeleton:
             self.reader.detach(module)
         for part in module.modules():
             self._free_own(part)
+        give_back()
 
     def free_rest(self) -> None:
         """Give the memory of everything outside the blocks back."""
@@ -275,23 +296,47 @@ class Skeleton:
         return tensor
 
     def _fill(self, names: Iterable[str]) -> None:
-        tensors = {name: self.read(name) for name in names}
+        """Read tensors and put them where they go: as they stand one at a time, what is merged or split together."""
+        merged = {}
+        for name in names:
+            if name in self.names.converted:
+                merged[name] = self.read(name)
+            else:
+                self._put(name, self.names.module_of[name], self.read(name))
+        if not merged:
+            return
         settings = LoadStateDictConfig(
             weight_mapping=conversions_of(self.model),
             dtype=torch.float32,
             device_map={"": self.device},
         )
-        info, _ = convert_and_load_state_dict_in_model(self.model, tensors, settings)
+        info, _ = convert_and_load_state_dict_in_model(self.model, merged, settings)
         wrong = [*info.mismatched_keys, *info.conversion_errors, *info.unexpected_keys]
         if wrong:
-            name = wrong[0][0] if isinstance(wrong[0], tuple) else wrong[0]
-            raise InputError(
-                f"tensor {name} does not fit a {self.config.model_type} model of this config.json",
-                "config.json and the weights are not of the same model",
-            )
+            self._misfit(wrong[0][0] if isinstance(wrong[0], tuple) else wrong[0])
+        for target in {self.names.module_of[name] for name in merged}:
+            self.model.get_parameter(target).requires_grad_(False)
 
-    def _check_filled(self, module: nn.Module, where: str, skip: nn.Module | None = None) -> None:
-        skipped = {id(p) for p in skip.parameters()} if skip is not None else set()
+    def _put(self, name: str, target: str, tensor: Tensor) -> None:
+        """One tensor of the file in the place of a parameter or buffer."""
+        owner, _, leaf = target.rpartition(".")
+        module = self.model.get_submodule(owner)
+        if getattr(module, leaf).shape != tensor.shape:
+            self._misfit(name)
+        placed = tensor.to(self.device, torch.float32 if tensor.is_floating_point() else tensor.dtype)
+        if leaf in dict(module.named_buffers(recurse=False)):
+            setattr(module, leaf, placed)
+        else:
+            setattr(module, leaf, nn.Parameter(placed, requires_grad=False))
+
+    def _misfit(self, name: str) -> None:
+        raise InputError(
+            f"tensor {name} does not fit a {self.config.model_type} model of this config.json",
+            "config.json and the weights are not of the same model",
+        )
+
+    def _check_filled(self, module: nn.Module, where: str, skip: tuple[nn.Module | None, ...] = ()) -> None:
+        skipped = {id(p) for part in skip if part is not None for p in part.parameters()}
         for name, parameter in module.named_parameters():
             if parameter.is_meta and id(parameter) not in skipped:
                 raise InputError(

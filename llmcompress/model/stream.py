@@ -81,7 +81,7 @@ class BlockStream:
     def enter(self, tokens: Tensor) -> tuple[Tensor, list[BlockCall]]:
         """Hidden states entering block 0 and the arguments of every block.
 
-        Needs the embeddings and block 0 loaded: block 0 is run once to learn what blocks return.
+        Needs the entrance and block 0 loaded: block 0 is run once to learn what blocks return.
         """
         first = self.skeleton.blocks[0]
         genuine = type(first).forward
@@ -124,7 +124,7 @@ class BlockStream:
 
     @torch.no_grad()
     def leave(self, tokens: Tensor, hidden: Tensor) -> Tensor:
-        """Logits from the hidden states that left the last block; needs the rest loaded."""
+        """Logits from the hidden states that left the last block; loads the exit where it is not there."""
         return self.logits_of(tokens, hidden)
 
     def logits_of(self, tokens: Tensor, hidden: Tensor) -> Tensor:
@@ -137,14 +137,31 @@ class BlockStream:
 
             return passing
 
-        with self._blocks_replaced(make):
+        self.skeleton.load_exit()
+        with self._blocks_replaced(make), self._embedding_spared():
             logits: Tensor = self._run(tokens).logits
         return logits.float()
+
+    @contextmanager
+    def _embedding_spared(self) -> Iterator[None]:
+        """Where the embedding is not loaded: nothing depends on what it says once the blocks were passed."""
+        embedding = self.skeleton.model.get_input_embeddings()
+        weight = embedding.weight
+        if not weight.is_meta:
+            yield
+            return
+        zero = torch.zeros((), device=self.skeleton.device)
+        embedding.forward = lambda ids, *_, **__: zero.expand(*ids.shape, weight.shape[-1])
+        try:
+            yield
+        finally:
+            del embedding.forward
 
     @torch.no_grad()
     def logits(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
         """Logits of each batch, every block loaded once and freed again."""
         hidden, calls = self.start(batches)
+        self.skeleton.free_rest()
         for index in range(len(self.skeleton.blocks)):
             self.pass_block(index, hidden, calls)
         for place, tokens in enumerate(batches):
@@ -165,8 +182,8 @@ class BlockStream:
         return self.skeleton.shelf.keep(hidden)
 
     def start(self, batches: Sequence[Tensor]) -> tuple[list[Tensor], list[list[BlockCall]]]:
-        """Load the rest and block 0, and enter every batch. Block 0 stays loaded."""
-        self.skeleton.load_rest()
+        """Enter every batch. The entrance and block 0 stay loaded."""
+        self.skeleton.load_entrance()
         self.skeleton.load_block(0)
         entered = [self.enter(tokens) for tokens in batches]
         return [self.keep(hidden) for hidden, _ in entered], [call for _, call in entered]

@@ -183,6 +183,7 @@ def trace(skeleton: Skeleton) -> ModelTrace:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(vocabulary, (1, PROBE_TOKENS), generator=generator)
     hidden, calls = stream.start([tokens])
+    skeleton.free_rest()
     patterns: dict[tuple[tuple[str, tuple[int, ...]], ...], _Pattern] = {}
     blocks = []
     for index in range(len(skeleton.blocks)):

@@ -78,12 +78,13 @@ class Original:
         self._skeleton = Skeleton.open(folder, device, decode=reader_of(folder))
         self._stream = BlockStream(self._skeleton)
         self._hidden = torch.cat(self._leaving(torch.split(tokens, batch_size)))
-        self._skeleton.load_rest()
+        self._skeleton.load_exit()
 
     @torch.no_grad()
     def _leaving(self, batches: Sequence[Tensor]) -> list[Tensor]:
         """Hidden states that leave the last block, on the CPU."""
         hidden, calls = self._stream.start(batches)
+        self._skeleton.free_rest()
         for index in range(len(self._skeleton.blocks)):
             block = self._skeleton.load_block(index)
             for place, call in enumerate(calls):

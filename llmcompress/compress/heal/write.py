@@ -15,7 +15,7 @@ from llmcompress.compress.tie.records import TYING_NAME
 from llmcompress.files import commit_bytes, commit_json
 from llmcompress.hub.card import PICTURE_NAME
 from llmcompress.kernels.stored import Layout
-from llmcompress.model.checkpoint import DTYPE_NAMES, read_tensor
+from llmcompress.model.checkpoint import DTYPE_NAMES
 from llmcompress.preflight import SourceFiles
 from llmcompress.runtime.adapter import CONFIG_NAME, FOLDER, WEIGHTS_NAME
 
@@ -32,7 +32,7 @@ def write_checkpoint(files: SourceFiles, changed: Mapping[str, Tensor], folder: 
             commit_bytes(folder / shard, (files.folder / shard).read_bytes())
             continue
         layout: Layout = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
-        write_shard(folder / shard, layout, {n: changed.get(n, read_tensor(e)) for n, e in entries.items()})
+        write_shard(folder / shard, layout, {n: changed.get(n, e) for n, e in entries.items()})
     copy_side_files(files.folder, folder)
     for name in KEPT:
         if (files.folder / name).is_file():

@@ -104,7 +104,7 @@ def _pass(skeleton: Skeleton, variants: Sequence[Variant], batches: Sequence[Ten
                 own[place] = states if variant.passes_over(index) else _through(stream, index, states, calls)
         full = _through(stream, index, full, calls)
         skeleton.free(skeleton.blocks[index])
-    skeleton.load_rest()
+    skeleton.load_exit()
     klds: list[list[Tensor]] = [[] for _ in variants]
     dnlls: list[list[Tensor]] = [[] for _ in variants]
     for number, tokens in enumerate(batches):
@@ -143,7 +143,7 @@ def logits_of(skeleton: Skeleton, variant: Variant, tokens: Tensor) -> Tensor:
             with variant.changed(skeleton, index):
                 hidden = stream.run_block(index, hidden, calls[index])
         skeleton.free(skeleton.blocks[index])
-    skeleton.load_rest()
+    skeleton.load_exit()
     logits = stream.leave(tokens, hidden)
     skeleton.free_rest()
     return logits

@@ -119,7 +119,7 @@ def write_pruned(writing: Writing, folder: Path) -> None:
             tensors = {new: writing.stored(name, old) for name, new in new_names.items()}
         else:
             new_names = {name: name for name in rest}
-            tensors = {name: read_tensor(entries[name]) for name in rest}
+            tensors = {name: entries[name] for name in rest}
         layout: Layout = {new: (entries[name].dtype, entries[name].shape) for name, new in new_names.items()}
         write_shard(folder / names.name(place), layout, tensors)
         layouts.append((names.name(place), layout))

@@ -226,6 +226,7 @@ def _observe(job: ScoreJob) -> _Found:
     options, stream = job.options.depth, BlockStream(job.skeleton)
     batches = torch.split(job.batches.tokens[: options.samples, : options.tokens], job.batch_size)
     hidden, calls = stream.start(batches)
+    job.skeleton.free_rest()
     length = batches[0].shape[1]
     found = _Found(chains=[SkipChains((current_span(length), *future_spans(length))) for _ in batches])
     for info in job.trace.blocks:

@@ -140,6 +140,7 @@ class _Backward:
         self.job, self.options = job, job.options.fisher
         self.stream, self.tokens = job.stream()
         self.hidden, self.calls = self.stream.start(self.tokens)
+        job.skeleton.free_rest()
         self.entering: list[list[Tensor]] = []
         self.gradients: list[list[Tensor]] = []  # by draw, then batch
         positions = job.batches.tokens.shape[1] - (1 if self.options.labels == "data" else 0)
@@ -161,6 +162,7 @@ class _Backward:
     def head(self) -> list[LayerScore]:
         """Gradients entering the last block's output, and the head's own score where it has candidates."""
         generator = torch.Generator().manual_seed(self.job.seed)
+        self.job.skeleton.load_exit()
         info, errors, modules = self.job.trace.head, Errors(), dict[str, nn.Module]()
         if info is not None and info.name in self.job.candidates:
             module = self.job.skeleton.model.get_submodule(info.name)
