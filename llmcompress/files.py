@@ -13,7 +13,7 @@ import yaml
 
 from llmcompress.errors import InputError, MachineError
 
-CHUNK_BYTES = 1 << 22
+CHUNK_BYTES = 1 << 20
 LARGEST_DOCUMENT_BYTES = 256 << 20
 
 

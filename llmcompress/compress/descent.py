@@ -15,7 +15,7 @@ from llmcompress.compress.grid import Codes, expand_scale, stored_scale
 def metric_of(hessian: Tensor, damp: float) -> Tensor:
     """The damped Hessian with a diagonal of 1 on average, float32 `(columns, columns)`."""
     metric = damped(hessian, damp)
-    return (metric / metric.diagonal().mean()).float()
+    return metric.div_(metric.diagonal().mean().clone()).float()
 
 
 def descend(weight: Tensor, codes: Codes, metric: Tensor, sweeps: int) -> Codes:

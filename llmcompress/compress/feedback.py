@@ -58,19 +58,26 @@ def dampings(hessian: Tensor, damp: float) -> Iterator[tuple[float, Tensor]]:
         damp *= 10
 
 
+def factorise(matrix: Tensor, *, upper: bool = False) -> int:
+    """Put the Cholesky factor of a symmetric matrix, which lies by columns, in its place; not 0 where it has none."""
+    failed = torch.empty((), dtype=torch.int32, device=matrix.device)
+    torch.linalg.cholesky_ex(matrix, upper=upper, out=(matrix, failed))
+    return int(failed)
+
+
 def inverse_factor(hessian: Tensor, order: Tensor, damp: float) -> tuple[Factor | None, tuple[str, ...]]:
     """Factorise the damped inverse; tenfold more damping up to three times where it is singular.
 
     Returns None for a Hessian that cannot be factorised, and the notes to record.
     """
     for attempt, (tried, full) in enumerate(dampings(hessian, damp)):
-        found = full[order[:, None], order]
-        del full  # each step lets go of the one before: they are the largest matrices of a run
-        found, failed = torch.linalg.cholesky_ex(found)
-        if not int(failed):
-            found = torch.cholesky_inverse(found)
-            found, failed = torch.linalg.cholesky_ex(found, upper=True)
-        if not int(failed):
+        found = full[order[:, None], order].T
+        del full  # the largest matrices of a run: no more of them than need be
+        failed = factorise(found)
+        if not failed:
+            torch.cholesky_inverse(found, out=found)
+            failed = factorise(found, upper=True)
+        if not failed:
             notes = () if attempt == 0 else (f"singular Hessian: damping raised to {tried:g}",)
             return Factor(order, found.to(torch.float32)), notes
     return None, (f"Hessian still singular at damping {tried:g}: rounded instead",)

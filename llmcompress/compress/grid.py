@@ -34,7 +34,9 @@ TABLE_DISTORTION = {"nf4": 0.00843, "fp4": 0.01483, "fp8": 0.00068}
 LLOYD_MAX_DISTORTION = (0.1175, 0.03455, 0.0095, 0.0025, 0.00064, 0.000163, 0.0000412)  # at 2, 3, ... 8 bits
 TABLE_BLOCK = 64  # weights that share a scale in the layout of bitsandbytes
 SHIFT_ROWS = 1 << 22  # a search for scales works on chunks of about this many weights
-CACHED_WEIGHTS = 1 << 18  # and the clip search on the CPU on so many, which stay in a core's own cache
+CACHED_WEIGHTS = (
+    1 << 18
+)  # and on the CPU what goes through them again and again on so many, which stay in a core's own cache
 
 
 def round_to_grid(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
@@ -72,13 +74,17 @@ def find_scale(
     """
     rows, columns = weight.shape
     size = spec.group_size
-    step = max((CACHED_WEIGHTS if weight.device.type == "cpu" else SHIFT_ROWS) // columns, 1)
+    step = _rows_at_once(weight)
     weights = None if importance is None else importance.to(weight.dtype).view(1, columns // size, size)
     parts = []
     for start in range(0, rows, step):
         groups = weight[start : start + step].view(-1, columns // size, size)
         parts.append(_search(groups, spec.bits, dtype, clips=CLIPS if clip else CLIPS[:1], importance=weights))
     return torch.cat(parts)
+
+
+def _rows_at_once(weight: Tensor) -> int:
+    return max((CACHED_WEIGHTS if weight.device.type == "cpu" else SHIFT_ROWS) // weight.shape[1], 1)
 
 
 def _search(
@@ -109,8 +115,13 @@ def expand_scale(scale: Tensor, columns: int) -> Tensor:
 
 def round_weight(weight: Tensor, scale: Tensor, spec: LinearSpec) -> Codes:
     """Round every weight to its nearest code, with scales as stored."""
-    codes = round_to_grid(weight, expand_scale(scale, weight.shape[1]), spec.bits)
-    return Codes(codes.to(torch.uint8), scale, spec)
+    columns = weight.shape[1]
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    step = _rows_at_once(weight)
+    for start in range(0, len(weight), step):
+        part = slice(start, start + step)
+        codes[part] = round_to_grid(weight[part], expand_scale(scale[part], columns), spec.bits).to(torch.uint8)
+    return Codes(codes, scale, spec)
 
 
 def table_format(kind: Literal["nf4", "fp4"], bits: int, columns: int, *, double: bool) -> LinearSpec | None:

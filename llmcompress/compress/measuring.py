@@ -15,6 +15,8 @@ from llmcompress.compress.rounds import Method
 from llmcompress.model.skeleton import Skeleton
 from llmcompress.types import LinearInfo, LinearSpec, ModelTrace, QuantizerOptions
 
+SLICE_LOGITS = 1 << 23  # that are there at a time while distributions are compared
+
 
 @dataclass(frozen=True)
 class MeasureJob:
@@ -73,7 +75,7 @@ def sequence_kld(p: Tensor, q: Tensor) -> Tensor:
     first order, which matters at 8 bits, where the divergence itself is 1e-6.
     """
     gap = p - q
-    terms = p.exp() * (torch.expm1(-gap) + gap)
+    terms = torch.expm1(-gap).add_(gap).mul_(p.exp())
     return terms.sum(-1).mean(-1, dtype=torch.float64)
 
 
@@ -83,8 +85,40 @@ def sequence_dnll(p: Tensor, q: Tensor, tokens: Tensor) -> Tensor:
     p, q    (batch, tokens, vocabulary)  log-probabilities
     tokens  (batch, tokens)              at least two per sequence
     """
-    following = tokens[:, 1:, None].to(p.device)
-    return (p[:, :-1] - q[:, :-1]).gather(-1, following).squeeze(-1).mean(-1, dtype=torch.float64)
+    return _rise(p[:, :-1], q[:, :-1], tokens[:, 1:])
+
+
+def _rise(p: Tensor, q: Tensor, following: Tensor) -> Tensor:
+    """`sequence_dnll` of positions whose next tokens are `following`."""
+    places = following[..., None].to(p.device)
+    return (p.gather(-1, places) - q.gather(-1, places)).squeeze(-1).mean(-1, dtype=torch.float64)
+
+
+def slices(tokens: Tensor, vocabulary: int) -> list[slice]:
+    """Positions of a batch `(batch, tokens)`, in runs that have about `SLICE_LOGITS` logits.
+
+    What comes of logits one position at a time needs no more of them at once.
+    """
+    length = tokens.shape[1]
+    step = max(SLICE_LOGITS // (len(tokens) * vocabulary), 1)
+    return [slice(start, min(start + step, length)) for start in range(0, length, step)]
+
+
+class DamageSums:
+    """KL divergence and rise of the loss on one batch of token ids `(batch, tokens)`, float64 `(batch,)` each."""
+
+    def __init__(self, tokens: Tensor) -> None:
+        self._tokens = tokens
+        self.kld = torch.zeros(len(tokens), dtype=torch.float64)
+        self.dnll = torch.zeros(len(tokens), dtype=torch.float64)
+
+    def add(self, part: slice, p: Tensor, q: Tensor) -> None:
+        """Log-probabilities `(batch, positions, vocabulary)` of both models at some positions, see `slices`."""
+        length = self._tokens.shape[1]
+        self.kld += sequence_kld(p, q).cpu() * (p.shape[1] / length)
+        following = self._tokens[:, part.start + 1 : part.stop + 1]  # nothing follows the last position
+        if (known := following.shape[1]) > 0:
+            self.dnll += _rise(p[:, :known], q[:, :known], following).cpu() * (known / (length - 1))
 
 
 def units_of(trace: ModelTrace, candidates: Mapping[str, Sequence[LinearSpec]]) -> dict[str, tuple[LinearInfo, ...]]:

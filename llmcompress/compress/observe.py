@@ -173,13 +173,24 @@ class InputSums:
             self._terms[name] = _grown(self._terms.get(name), full.streams[name] - stream, x)
 
     def means(self) -> tuple[Seen, dict[str, Tensor]]:
-        """What was seen, and for every linear that writes to a stream its term `(rows, columns)`, see `Targets.of`."""
+        """What was seen, taken out of here, and the term `(rows, columns)` of each linear that writes to a stream."""
         if self._lower is None:
             raise ValueError("nothing was added")
-        count, lower = max(self.tokens, 1), self._lower.tril()
-        drift = None if self._drift is None else self._drift / count
-        terms = {name: total / count for name, total in self._terms.items()}
-        return Seen((lower + lower.tril(-1).T).div_(count), self.tokens, drift), terms
+        count, found = max(self.tokens, 1), self._lower
+        for start in range(0, len(found), STRIPE):  # in place: of a wide input nothing in a run is larger
+            stop = start + STRIPE
+            found[start:stop, start:stop] = _mirrored(found[start:stop, start:stop])
+            found[start:stop, stop:] = found[stop:, start:stop].T
+        drift = None if self._drift is None else self._drift.div_(count)
+        terms = {name: total.div_(count) for name, total in self._terms.items()}
+        self._lower, self._drift, self._terms = None, None, {}
+        return Seen(found.div_(count), self.tokens, drift), terms
+
+
+def _mirrored(square: Tensor) -> Tensor:
+    """A matrix with what is below its diagonal also above it."""
+    lower = square.tril()
+    return lower + lower.tril(-1).T
 
 
 def _grown(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:

@@ -110,7 +110,7 @@ class Rounded:
             return self.known
         wanted, stored = self.wanted, self.result.codes.dequantize()
         if self.seen is None:
-            return float((stored - wanted).square().sum()), float(wanted.square().sum())
+            return float(stored.sub_(wanted).square_().sum()), float(wanted.square().sum())
         hessian = self.seen.hessian
         return proxy_loss(wanted, stored, hessian), proxy_loss(torch.zeros_like(wanted), wanted, hessian)
 
@@ -146,13 +146,13 @@ class BlockRounds:
             known = {place: self._look(place) for place in range(len(self.groups))}
         rounded: list[Rounded] = []
         for place, members in enumerate(self.groups):
-            look = known.pop(place) if place in known else self._look(place)
             pairs = [(x, self.specs[x.name]) for x in members]
-            found = _round_group(self.method, self.stored.block, self.info, members=pairs, look=look)
+            looks = [known.pop(place) if place in known else self._look(place)]
+            found = _round_group(self.method, self.stored.block, self.info, members=pairs, looks=looks)
             if not self.method.learners:
                 found = [x.settled(measure=self.method.learns) for x in found]
             rounded += found
-            del look, found
+            del found
             if not self.attention:  # keys and values are read from here on
                 self._round_attention()
         if self.method.learners and self.full is not None:
@@ -283,12 +283,14 @@ def _round_group(
     info: BlockTrace,
     *,
     members: Sequence[tuple[LinearInfo, LinearSpec]],
-    look: Look | None,
+    looks: list[Look | None],
 ) -> list[Rounded]:
+    """Round a group by the one look at it, which is taken out of `looks`, so that it can be let go piece by piece."""
     own = torch.contiguous_format  # a copy: what is installed goes where the weight is
     wanted, seen = [weight_of(block, info, linear).clone(memory_format=own) for linear, _ in members], None
-    if look is not None:
+    if (look := looks.pop()) is not None:
         seen, terms = look
+        del look
         wanted, seen = aim(method.options, seen, wanted, [terms.get(linear.name) for linear, _ in members])
     for place, (linear, _) in enumerate(members):  # what is zero stays zero: a skipped half of a block corrects nothing
         wanted[place] = wanted[place] if weight_of(block, info, linear).any() else torch.zeros_like(wanted[place])

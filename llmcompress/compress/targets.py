@@ -10,11 +10,12 @@ to a stream `r` that carries errors of its own, `E (r' - r) x^T` joins `W C` (Lo
 import torch
 from torch import Tensor
 
-from llmcompress.compress.feedback import dampings
+from llmcompress.compress.feedback import dampings, factorise
 from llmcompress.compress.rounding import Seen
 
 PLENTY, ENOUGH = 30, 8  # tokens per column
 ALPHAS = (0.75, 0.5, 0.25)
+STRIPE = 1024  # rows and columns that are in float64 at a time, beside the factor
 
 
 def alpha_for(tokens: int, columns: int) -> float:
@@ -33,8 +34,8 @@ class Targets:
         if not self.alpha or not seen.finite:
             return
         for _, full in dampings(seen.hessian, damp):
-            lower, failed = torch.linalg.cholesky_ex(full)
-            if not int(failed):
+            lower = full.T
+            if not factorise(lower):
                 self._lower = lower
                 return
 
@@ -47,11 +48,21 @@ class Targets:
         """
         if self._lower is None or (self.seen.drift is None and term is None):
             return weight
+        found = torch.empty_like(weight)
+        for start in range(0, len(weight), STRIPE):
+            part = slice(start, start + STRIPE)
+            cross = self._cross(weight[part], None if term is None else term[part])
+            if not bool(torch.isfinite(cross).all()):
+                return weight
+            found[part] = weight[part] + self.alpha * torch.cholesky_solve(cross.T, self._lower).T
+        return found
+
+    def _cross(self, weight: Tensor, term: Tensor | None) -> Tensor:
+        """`W C + R` of some rows in float64."""
         cross = torch.zeros_like(weight, dtype=torch.float64)
         if self.seen.drift is not None:
-            cross += weight.double() @ self.seen.drift.double()
-        if term is not None:
-            cross += term.double()
-        if not bool(torch.isfinite(cross).all()):
-            return weight
-        return (weight + self.alpha * torch.cholesky_solve(cross.T, self._lower).T).float()
+            wide = weight.double()
+            for start in range(0, weight.shape[1], STRIPE):
+                part = slice(start, start + STRIPE)
+                cross[:, part] = wide @ self.seen.drift[:, part].double()
+        return cross if term is None else cross.add_(term)

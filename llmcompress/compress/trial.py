@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llmcompress.compress.head import HeadView, logits_reader
 from llmcompress.compress.learning import Logits
-from llmcompress.compress.measuring import MeasureJob, Text, sequence_dnll, sequence_kld
+from llmcompress.compress.measuring import DamageSums, MeasureJob, Text, slices
 from llmcompress.compress.rounds import BlockRounds, Streams
 from llmcompress.model.stream import BlockCall, BlockStream
 from llmcompress.types import BitAllocation, BlockTrace, LinearSpec
@@ -129,11 +129,12 @@ def _damage(
     cut = len(text.calibration)
     compared = reference[:cut] if job.method.compares else None
     head = HeadView(job, stream, text.calibration, hidden[:cut], compared)
-    klds, dnlls = [], []
-    for tokens, left, right in zip(text.judging, reference[cut:], hidden[cut:], strict=True):
-        p = torch.log_softmax(stream.leave(tokens, left), -1)
-        with head.as_in(specs):
-            q = torch.log_softmax(stream.leave(tokens, right), -1)
-        klds.append(sequence_kld(p, q).cpu())
-        dnlls.append(sequence_dnll(p, q, tokens).cpu())
-    return torch.cat(klds), torch.cat(dnlls)
+    vocabulary = int(job.skeleton.config.get_text_config().vocab_size)
+    found = [DamageSums(tokens) for tokens in text.judging]
+    for sums, tokens, left, right in zip(found, text.judging, reference[cut:], hidden[cut:], strict=True):
+        for part in slices(tokens, vocabulary):
+            p = torch.log_softmax(stream.leave(tokens[:, part], left[:, part]), -1)
+            with head.as_in(specs):
+                q = torch.log_softmax(stream.leave(tokens[:, part], right[:, part]), -1)
+            sums.add(part, p, q)
+    return torch.cat([sums.kld for sums in found]), torch.cat([sums.dnll for sums in found])

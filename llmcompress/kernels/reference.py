@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llmcompress.spec import HIGH_BITS, WORD_BITS, ZERO_BITS
 
-CHUNK_CODES = 1 << 22  # rows are handled in chunks of about this many codes, to bound memory
+CHUNK_CODES = 1 << 19  # rows are handled in chunks of about this many codes, to bound memory
 
 
 def words_per_row(columns: int, bits: int) -> int:
@@ -63,9 +63,9 @@ def dequantize(codes: Tensor, scale: Tensor, bits: int) -> Tensor:
     scale  (rows, columns / group size)   real units per code; may be negative
     """
     rows, columns = codes.shape
-    signed = codes.to(torch.float32) - float(1 << (bits - 1))
+    signed = codes.to(torch.float32, copy=True).sub_(float(1 << (bits - 1)))
     grouped = signed.view(rows, scale.shape[1], columns // scale.shape[1])
-    return (grouped * scale.to(torch.float32)[:, :, None]).view(rows, columns)
+    return grouped.mul_(scale.to(torch.float32)[:, :, None]).view(rows, columns)
 
 
 def dequantize_zeros(codes: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:

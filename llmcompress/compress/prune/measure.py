@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from llmcompress.compress.measuring import sequence_dnll, sequence_kld
+from llmcompress.compress.measuring import DamageSums, slices
 from llmcompress.compress.prune.halves import Half, Halves, Removal, whole
 from llmcompress.model.skeleton import Skeleton
 from llmcompress.model.stream import BlockCall, BlockStream
@@ -105,16 +105,17 @@ def _pass(skeleton: Skeleton, variants: Sequence[Variant], batches: Sequence[Ten
         full = _through(stream, index, full, calls)
         skeleton.free(skeleton.blocks[index])
     skeleton.load_exit()
-    klds: list[list[Tensor]] = [[] for _ in variants]
-    dnlls: list[list[Tensor]] = [[] for _ in variants]
+    vocabulary = int(skeleton.config.get_text_config().vocab_size)
+    sums = [[DamageSums(tokens) for tokens in batches] for _ in variants]
     for number, tokens in enumerate(batches):
-        p = torch.log_softmax(stream.leave(tokens, full[number]), -1)
-        for place, states in enumerate(own):
-            q = p if states is None else torch.log_softmax(stream.leave(tokens, states[number]), -1)
-            klds[place].append(sequence_kld(p, q).cpu())
-            dnlls[place].append(sequence_dnll(p, q, tokens).cpu())
+        for part in slices(tokens, vocabulary):
+            p = torch.log_softmax(stream.leave(tokens[:, part], full[number][:, part]), -1)
+            for found, states in zip(sums, own, strict=True):
+                logits = None if states is None else stream.leave(tokens[:, part], states[number][:, part])
+                found[number].add(part, p, p if logits is None else torch.log_softmax(logits, -1))
     skeleton.free_rest()
-    return Damage(torch.stack([torch.cat(x) for x in klds]), torch.stack([torch.cat(x) for x in dnlls]))
+    klds = torch.stack([torch.cat([each.kld for each in found]) for found in sums])
+    return Damage(klds, torch.stack([torch.cat([each.dnll for each in found]) for found in sums]))
 
 
 def _through(

@@ -13,7 +13,7 @@ Memory is one block: a forward stores the hidden states that enter each block, t
 to first, each run again with gradients.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress.compress.head import head_input
+from llmcompress.compress.measuring import slices
 from llmcompress.compress.observe import collect_hessians, groups_of, module_of, weight_of
 from llmcompress.compress.rounding import Seen
 from llmcompress.compress.scoring import Measured, ScoreJob, rounding_errors
@@ -36,20 +37,34 @@ Errors = dict[str, list[tuple[LinearSpec, Tensor]]]
 
 
 def output_gradient(
-    stream: BlockStream, tokens: Tensor, hidden: Tensor, generator: torch.Generator, labels: str = "model"
+    stream: BlockStream,
+    tokens: Tensor,
+    hidden: Tensor,
+    generator: torch.Generator,
+    *,
+    labels: str = "model",
+    parts: Sequence[slice] = (slice(None),),
 ) -> Tensor:
-    """Gradient, with respect to the last hidden states, of the summed loss of drawn labels or of the next tokens."""
-    leaf = hidden.detach().requires_grad_(True)
-    with torch.enable_grad():
-        logits = stream.logits_of(tokens, leaf)
-        if labels == "data":
-            logits, chosen = logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
-        else:
-            logits = logits.flatten(0, 1)
-            with torch.no_grad():
-                chosen = torch.multinomial(torch.softmax(logits, -1).cpu(), 1, generator=generator).flatten()
-        loss = nn.functional.cross_entropy(logits, chosen.to(logits.device), reduction="sum")
-    return torch.autograd.grad(loss, leaf)[0]
+    """Gradient, with respect to the last hidden states, of the summed loss of drawn labels or of the next tokens.
+
+    `parts` of the positions have their logits one after the other.
+    """
+    found = []
+    for part in parts:
+        here = range(*part.indices(tokens.shape[1]))
+        leaf = hidden[:, part].detach().requires_grad_(True)
+        with torch.enable_grad():
+            logits = stream.logits_of(tokens[:, part], leaf)
+            if labels == "data":
+                chosen = tokens[:, here.start + 1 : here.stop + 1].flatten()
+                logits = logits[:, : chosen.numel() // len(tokens)].flatten(0, 1)
+            else:
+                logits = logits.flatten(0, 1)
+                with torch.no_grad():
+                    chosen = torch.multinomial(torch.softmax(logits, -1).cpu(), 1, generator=generator).flatten()
+            loss = nn.functional.cross_entropy(logits, chosen.to(logits.device), reduction="sum")
+        found.append(torch.autograd.grad(loss, leaf)[0])
+    return torch.cat(found, 1)
 
 
 class Sums:
@@ -173,11 +188,15 @@ class _Backward:
             errors = _errors(self.job, {info.name: weight.detach().clone()}, seen)
             modules[info.name] = module
         sums = Sums({} if info is None else {info.name: info}, errors, self.options.reduce)
+        vocabulary = int(self.job.skeleton.config.get_text_config().vocab_size)
+        parts = [[slice(None)] if modules else slices(tokens, vocabulary) for tokens in self.tokens]
         for _ in range(self.options.draws):
             found = []
-            for tokens, state in zip(self.tokens, self.hidden, strict=True):
+            for place, (tokens, state) in enumerate(zip(self.tokens, self.hidden, strict=True)):
                 with _measuring(modules, sums, state):
-                    gradient = output_gradient(self.stream, tokens, state, generator, self.options.labels)
+                    gradient = output_gradient(
+                        self.stream, tokens, state, generator, labels=self.options.labels, parts=parts[place]
+                    )
                 found.append(self.stream.keep(gradient))
                 sums.settle()
             self.gradients.append(found)

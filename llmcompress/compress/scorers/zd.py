@@ -16,7 +16,7 @@ from llmcompress.types import BlockTrace, Series, Unit
 
 UNIT: Unit = "unitless"
 NEEDS_DATA = False
-PART_WEIGHTS = 1 << 18  # weights that are in float64 at a time
+PART_WEIGHTS = 1 << 17  # weights that are in float64 at a time
 
 
 def _parts(weights: Sequence[Tensor]) -> Iterator[Tensor]:
