@@ -25,6 +25,7 @@ from llmcompress.cli.say import tell_bug, tell_error
 from llmcompress.cli.scoring import score_command
 from llmcompress.cli.tune import tune_command
 from llmcompress.errors import CompressError, Interrupted, MachineError
+from llmcompress.model.heap import use_huge_pages
 
 COMMANDS = (
     quantize_command,
@@ -140,6 +141,7 @@ def _device_failed(error: BaseException) -> bool:
 
 def main(arguments: list[str] | None = None) -> Any:
     """Run the program and exit with the documented code."""
+    use_huge_pages()
     manners = _Manners()
     with manners:
         cli.main(args=arguments, prog_name="llmcompress", standalone_mode=False)

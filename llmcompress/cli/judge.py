@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from llmcompress.cli.figures import lines_of
-from llmcompress.cli.options import find_model, pick_device, speaking
+from llmcompress.cli.options import MEMORY, find_model, memory_of, pick_device, speaking
 from llmcompress.cli.say import Speaker, command_line
 
 
@@ -49,6 +49,7 @@ def verify_command(output: str, device: str | None, speaker: Speaker) -> None:
 @click.option("--skip-voids", is_flag=True, help="Also run MODEL with blocks skipped per token, where they are voids.")
 @click.option("--void-alpha", type=click.FloatRange(0), default=0.8, show_default=True, help="Larger: more voids.")
 @click.option("--device", default=None, help="cpu or cuda. Default: cpu.")
+@MEMORY
 @speaking
 def eval_command(model: str, ref: str, output: Path | None, speaker: Speaker, **flags: Any) -> None:
     """Compare MODEL with its original on held-out text: KL divergence, perplexity, agreement, single tokens, blocks."""
@@ -80,4 +81,5 @@ def _request(model: str, ref: str, flags: dict[str, Any]) -> Any:
     return EvalRequest(
         *sources, text, flags["batch_size"], pick_device(flags["device"]), command_line(),
         sweep=flags["sweep"], speed=flags["speed"], tasks=tasks, task_limit=flags["task_limit"],
+        max_memory=memory_of(flags["max_memory"]),
     )  # fmt: skip

@@ -53,6 +53,20 @@ def recipe_options(function: Command) -> Command:
     return function
 
 
+MEMORY = click.option(
+    "--max-memory",
+    metavar="SIZE",
+    help="Keep to about so much, as 2GB: hidden states go to files, then batches shrink.",
+)
+
+
+def memory_of(text: str | None) -> int | None:
+    """`--max-memory` in bytes, None where it was not given. Raises InputError."""
+    from llmcompress.compress.allocate.budget import parse_size
+
+    return None if text is None else parse_size(text, "--max-memory")
+
+
 def read_recipe(recipe: str, changes: tuple[str, ...], calibration: str | None, seed: int | None) -> Any:
     """The recipe with the flags laid over it. Raises InputError."""
     from llmcompress.recipes import load_recipe

@@ -6,7 +6,15 @@ from typing import Any
 import click
 
 from llmcompress.cli.drawing import say_lines, say_table, terminal_bars, write_pictures
-from llmcompress.cli.options import find_model, pick_device, read_recipe, recipe_options, speaking
+from llmcompress.cli.options import (
+    MEMORY,
+    find_model,
+    memory_of,
+    pick_device,
+    read_recipe,
+    recipe_options,
+    speaking,
+)
 from llmcompress.cli.say import Speaker, command_line, megabytes
 from llmcompress.cli.scoring import PICTURES
 
@@ -34,6 +42,7 @@ from llmcompress.cli.scoring import PICTURES
 )
 @PICTURES
 @recipe_options
+@MEMORY
 @click.option("--force", is_flag=True, help="Replace an existing output, atomically, once the new one is complete.")
 @speaking
 def prune_command(model: str, speaker: Speaker, **flags: Any) -> None:
@@ -109,6 +118,7 @@ def _request(model: str, flags: dict[str, Any]) -> Any:
         force=flags["force"],
         sublayers=sublayers,
         pairs=flags["pairs"],
+        max_memory=memory_of(flags["max_memory"]),
     )
 
 

@@ -7,7 +7,15 @@ from typing import Any
 
 import click
 
-from llmcompress.cli.options import find_model, pick_device, read_recipe, recipe_options, speaking
+from llmcompress.cli.options import (
+    MEMORY,
+    find_model,
+    memory_of,
+    pick_device,
+    read_recipe,
+    recipe_options,
+    speaking,
+)
 from llmcompress.cli.planning import SCORES, read_scores
 from llmcompress.cli.progress import BlockProgress
 from llmcompress.cli.push import check_original, check_target, push_options, pushed
@@ -31,7 +39,7 @@ def default_output(model: str, budget: str) -> Path:
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Default: MODEL-BUDGET in this folder.")
 @SCORES
 @recipe_options
-@click.option("--max-memory", metavar="SIZE", help="Keep to about so much, as 2GB: hidden states go to files.")
+@MEMORY
 @click.option("--dry-run", is_flag=True, help="Print sizes and needs, write nothing.")
 @click.option("--force", is_flag=True, help="Replace an existing output, atomically, once the new one is complete.")
 @click.option("--restart", is_flag=True, help="Discard an unfinished run instead of going on with it.")
@@ -55,12 +63,12 @@ def quantize_command(model: str, budget: str, output: Path | None, speaker: Spea
 
 
 def _request(model: str, budget: str, output: Path | None, flags: dict[str, Any]) -> Any:
-    from llmcompress.compress.allocate.budget import parse_budget, parse_size
+    from llmcompress.compress.allocate.budget import parse_budget
     from llmcompress.errors import InputError
 
     recipe = read_recipe(flags["recipe"], flags["changes"], flags["calibration"], flags["seed"])
     spent = parse_budget(budget)
-    memory = None if flags["max_memory"] is None else parse_size(flags["max_memory"], "--max-memory")
+    memory = memory_of(flags["max_memory"])
     if spent.measured and not recipe.plan.trials:
         raise InputError(f"budget {spent.text} is measured, and plan.trials is off", "leave plan.trials on")
     scores = None if flags["scores_path"] is None else read_scores(flags["scores_path"])

@@ -7,7 +7,15 @@ from typing import Any
 import click
 
 from llmcompress.cli.drawing import say_lines, say_table, terminal_bars, write_pictures
-from llmcompress.cli.options import find_model, pick_device, read_recipe, recipe_options, speaking
+from llmcompress.cli.options import (
+    MEMORY,
+    find_model,
+    memory_of,
+    pick_device,
+    read_recipe,
+    recipe_options,
+    speaking,
+)
 from llmcompress.cli.say import Speaker
 
 PICTURES = click.option(
@@ -24,6 +32,7 @@ PICTURES = click.option(
 @click.option("--scorer", "scorers", multiple=True, help="Repeatable. Default: the recipe's.")
 @PICTURES
 @recipe_options
+@MEMORY
 @speaking
 def score_command(model: str, output: Path | None, scorers: tuple[str, ...], speaker: Speaker, **flags: Any) -> None:
     """Score the linears of MODEL: what each candidate width is expected to cost.
@@ -31,7 +40,7 @@ def score_command(model: str, output: Path | None, scorers: tuple[str, ...], spe
     Prints the damage at one width in the middle, block by block; every width of every linear with -v.
     """
     recipe = read_recipe(flags["recipe"], flags["changes"], flags["calibration"], flags["seed"])
-    found = _score(model, recipe, flags["device"], speaker, scorers)
+    found = _score(model, recipe, flags, speaker, scorers)
     if output is not None:
         write_json(output, found, speaker)
     if flags["pictures"] is not None:
@@ -44,18 +53,25 @@ def score_command(model: str, output: Path | None, scorers: tuple[str, ...], spe
         speaker.result(found.model_dump(mode="json"))
 
 
-def _score(model: str, recipe: Any, device: str | None, speaker: Speaker, scorers: tuple[str, ...]) -> Any:
-    source = find_model(model)
+def _score(model: str, recipe: Any, flags: dict[str, Any], speaker: Speaker, scorers: tuple[str, ...]) -> Any:
+    limit, source = memory_of(flags["max_memory"]), find_model(model)
     from llmcompress.compress.scoring import SCORERS
     from llmcompress.plugins import find
 
     names = tuple(dict.fromkeys(scorers)) or (recipe.scorer,)
     for name in names:
         find(SCORERS, name)
-    from llmcompress.compress.pipeline import score_file
+    from llmcompress.compress.memory import kept_to, score_stages
+    from llmcompress.compress.pipeline import Opened, score_file
+
+    def fit(opened: Opened, recipe: Any, reads: bool) -> Any:
+        recipe, said = kept_to(opened, recipe, limit, lambda r: score_stages(opened, r, names, reads=reads))
+        if said:
+            speaker.talk(said)
+        return recipe
 
     speaker.talk(f"scoring {source.name} with {', '.join(names)} ...")
-    return score_file(source, recipe, pick_device(device), names)
+    return score_file(source, recipe, pick_device(flags["device"]), names, fit=fit)
 
 
 def write_json(output: Path, value: Any, speaker: Speaker) -> None:

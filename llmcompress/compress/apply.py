@@ -282,7 +282,10 @@ def _write_shard(
     """Write shard `place`: packed linears, everything else byte for byte; returns its file name and digest."""
     tensors: dict[str, Tensor | TensorEntry] = dict(packed.get(ATTENTION, {}))
     for name in job.shards.shards[place]:
-        tensors |= packed.get(name) or {name: job.shards.entries[name]}
+        if name in packed:
+            tensors |= packed[name]
+        else:
+            tensors[name] = job.shards.entries[name]
     shard = job.shards.name(place)
     digest = write_shard(journal.partial / shard, job.shards.layout(place, job.plan.specs), tensors)
     return shard, digest

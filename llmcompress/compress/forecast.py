@@ -1,16 +1,16 @@
 """Numbers before work: how big the result will be, and what the machine needs to make it."""
 
-import math
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from llmcompress.compress.allocate.budget import Budget
-from llmcompress.compress.memory import Stage, peak, stages
+from llmcompress.compress.memory import stages, with_batches
 from llmcompress.compress.pipeline import Opened, needs_data
 from llmcompress.compress.rewrite import check_methods
 from llmcompress.errors import InputError, MachineError
+from llmcompress.model.needs import Stages, fit, peak
 from llmcompress.recipes import Recipe
 from llmcompress.types import LinearSpec
 
@@ -101,22 +101,16 @@ def fitted(
     Hidden states go to files first, which changes no result; then calibration text goes through in smaller batches.
     Raises InputError with the memory that is needed where even batches of one sequence do not fit.
     """
-    found = forecast(opened, recipe, budget, scored=scored)
-    size = recipe.calibration.batch_size
-    while limit is not None and found.peak_memory_bytes > limit:
-        if found.spilled:
-            if size == 1:
-                other = ", or take --recipe fast, which reads no text" if needs_data(recipe) else ""
-                least = f"{math.ceil(found.peak_memory_bytes / 1e6)}MB"
-                raise InputError(
-                    f"memory of {limit / 1e6:.0f} MB is too little: {found.memory_stage} takes {least}",
-                    f"give --max-memory {least} or more{other}",
-                )
-            size //= 2
-        part = recipe.calibration.model_copy(update={"batch_size": size})
-        recipe = recipe.model_copy(update={"calibration": part})
-        found = forecast(opened, recipe, budget, spilled=True, scored=scored)
-    return recipe, found
+    reads = needs_data(recipe)
+    other = ", or take --recipe fast, which reads no text" if reads else ""
+    found = fit(
+        lambda size: stages(opened, with_batches(recipe, size), reads=reads, scored=scored),
+        recipe.calibration.batch_size,
+        limit,
+        other=other,
+    )
+    recipe = with_batches(recipe, found.batch_size)
+    return recipe, forecast(opened, recipe, budget, spilled=found.spilled, scored=scored)
 
 
 def _refuse(opened: Opened, budget: Budget, smallest: float, smallest_bytes: int) -> None:
@@ -138,7 +132,7 @@ def _hidden_bytes(opened: Opened, recipe: Recipe) -> int:
     return recipe.calibration.samples * length * width * FLOAT_BYTES
 
 
-def _waiting_bytes(opened: Opened, recipe: Recipe, found: tuple[Stage, ...], *, spilled: bool) -> int:
+def _waiting_bytes(opened: Opened, recipe: Recipe, found: Stages, *, spilled: bool) -> int:
     """Hidden states on disk: those of two steps, of every block while `fisher` goes forward, and what is spilled."""
     hidden = _hidden_bytes(opened, recipe)
     waiting = 2 * hidden + (max(stage.hidden for stage in found) if spilled else 0)

@@ -34,9 +34,7 @@ TABLE_DISTORTION = {"nf4": 0.00843, "fp4": 0.01483, "fp8": 0.00068}
 LLOYD_MAX_DISTORTION = (0.1175, 0.03455, 0.0095, 0.0025, 0.00064, 0.000163, 0.0000412)  # at 2, 3, ... 8 bits
 TABLE_BLOCK = 64  # weights that share a scale in the layout of bitsandbytes
 SHIFT_ROWS = 1 << 22  # a search for scales works on chunks of about this many weights
-CACHED_WEIGHTS = (
-    1 << 18
-)  # and on the CPU what goes through them again and again on so many, which stay in a core's own cache
+CACHED_WEIGHTS = 1 << 18  # on the CPU of so many, which stay in a core's own cache
 
 
 def round_to_grid(weight: Tensor, scale: Tensor, bits: int) -> Tensor:

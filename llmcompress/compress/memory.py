@@ -4,59 +4,35 @@ Counted is anonymous memory: what the system cannot get back by dropping or writ
 from the code, copies that live at one time; `python bench/memory.py` compares the sums with what runs take.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 
 from llmcompress.compress.head import LOGITS
+from llmcompress.compress.measuring import SLICE_LOGITS
 from llmcompress.compress.pipeline import QUANTIZERS, Opened
 from llmcompress.compress.replay import INPUT_BYTES
 from llmcompress.compress.rewrite import check_methods
 from llmcompress.compress.rounds import Method
 from llmcompress.compress.sequential import BATCH_WEIGHTS
+from llmcompress.model.needs import Stage, Stages, fit
+from llmcompress.model.shelf import Shelf
 from llmcompress.model.text import SAMPLING_ROWS
 from llmcompress.plugins import find
 from llmcompress.recipes import Recipe
 from llmcompress.types import LinearInfo
 
 FLOAT = 4
-PROGRAM = 340 << 20  # the interpreter, torch and transformers, as imported
-FACTOR = 34  # of a column squared: a float32 Hessian and its drift, and its factor and inverse in float64
-ROUNDING = 32  # of a weight while it is rounded: copies in order, what is left, codes, or its target in float64
-HOLES = 1 << 30  # at most, and at most half of what is in use: kept by the C library's heap, of tensors up to 32 MB
+FACTOR = 20  # of a column squared: a float32 Hessian, factor and metric, and one more in float64 while one is made
+ROUNDING = 32  # of a weight while it is rounded with feedback: copies in order, what is left, codes, gradients
+NEAREST = 16  # of a weight while it is rounded by itself
 REWRITING = 24  # of a parameter: float32 before and after, float64, and that again to go back to
 LOGIT_COPIES = 6  # of one batch, while two distributions are compared
 GRADIENT_COPIES = 5  # of one batch: logits, probabilities, logarithms and their gradients
 CONTESTANTS = 6  # allocations carried out side by side, at most
 SWAPPING = ("kl", "noise", "working_point", "adaquant_delta")  # scorers that keep to score.swaps.memory_mb
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One stage of a run and what is in memory at its height, bytes by name.
-
-    `hidden` are hidden states and what else waits for the next block: in files instead, where memory is limited.
-    """
-
-    name: str
-    terms: Mapping[str, int]
-    hidden: int = 0
-
-    def total(self, *, spilled: bool) -> int:
-        """Bytes, with hidden states in memory or not."""
-        return sum(self.every(spilled=spilled).values())
-
-    def every(self, *, spilled: bool) -> dict[str, int]:
-        """All terms that are not nothing, the largest first."""
-        found = {**self.terms, "hidden states": 0 if spilled else self.hidden}
-        found |= {"program": PROGRAM, "heap": min(sum(found.values()) // 2, HOLES)}
-        return dict(sorted(((k, v) for k, v in found.items() if v), key=lambda pair: -pair[1]))
-
-
-def peak(found: tuple[Stage, ...], *, spilled: bool) -> Stage:
-    """The stage that needs most."""
-    return max(found, key=lambda stage: stage.total(spilled=spilled))
 
 
 @dataclass(frozen=True)
@@ -82,13 +58,18 @@ class _Sizes:
 
     @property
     def rest(self) -> int:
+        """What tokens enter the model by, or leave it by, whichever is more; that of a tied head is both."""
+        model = self.opened.skeleton.model
         inside = sum(p.numel() for p in self.opened.skeleton.blocks.parameters())
-        return (self.opened.trace.parameters - inside) * FLOAT
+        ends = [_weights(part) for part in (model.get_input_embeddings(), model.get_output_embeddings())]
+        apart = 0 if self.opened.skeleton.tied() else min(ends)
+        return (self.opened.trace.parameters - inside - apart) * FLOAT
 
     @property
     def loading(self) -> int:
-        """The block as it is in the file, while it becomes float32."""
-        return self.block * min(self.opened.source_bytes // max(self.opened.trace.parameters, 1), FLOAT)
+        """The block as it is in the file, where its tensors have to be merged while they become float32."""
+        stored = min(self.opened.source_bytes // max(self.opened.trace.parameters, 1), FLOAT)
+        return self.block * stored if self.opened.skeleton.names.converted else 0
 
     @property
     def weights(self) -> int:
@@ -112,10 +93,12 @@ class _Sizes:
         widest = max((x.columns for linears in self.linears for x in linears), default=0)
         return min(self.hidden(samples) * widest // self.width, INPUT_BYTES)
 
-    def logits(self, copies: int) -> int:
-        """Of one batch."""
+    def logits(self, copies: int, *, sliced: bool = True) -> int:
+        """Of one batch, or of so many positions of it as are compared at a time."""
         vocabulary = int(self.opened.skeleton.config.get_text_config().vocab_size)
-        return self.recipe.calibration.batch_size * self.length * vocabulary * FLOAT * copies
+        numbers = self.recipe.calibration.batch_size * self.length * vocabulary
+        least = self.recipe.calibration.batch_size * vocabulary
+        return (min(numbers, max(SLICE_LOGITS, least)) if sliced else numbers) * FLOAT * copies
 
     def activations(self, *, gradients: bool = False) -> int:
         """Inputs and outputs of every linear of a block, for one batch; with gradients, what goes back as well."""
@@ -137,39 +120,89 @@ class _Sizes:
         """Whether what arrives at experts waits until all of them have been looked at."""
         return any(x.expert is not None for linears in self.linears for x in linears)
 
-    def hessians(self, *, every: bool) -> int:
-        """What a group with the widest input takes while it is rounded, and float32 ones of all groups of a block."""
+    def others(self) -> int:
+        """Float32 Hessians of the inputs of a block, but for the widest."""
         if not self.method.quantizer.NEEDS_HESSIAN:
             return 0
-        groups = [{x.shared_input: x.columns**2 for x in linears} for linears in self.linears]
-        widest = max((columns for found in groups for columns in found.values()), default=0)
-        together = max((sum(found.values()) for found in groups), default=0)
-        return widest * FACTOR + ((together - widest) * FLOAT if every else 0)
+        found = [{x.shared_input: x.columns**2 for x in linears}.values() for linears in self.linears]
+        return max((sum(squares) - max(squares, default=0) for squares in found), default=0) * FLOAT
 
-    def rounding(self, *, formats: int = 1) -> int:
-        """Copies of the weights that are rounded together, linears of a group in so many formats."""
-        largest = together = 0
+    def rounding(self, *, formats: int = 1) -> dict[str, int]:
+        """What the group that needs most takes while it is rounded, its linears in so many formats."""
+        most = {"Hessian": 0, "rounding": 0}
         for linears in self.linears:
-            groups: dict[int, int] = {}
-            for x in linears:
-                groups[x.shared_input] = groups.get(x.shared_input, 0) + x.weights * formats
-                largest = max(largest, x.weights)
-            together = max(together, *groups.values(), 0)
-        return max(min(together, BATCH_WEIGHTS), largest) * ROUNDING + (together if formats > 1 else 0)
+            for group in {x.shared_input for x in linears}:
+                found = self._group([x for x in linears if x.shared_input == group], formats)
+                most = max(most, found, key=lambda terms: sum(terms.values()))
+        return most
+
+    def _group(self, members: Sequence[LinearInfo], formats: int) -> dict[str, int]:
+        largest, together = max(x.weights for x in members), sum(x.weights for x in members) * formats
+        if not self.method.quantizer.NEEDS_HESSIAN:
+            return {"Hessian": 0, "rounding": together * NEAREST}
+        at_once = max(min(together, BATCH_WEIGHTS), largest) * ROUNDING
+        return {"Hessian": members[0].columns ** 2 * FACTOR, "rounding": at_once + together * (formats > 1)}
 
 
-def stages(opened: Opened, recipe: Recipe, *, reads: bool, scored: bool = False) -> tuple[Stage, ...]:
+def _weights(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def stages(opened: Opened, recipe: Recipe, *, reads: bool, scored: bool = False) -> Stages:
     """Every stage of `quantize`; `reads`: there is calibration text; `scored`: scores are there already."""
     sizes = _Sizes(opened, recipe)
     found = [_entering(sizes, reads), _applying(sizes, reads)]
     if reads and any(len(specs) > 1 for specs in opened.candidates.values()):
-        found += () if scored else _scoring(sizes)
+        found += () if scored else tuple(_scoring(sizes, recipe.scorer))
         if recipe.plan.trials:
             found += _trials(sizes)
-    if reads and recipe.calibration.source == "self":
-        found.append(_sampling(sizes))
     if opened.shards.head is not None:
         found.append(_head(sizes, opened.shards.head))
+    return (*found, *_before(sizes, reads))
+
+
+def with_batches(recipe: Recipe, size: int) -> Recipe:
+    """The recipe with so many sequences in a batch."""
+    part = recipe.calibration.model_copy(update={"batch_size": size})
+    return recipe.model_copy(update={"calibration": part})
+
+
+def kept_to(
+    opened: Opened, recipe: Recipe, limit: int | None, stages_of: Callable[[Recipe], Stages]
+) -> tuple[Recipe, str]:
+    """The recipe that keeps to a limit in bytes, and what is done about it; hidden states wait where they should.
+
+    For commands without a state of their own: files are in the system's folder for temporary ones. Raises InputError
+    with the memory that is needed where nothing helps.
+    """
+    size = recipe.calibration.batch_size
+    found = fit(lambda size: stages_of(with_batches(recipe, size)), size, limit)
+    opened.skeleton.shelf = Shelf(everything=found.spilled)
+    return with_batches(recipe, found.batch_size), found.words(size)
+
+
+def score_stages(opened: Opened, recipe: Recipe, scorers: Sequence[str], *, reads: bool) -> Stages:
+    """Every stage of `score`."""
+    sizes = _Sizes(opened, recipe)
+    found = [_entering(sizes, reads)]
+    for scorer in scorers if reads else ():
+        found += _scoring(sizes, scorer)
+    return (*found, *_before(sizes, reads))
+
+
+def prune_stages(opened: Opened, recipe: Recipe, scorers: Sequence[str]) -> Stages:
+    """Every stage of `prune`, which measures as many models side by side as `score.swaps.memory_mb` has room for."""
+    sizes = _Sizes(opened, recipe)
+    hidden = sizes.hidden(recipe.calibration.samples) + (recipe.score.swaps.memory_mb << 20)
+    head = {"outside the blocks": sizes.rest, "logits": sizes.logits(LOGIT_COPIES)}
+    walking = Stage("leaving blocks out", _entering(sizes, True).terms, hidden)
+    return (walking, Stage("comparing what is left", head, hidden), *score_stages(opened, recipe, scorers, reads=True))
+
+
+def _before(sizes: _Sizes, reads: bool) -> Stages:
+    """What is done to text and model before anything is scored."""
+    opened, recipe = sizes.opened, sizes.recipe
+    found = [_sampling(sizes)] if reads and recipe.calibration.source == "self" else []
     if recipe.rewrite.methods:  # of the model, or of a block
         whole = opened.trace.parameters if check_methods(recipe.rewrite.methods) else sizes.block
         found.append(Stage("rewriting", {"rewriting": whole * REWRITING}, sizes.hidden(recipe.calibration.samples)))
@@ -196,12 +229,13 @@ def _sampling(sizes: _Sizes) -> Stage:
 
 def _applying(sizes: _Sizes, reads: bool) -> Stage:
     """A block is rounded, beside the full-precision one where that runs too."""
-    method, samples = sizes.method, sizes.recipe.calibration.samples if reads else 0
+    method, recipe = sizes.method, sizes.recipe
+    samples = recipe.calibration.samples if reads else 0
     models = 2 if method.compares else 1
     terms = {
         "block": sizes.block * FLOAT * models + max(sizes.loading, 2 * sizes.weights),
-        "Hessians": sizes.hessians(every=not sizes.recipe.quantize.true_sequential or bool(method.learners)),
-        "rounding": sizes.rounding(),
+        "other Hessians": sizes.others() if not recipe.quantize.true_sequential or method.learners else 0,
+        **sizes.rounding(),
         "activations": sizes.activations() if reads else 0,
     }
     if method.learners:  # what is learned and its gradients, logits of a batch and theirs
@@ -212,23 +246,24 @@ def _applying(sizes: _Sizes, reads: bool) -> Stage:
     return Stage("quantizing a block", terms, waiting if samples else 0)
 
 
-def _scoring(sizes: _Sizes) -> list[Stage]:
+def _scoring(sizes: _Sizes, scorer: str) -> list[Stage]:
     """Fisher's backward, block by block; other scorers keep less, or to the memory that they are told."""
     recipe = sizes.recipe
     samples, formats = recipe.calibration.score_samples, max(map(len, sizes.opened.candidates.values()))
     hidden = sizes.hidden(samples)
-    if recipe.scorer in SWAPPING:
+    if scorer in SWAPPING:
         hidden = 3 * hidden + (recipe.score.swaps.memory_mb << 20)
     else:
         hidden *= 1 + recipe.score.fisher.draws
     block = {
         "block": sizes.block * FLOAT,
         "candidates": sizes.weights * 2 * formats,
-        "Hessians": sizes.hessians(every=True),
-        "rounding": sizes.rounding(formats=formats),
+        "other Hessians": sizes.others(),
+        **sizes.rounding(formats=formats),
         "activations": sizes.activations(gradients=True),
     }
-    head = {"outside the blocks": sizes.rest, "logits": sizes.logits(GRADIENT_COPIES)}
+    whole = sizes.opened.shards.head is not None
+    head = {"outside the blocks": sizes.rest, "logits": sizes.logits(GRADIENT_COPIES, sliced=not whole)}
     return [Stage("scoring a block", block, hidden), Stage("scoring the last hidden states", head, hidden)]
 
 
@@ -239,8 +274,8 @@ def _trials(sizes: _Sizes) -> list[Stage]:
     part = sizes.recipe.calibration.score_samples
     block = {
         "block": sizes.block * FLOAT * models + max(sizes.loading, 2 * sizes.weights),
-        "Hessians": sizes.hessians(every=not sizes.recipe.quantize.true_sequential),
-        "rounding": sizes.rounding(),
+        "other Hessians": 0 if sizes.recipe.quantize.true_sequential else sizes.others(),
+        **sizes.rounding(),
         "activations": sizes.activations(),
     }
     head = {"outside the blocks": sizes.rest, "logits": sizes.logits(LOGIT_COPIES)}
@@ -253,7 +288,7 @@ def _head(sizes: _Sizes, head: LinearInfo) -> Stage:
     terms = {
         "outside the blocks": sizes.rest,
         "rounding": head.weights * ROUNDING,
-        "Hessians": head.columns**2 * FACTOR if sizes.method.quantizer.NEEDS_HESSIAN else 0,
-        "logits": sizes.logits(2),
+        "Hessian": head.columns**2 * FACTOR if sizes.method.quantizer.NEEDS_HESSIAN else 0,
+        "logits": sizes.logits(2, sliced=False),
     }
     return Stage("quantizing the head", terms, 2 * sizes.hidden(sizes.recipe.calibration.samples))

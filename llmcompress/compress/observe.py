@@ -173,7 +173,10 @@ class InputSums:
             self._terms[name] = _grown(self._terms.get(name), full.streams[name] - stream, x)
 
     def means(self) -> tuple[Seen, dict[str, Tensor]]:
-        """What was seen, taken out of here, and the term `(rows, columns)` of each linear that writes to a stream."""
+        """What was seen, and for every linear that writes to a stream its term `(rows, columns)`, see `Targets.of`.
+
+        Both are taken out of here.
+        """
         if self._lower is None:
             raise ValueError("nothing was added")
         count, found = max(self.tokens, 1), self._lower

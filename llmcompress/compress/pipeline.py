@@ -3,7 +3,7 @@
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -309,11 +309,22 @@ def request_of(opened: Opened, recipe: Recipe, batches: Batches, model_digest: s
     }
 
 
-def score_file(source: Source, recipe: Recipe, device: str, scorers: Sequence[str] = ()) -> ScoreFile:
-    """Open a model and score it with the recipe's scorer, or with those named. Raises InputError."""
+def score_file(
+    source: Source,
+    recipe: Recipe,
+    device: str,
+    scorers: Sequence[str] = (),
+    *,
+    fit: Callable[[Opened, Recipe, bool], Recipe] | None = None,
+) -> ScoreFile:
+    """Open a model and score it with the recipe's scorer, or with those named. Raises InputError.
+
+    `fit` makes the recipe keep to a limit of memory, and is told whether text is read.
+    """
     opened = open_model(source, recipe, device)
     names = tuple(scorers) or (recipe.scorer,)
-    wants = recipe.rewrite.methods or any(find(SCORERS, name).NEEDS_DATA for name in names)
+    wants = bool(recipe.rewrite.methods) or any(find(SCORERS, name).NEEDS_DATA for name in names)
+    recipe = fit(opened, recipe, wants) if fit is not None else recipe
     batches = calibration(opened, recipe) if wants else NO_DATA
     with rewritten(opened, recipe, batches) as opened:
         found = score_all(opened, recipe, batches, scorers=names, model_digest=opened.digest())

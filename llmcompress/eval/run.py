@@ -13,6 +13,7 @@ from torch import Tensor
 
 from llmcompress.errors import InputError
 from llmcompress.eval.fidelity import SequenceFidelity
+from llmcompress.eval.needs import keep_to
 from llmcompress.eval.pair import Pair
 from llmcompress.eval.report import (
     DataFacts,
@@ -54,6 +55,7 @@ class EvalRequest:
 
     sweep       also greedy continuations of both, and KL at several temperatures
     speed       also tokens per second of both
+    max_memory  bytes that comparing them keeps to: not sweep, speed and tasks, for which a model is whole
     tasks       of lm-evaluation-harness, each `NAME` or `NAME=FILE`; `task_limit` documents of each, or all
     """
 
@@ -67,6 +69,7 @@ class EvalRequest:
     speed: bool = False
     tasks: tuple[str, ...] = ()
     task_limit: int | None = None
+    max_memory: int | None = None
 
 
 def run_eval(request: EvalRequest) -> EvalReport:
@@ -80,8 +83,10 @@ def run_eval(request: EvalRequest) -> EvalReport:
         for source in (request.model, request.reference)
     )
     digest = _common_tokenizer(request)
+    text = _fitted(request.text, reference)
+    size = keep_to(reference, candidate, text, batch_size=request.batch_size, limit=request.max_memory)
     record = _record(request.model.path)
-    batches = token_batches(_fitted(request.text, reference), request.reference.path)
+    batches = token_batches(text, request.reference.path)
     if any(same_text(str(part.get("calibration_text_digest")), batches) for part in (record, *_healing(record))):
         raise InputError(
             f"{batches.source} is the text the model was calibrated on", "evaluate on other text: --data FILE"
@@ -89,7 +94,7 @@ def run_eval(request: EvalRequest) -> EvalReport:
     scored = _scored(request)
     pair, tally = Pair(reference, candidate), Tally(TEMPERATURES if request.sweep else ())
     sequences: list[SequenceFidelity] = []
-    tokens = batches.split(request.batch_size)
+    tokens = batches.split(size)
     for (left, right), rows in zip(pair.logits(tokens), tokens, strict=True):
         sequences += tally.add(left, right, rows)
     whole = _run_whole(request, batches.tokens, tally)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.errors import InputError
+from llmcompress.files import CHUNK_BYTES
 from llmcompress.model.integrity import check_finite
 from llmcompress.preflight.header import TensorEntry
 
@@ -61,6 +62,27 @@ def read_tensor(entry: TensorEntry) -> Tensor:
     return torch.from_numpy(buffer).view(dtype).reshape(entry.shape)
 
 
+def read_float(entry: TensorEntry) -> Tensor:
+    """One tensor in float32, without ever holding the whole of it as it is on disk. Raises as `read_tensor` does."""
+    dtype = TORCH_DTYPES[entry.dtype]
+    if not dtype.is_floating_point or entry.elements == 0:
+        return read_tensor(entry)
+    found = torch.empty(entry.shape, dtype=torch.float32)
+    flat, buffer = found.view(-1), numpy.empty(CHUNK_BYTES, dtype=numpy.uint8)
+    with entry.path.open("rb") as stream:
+        stream.seek(entry.start)
+        for start in range(0, entry.stop - entry.start, CHUNK_BYTES):
+            piece = buffer[: min(CHUNK_BYTES, entry.stop - entry.start - start)]
+            if stream.readinto(piece.data) != len(piece):
+                what = f"{entry.path.name}: ends inside tensor {entry.name}"
+                raise InputError(what, "the file changed while it was read")
+            check_finite(entry, piece, start)
+            numbers = torch.from_numpy(piece).view(dtype)
+            place = start // dtype.itemsize
+            flat[place : place + len(numbers)].copy_(numbers)
+    return found
+
+
 class CheckpointReader:
     """Tensors of a plain checkpoint, straight from the validated shards."""
 
@@ -73,6 +95,10 @@ class CheckpointReader:
     def read(self, name: str) -> Tensor:
         """One tensor as stored."""
         return read_tensor(self._tensors[name])
+
+    def read_float(self, name: str) -> Tensor:
+        """The same in float32."""
+        return read_float(self._tensors[name])
 
 
 def folder_bytes(folder: Path) -> int:

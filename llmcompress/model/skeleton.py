@@ -280,6 +280,7 @@ class Skeleton:
         for part in self.model.modules():
             if id(part) not in inside:
                 self._free_own(part)
+        give_back()
 
     @staticmethod
     def _free_own(part: nn.Module) -> None:
@@ -295,6 +296,12 @@ class Skeleton:
             return tensor if isinstance(module, nn.Linear) else tensor.T.contiguous()  # Conv1D keeps (in, out)
         return tensor
 
+    def _read_float(self, name: str) -> Tensor:
+        """`read`, in float32 at once where the reader can do that."""
+        if name in getattr(self.reader, "row_major", ()):
+            return self.read(name)
+        return getattr(self.reader, "read_float", self.reader.read)(name)
+
     def _fill(self, names: Iterable[str]) -> None:
         """Read tensors and put them where they go: as they stand one at a time, what is merged or split together."""
         merged = {}
@@ -302,7 +309,7 @@ class Skeleton:
             if name in self.names.converted:
                 merged[name] = self.read(name)
             else:
-                self._put(name, self.names.module_of[name], self.read(name))
+                self._put(name, self.names.module_of[name], self._read_float(name))
         if not merged:
             return
         settings = LoadStateDictConfig(

@@ -54,6 +54,10 @@ class AdaptedReader(PackedReader):
             return found
         return found + (change.T if self._adapter.columns_first and name not in self.row_major else change)
 
+    def read_float(self, name: str) -> Tensor:
+        """The same in float32."""
+        return self.read(name).float()
+
 
 def adapter_bytes(folder: Path) -> int:
     """Size of the adapter's weights in a directory, 0 where there is none."""

@@ -141,6 +141,11 @@ class PackedReader:
         stem = self._by_weight.get(name)
         return self._base.read(name) if stem is None else self.linear(stem).dequantize()
 
+    def read_float(self, name: str) -> Tensor:
+        """The same in float32."""
+        own = getattr(self._base, "read_float", self._base.read)
+        return own(name) if name not in self._by_weight else self.read(name)
+
     def stems(self) -> tuple[str, ...]:
         """What the tensor names of each packed linear begin with."""
         return tuple(self._by_weight.values())

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from llmcompress import __version__
 from llmcompress.compress.journal import Journal, check_output
+from llmcompress.compress.memory import kept_to, prune_stages
 from llmcompress.compress.output import Origin, copy_side_files, file_records
 from llmcompress.compress.pipeline import Opened, calibration, open_model, probe_tokens, score_job
 from llmcompress.compress.prune.card import model_card
@@ -44,6 +45,7 @@ class PruneRequest:
     max_kld      limit of the KL's upper bound, nats per token
     exclude      blocks that stay
     output       None to look only
+    max_memory   bytes to keep to, see `kept_to`
     """
 
     source: Source
@@ -60,6 +62,7 @@ class PruneRequest:
     force: bool = False
     sublayers: bool = False
     pairs: bool = False
+    max_memory: int | None = None
 
     @property
     def limit(self) -> float | None:
@@ -129,6 +132,13 @@ def prune(request: PruneRequest) -> Iterator[Event]:
         check_output(request.output, request.source.path, request.force)
     yield "opening"
     opened = open_model(request.source, request.recipe, request.device)
+    scorers = () if request.by == MEASURED else (request.by,)
+    recipe, said = kept_to(
+        opened, request.recipe, request.max_memory, lambda recipe: prune_stages(opened, recipe, scorers)
+    )
+    request = replace(request, recipe=recipe)
+    if said:
+        yield said
     units = _units(request, opened)
     request = _counted(request, units)
     digest = opened.digest()

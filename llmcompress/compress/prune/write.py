@@ -20,9 +20,10 @@ from llmcompress.compress.shards import INDEX_NAME, ShardMap, index_document, wr
 from llmcompress.errors import InputError
 from llmcompress.files import commit_json, read_json
 from llmcompress.kernels.stored import Layout
-from llmcompress.model.checkpoint import read_tensor
+from llmcompress.model.checkpoint import TORCH_DTYPES
 from llmcompress.model.skeleton import Skeleton
 from llmcompress.model.stream import BlockStream
+from llmcompress.preflight.header import TensorEntry
 from llmcompress.runtime.skipping import KEY, SkipRecord
 
 COUNT = "num_hidden_layers"
@@ -96,14 +97,16 @@ class Writing:
             idle += [self.renumbered(f"{start}.{name}", half.block) for name in modules.idle]
         return SkipRecord(halves=tuple(halves), zero=zero, idle=tuple(idle)) if gone else None
 
-    def stored(self, name: str, index: int) -> Tensor:
+    def stored(self, name: str, index: int) -> Tensor | TensorEntry:
         """A tensor of block `index` as it will be stored: zeros where it is of a half that is removed."""
         skeleton = self.skeleton
         start = skeleton.block_name(index)
         gone = [self.halves.modules[half] for half in self.removed if isinstance(half, Half) and half.block == index]
         modules = tuple(f"{start}.{module}." for half in gone for module in half.weights)
-        tensor = read_tensor(skeleton.files.tensors[name])
-        return torch.zeros_like(tensor) if skeleton.names.module_of[name].startswith(modules) else tensor
+        entry = skeleton.files.tensors[name]
+        if not skeleton.names.module_of[name].startswith(modules):
+            return entry
+        return torch.zeros(entry.shape, dtype=TORCH_DTYPES[entry.dtype])
 
 
 def write_pruned(writing: Writing, folder: Path) -> None:
@@ -116,7 +119,9 @@ def write_pruned(writing: Writing, folder: Path) -> None:
         if place:
             old = kept[place - 1]
             new_names = {name: writing.renumbered(name, old) for name in parts[place - 1]}
-            tensors = {new: writing.stored(name, old) for name, new in new_names.items()}
+            tensors: dict[str, Tensor | TensorEntry] = {
+                new: writing.stored(name, old) for name, new in new_names.items()
+            }
         else:
             new_names = {name: name for name in rest}
             tensors = {name: entries[name] for name in rest}
