@@ -8,9 +8,10 @@
 Memory is RssAnon of the process, read every few milliseconds: what the system cannot take back by writing or dropping
 pages of files. `random` is a generated Llama, wide enough for its blocks to show beside the constant of the imports;
 where its peak grows from one depth to the next, something is kept of every block. Further `--set KEY=VALUE` and
-`--max-memory` go to every command that has it. `large` is a generated Llama of 1.5 GB; beside its peaks stand what importing torch
-takes, the most disk in use, and how long reading and hashing its weights takes, once after the system was told to
-drop them from its cache and once more. `shapes` runs nothing: it is the forecast for Llamas of 8, 70 and 405 billion weights.
+`--max-memory` go to every command that has it. `large` is a generated Llama of 1.5 GB; beside its peaks stand what
+importing torch takes, the most disk in use, and how long reading and hashing its weights takes, once after the system
+was told to drop them from its cache and once more. `shapes` runs nothing: it is the forecast for Llamas of 8, 70 and
+405 billion weights.
 """
 
 import argparse

@@ -4,7 +4,8 @@ Counted is anonymous memory: what the system cannot get back by dropping or writ
 from the code, copies that live at one time; `python bench/memory.py` compares the sums with what runs take.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -74,6 +75,15 @@ class _Sizes:
     @property
     def weights(self) -> int:
         return max((sum(x.weights for x in linears) for linears in self.linears), default=0)
+
+    @property
+    def group(self) -> int:
+        """Weights of the largest group of linears that read one input."""
+        sums: Counter[tuple[int, int]] = Counter()
+        for place, linears in enumerate(self.linears):
+            for x in linears:
+                sums[place, x.shared_input] += x.weights
+        return max(sums.values(), default=0)
 
     @property
     def width(self) -> int:
@@ -264,7 +274,8 @@ def _scoring(sizes: _Sizes, scorer: str) -> list[Stage]:
     }
     whole = sizes.opened.shards.head is not None
     head = {"outside the blocks": sizes.rest, "logits": sizes.logits(GRADIENT_COPIES, sliced=not whole)}
-    return [Stage("scoring a block", block, hidden), Stage("scoring the last hidden states", head, hidden)]
+    limited = {"other Hessians": 0, "candidates": sizes.group * 2 * formats}
+    return [Stage("scoring a block", block, hidden, limited), Stage("scoring the last hidden states", head, hidden)]
 
 
 def _trials(sizes: _Sizes) -> list[Stage]:

@@ -4,7 +4,7 @@ Where a linear's output is to be brought close to the full-precision model's, tw
 side: one as it will be stored, fed with what the stored model gives it, and one as it was.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -200,9 +200,14 @@ def _grown(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
     return left.T @ right if total is None else total.addmm_(left.T, right)
 
 
-def summing(sums: dict[int, InputSums]) -> Callable[[int, Tensor], None]:
-    """For `watching_inputs`: adds the inputs of each shared-input group to sums of its own."""
-    return lambda number, inputs: sums.setdefault(number, InputSums()).add(Reading(inputs.float(), {}))
+def summing(sums: dict[int, InputSums], only: Collection[int] | None = None) -> Callable[[int, Tensor], None]:
+    """For `watching_inputs`: adds the inputs of each shared-input group, or of some, to sums of its own."""
+
+    def see(number: int, inputs: Tensor) -> None:
+        if only is None or number in only:
+            sums.setdefault(number, InputSums()).add(Reading(inputs.float(), {}))
+
+    return see
 
 
 def seen_of(sums: InputSums, linear: LinearInfo) -> Seen:
@@ -211,10 +216,12 @@ def seen_of(sums: InputSums, linear: LinearInfo) -> Seen:
     return found if linear.expert is None else found.steadied()
 
 
-def collect_hessians(block: nn.Module, info: BlockTrace, runs: Sequence[Callable[[], Any]]) -> dict[int, Seen]:
-    """Mean of `x x^T` over all tokens for each shared-input group; `runs` are forwards of the block, a batch each."""
+def collect_hessians(
+    block: nn.Module, info: BlockTrace, runs: Sequence[Callable[[], Any]], *, only: Collection[int] | None = None
+) -> dict[int, Seen]:
+    """Mean of `x x^T` over all tokens for each shared-input group, or for some; `runs` run the block, a batch each."""
     sums: dict[int, InputSums] = {}
-    with torch.no_grad(), watching_inputs(block, info, summing(sums)):
+    with torch.no_grad(), watching_inputs(block, info, summing(sums, only)):
         for run in runs:
             run()
     return {number: seen_of(sums[number], members[0]) for number, members in groups_of(info).items() if number in sums}

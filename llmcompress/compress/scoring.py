@@ -52,6 +52,11 @@ class ScoreJob:
     seed: int = 0
     working_bits: int | None = None  # the width nearest to the budget, where there is one
 
+    @property
+    def in_turn(self) -> bool:
+        """Whether memory is limited, so that what need not be there at once should not be."""
+        return self.skeleton.shelf.everything
+
     def stream(self) -> tuple[BlockStream, list[Tensor]]:
         """A fresh stream and the token batches to send through it."""
         return BlockStream(self.skeleton), self.batches.split(self.batch_size)

@@ -25,7 +25,7 @@ from llmcompress.compress.rounding import Quantized, Request, Seen, nearest
 from llmcompress.types import QuantizerOptions
 
 GPTAQ_ALPHA = 0.25
-BATCH_WEIGHTS = 1 << 25  # rows are rounded together, about this many weights at a time
+BATCH_WEIGHTS = 1 << 22  # linears of a group and their formats are rounded together, up to about so many weights
 
 
 def round_with_feedback(

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 import numpy
-from scipy import stats
+from scipy.special import stdtrit
 
 
 def mean(values: Sequence[float]) -> float:
@@ -30,7 +30,7 @@ def upper_bound(values: Sequence[float], level: float = 0.95) -> float:
     middle = mean(values)
     if middle <= 0:
         return 0.0
-    reach = float(stats.t.ppf(level, len(values) - 1)) * standard_error(values) / middle
+    reach = float(stdtrit(len(values) - 1, level)) * standard_error(values) / middle
     return middle * math.exp(min(reach, 700.0))
 
 
@@ -38,12 +38,12 @@ def upper_bound_signed(values: Sequence[float], level: float = 0.95) -> float:
     """One-sided Student-t bound of a mean of either sign, e.g. of changes in log-likelihood."""
     if len(values) < 2:
         return math.inf
-    return mean(values) + float(stats.t.ppf(level, len(values) - 1)) * standard_error(values)
+    return mean(values) + float(stdtrit(len(values) - 1, level)) * standard_error(values)
 
 
 def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
     """Two-sided Student-t interval of a mean; the whole line for fewer than two sequences."""
     if len(values) < 2:
         return -math.inf, math.inf
-    reach = float(stats.t.ppf((1 + level) / 2, len(values) - 1)) * standard_error(values)
+    reach = float(stdtrit(len(values) - 1, (1 + level) / 2)) * standard_error(values)
     return mean(values) - reach, mean(values) + reach

@@ -5,11 +5,11 @@ Counted is anonymous memory: what the system cannot get back by dropping or writ
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from llmcompress.errors import InputError
 
-PROGRAM = 340 << 20  # the interpreter, torch and transformers, as imported
+PROGRAM = 320 << 20  # the interpreter, torch and transformers, as imported
 HOLES = 96 << 20  # at most, and at most half of what is in use: kept by the C library's heap, of small tensors
 
 
@@ -18,11 +18,13 @@ class Stage:
     """One stage of a run and what is in memory at its height, bytes by name.
 
     `hidden` are hidden states and what else waits for the next block: in files instead, where memory is limited.
+    `limited` are terms that are others then.
     """
 
     name: str
     terms: Mapping[str, int]
     hidden: int = 0
+    limited: Mapping[str, int] = field(default_factory=dict)
 
     def total(self, *, spilled: bool) -> int:
         """Bytes, with hidden states in memory or not."""
@@ -30,7 +32,7 @@ class Stage:
 
     def every(self, *, spilled: bool) -> dict[str, int]:
         """All terms that are not nothing, the largest first."""
-        found = {**self.terms, "hidden states": 0 if spilled else self.hidden}
+        found = {**self.terms, **self.limited} if spilled else {**self.terms, "hidden states": self.hidden}
         found |= {"program": PROGRAM, "heap": min(sum(found.values()) // 2, HOLES)}
         return dict(sorted(((k, v) for k, v in found.items() if v), key=lambda pair: -pair[1]))
 

@@ -250,6 +250,7 @@ class Skeleton:
 
     def _load_outside(self, left_out: nn.Module | None) -> None:
         """What is outside the blocks and not there yet, without the weights of one module that no other shares."""
+        give_back()
         tied, given = self.tied(), set(self.names.module_of.values())
         alone = {id(p) for p in left_out.parameters(recurse=False)} if left_out is not None else set()
         state = dict(self.model.named_parameters(remove_duplicate=False))

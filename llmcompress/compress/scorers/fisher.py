@@ -9,8 +9,8 @@ true Fisher) or are the text's own next tokens (the empirical one). `score.fishe
 - `sequence`: added over all tokens of a sequence as well: the exact quadratic form of the Fisher matrix, but one
   number per sequence and draw of labels, so it needs many.
 
-Memory is one block: a forward stores the hidden states that enter each block, then the blocks are visited last
-to first, each run again with gradients.
+Memory is one block, or one group of its linears: a forward stores the hidden states that enter each block, then
+the blocks are visited last to first, each run again with gradients.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -204,28 +204,41 @@ class _Backward:
         return sums.layers(self.count)
 
     def block(self, info: BlockTrace) -> list[LayerScore]:
-        """Scores of one block, and the gradients carried to the one before it."""
+        """Scores of one block, and the gradients carried to the one before it.
+
+        Where memory is limited the groups are scored in turn: the block runs once for each, and what every candidate
+        does to the weights of one is gone before the next. Nothing that is added up reaches over groups.
+        """
         block, entering = self.job.skeleton.load_block(info.index), self.entering.pop()
+        groups = list(groups_of(info))
+        parts = [[group] for group in groups] if self.job.in_turn else [groups]
+        found = [self._part(info, block, entering, part, last=part is parts[-1]) for part in parts]
+        self.job.skeleton.free(block)
+        return [layer for layers in found for layer in layers]
+
+    def _part(
+        self, info: BlockTrace, block: nn.Module, entering: list[Tensor], part: Sequence[int], *, last: bool
+    ) -> list[LayerScore]:
         known: dict[int, Seen] = {}
         if self.job.quantizer.NEEDS_HESSIAN:
             runs = [partial(self._run, info, h, c) for h, c in zip(entering, self.calls, strict=True)]
-            known = collect_hessians(block, info, runs)
-        linears = {x.name: x for x in info.linears if x.name in self.job.candidates}
-        errors = Errors()
-        for number, members in groups_of(info).items():
-            weights = {x.name: weight_of(block, info, x).contiguous() for x in members if x.name in linears}
-            errors |= _errors(self.job, weights, known.pop(number, None))
+            known = collect_hessians(block, info, runs, only=part)
+        members = [x for x in info.linears if x.shared_input in part and x.name in self.job.candidates]
+        linears, errors = {x.name: x for x in members}, Errors()
+        for group in part:
+            weights = {x.name: weight_of(block, info, x).contiguous() for x in members if x.shared_input == group}
+            errors |= _errors(self.job, weights, known.pop(group, None))
         sums = Sums(linears, errors, self.options.reduce)
-        modules = {x.name: module_of(block, info, x) for x in linears.values()}
-        for gradients in self.gradients:
+        modules = {x.name: module_of(block, info, x) for x in members}
+        for gradients in self.gradients if members or last else ():
             for place, call in enumerate(self.calls):
                 leaf = entering[place].detach().requires_grad_(True)
                 with _measuring(modules, sums, leaf), torch.enable_grad():
                     output = self._run(info, leaf, call)
                     gradient = torch.autograd.grad(output, leaf, gradients[place])[0]
-                gradients[place] = self.stream.keep(gradient)
+                if last:
+                    gradients[place] = self.stream.keep(gradient)
                 sums.settle()
-        self.job.skeleton.free(block)
         return sums.layers(self.count)
 
 
