@@ -25,7 +25,6 @@ from llmcompress.cli.say import tell_bug, tell_error
 from llmcompress.cli.scoring import score_command
 from llmcompress.cli.tune import tune_command
 from llmcompress.errors import CompressError, Interrupted, MachineError
-from llmcompress.model.heap import use_huge_pages
 
 COMMANDS = (
     quantize_command,
@@ -141,6 +140,8 @@ def _device_failed(error: BaseException) -> bool:
 
 def main(arguments: list[str] | None = None) -> Any:
     """Run the program and exit with the documented code."""
+    from llmcompress.model.heap import use_huge_pages
+
     use_huge_pages()
     manners = _Manners()
     with manners:

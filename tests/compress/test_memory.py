@@ -1,8 +1,10 @@
 """What a run takes, what was forecast, and that a limit changes neither the result nor is exceeded in silence."""
 
+import json
 import re
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -192,10 +194,41 @@ def test_a_run_takes_what_was_forecast(text_file: Path, tmp_path: Path) -> None:
     text = text_file.with_name("long.txt")
     text.write_text(text_file.read_text() * 4)
     flags = [word for one in sets for word in ("--set", one)]
-    words = program("quantize", model, "--budget", "3.5bits", "-o", "out", "--calibration", text, *flags)
     recipe = load_recipe("balanced", (*sets, f"calibration.source={text}"))
     opened = open_model(resolve(str(model)), recipe, "cpu")
-    needed = forecast(opened, recipe, BUDGET)
+    limit = forecast(opened, recipe, BUDGET).peak_memory_bytes - (4 << 20)
+    needed = fitted(opened, recipe, BUDGET, limit=limit)[1]
+    assert needed.spilled
+    assert needed.peak_memory_bytes <= limit
+    bounded = ["--max-memory", f"{limit}B"]
+    words = program("quantize", model, "--budget", "3.5bits", "-o", "out", "--calibration", text, *flags, *bounded)
     taken = peak_of(words, tmp_path)
-    assert taken <= 1.25 * needed.peak_memory_bytes
-    assert needed.peak_memory_bytes <= 1.5 * taken
+    assert 0.5 * needed.peak_memory_bytes < taken <= 1.1 * needed.peak_memory_bytes
+
+
+@pytest.mark.parametrize("words", [("score",), ("prune", "--blocks", "1"), ("eval", "--ref", "{}")])
+def test_other_commands_keep_to_a_limit_too(
+    words: tuple[str, ...], llama: Path, text_file: Path, run: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    """The same answer with states in files, and a refusal that names a size which does."""
+    name, *more = (word.format(llama) for word in words)
+    sets = [word for one in SETS for word in ("--set", one)]
+    given = [name, llama, *more, *(["--data", text_file, "--samples", "6", "--sequence-length", "32"]
+             if name == "eval" else ["--calibration", text_file, *sets])]  # fmt: skip
+    refused = run(*given, "--max-memory", "2MB")
+    assert refused.returncode == 2
+    said = re.search(r"give --max-memory (\d+)MB or more", refused.stderr)
+    assert said is not None, refused.stderr
+    free, bounded = run(*given, "--json"), run(*given, "--json", "--max-memory", f"{said[1]}MB")
+    assert free.returncode == bounded.returncode == 0, bounded.stderr
+    first, second = json.loads(free.stdout), json.loads(bounded.stdout)
+    if name == "score":
+        assert "hidden states go to files" in bounded.stderr
+        pairs = zip(first["scores"][0]["layers"], second["scores"][0]["layers"], strict=True)
+        assert all(
+            a["candidates"][0]["damage"] == pytest.approx(b["candidates"][0]["damage"], rel=1e-4) for a, b in pairs
+        )
+    elif name == "prune":
+        assert (first["removed"], first["kld"]) == (second["removed"], pytest.approx(second["kld"], rel=1e-4))
+    else:
+        assert first["summary"]["kld"]["mean"] == second["summary"]["kld"]["mean"]

@@ -132,13 +132,8 @@ def prune(request: PruneRequest) -> Iterator[Event]:
         check_output(request.output, request.source.path, request.force)
     yield "opening"
     opened = open_model(request.source, request.recipe, request.device)
-    scorers = () if request.by == MEASURED else (request.by,)
-    recipe, said = kept_to(
-        opened, request.recipe, request.max_memory, lambda recipe: prune_stages(opened, recipe, scorers)
-    )
-    request = replace(request, recipe=recipe)
-    if said:
-        yield said
+    request, said = _bounded(request, opened)
+    yield said or "reading weights and text"
     units = _units(request, opened)
     request = _counted(request, units)
     digest = opened.digest()
@@ -171,6 +166,13 @@ def prune(request: PruneRequest) -> Iterator[Event]:
         writing = Writing(opened.skeleton, _chosen(units, steps[-1]), units.halves)
         size = _publish(request, request.output, writing, record, probe=probe_tokens(opened, request.recipe.seed))
     yield Pruned(record, size)
+
+
+def _bounded(request: PruneRequest, opened: Opened) -> tuple[PruneRequest, str]:
+    """The request that keeps to its limit of memory, and what is done about it."""
+    scorers = () if request.by == MEASURED else (request.by,)
+    recipe, said = kept_to(opened, request.recipe, request.max_memory, lambda r: prune_stages(opened, r, scorers))
+    return replace(request, recipe=recipe), said
 
 
 def _rank(request: PruneRequest, opened: Opened, batches: Batches, *, measure: Measure, units: Units) -> Ranked:
