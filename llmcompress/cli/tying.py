@@ -32,6 +32,8 @@ def _request(model: str, flags: dict[str, Any]) -> Any:
     wrong = [name for name in OTHERS if flags[name] not in (None, False)]
     if wrong:
         raise InputError(f"--{wrong[0]} is about removing, --tie about sharing weights", "give one of them")
+    if flags["max_memory"] is not None:
+        raise InputError("--max-memory: tying blocks has no such limit", "leave it out, or lower score.swaps.memory_mb")
     if flags["groups"] is not None and flags["keep"] is not None:
         raise InputError("--groups and --keep say the same thing twice", "give one of them")
     recipe = read_recipe(flags["recipe"], flags["changes"], flags["calibration"], flags["seed"])
