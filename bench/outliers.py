@@ -39,6 +39,7 @@ METHODS: tuple[tuple[str, str | None, dict[str, Any]], ...] = (
     ("naive", None, {}),
     ("smooth", "smooth", {"smooth": {"alpha": 0.5}}),
     ("repquant", "repquant", {}),
+    ("repquant, norms alone", "repquant", {"repquant": {"links": False}}),
     ("repquant, grid", "repquant", {"repquant": {"clip": "grid"}}),
     ("repquant, learned", "repquant", {"repquant": {"clip": "learn"}}),
     ("repquant, norm bias", "repquant", {"repquant": {"bias": True}}),

@@ -144,13 +144,15 @@ class RepquantOptions(Noun):
     """`bits` of the activations; `clip` their ranges not at all, by the best pair of a grid, or by `steps` of learning.
 
     `bias` lets a norm without one be given one, so that zero-points may differ between channels; the file then needs
-    a norm its architecture does not have. Without it such norms are rewritten by scale only.
+    a norm its architecture does not have. Without it such norms are rewritten by scale only. `links` evens out
+    what `o` and `down` read too, by the rows of `v` and `up`.
     """
 
     bits: int = Field(default=8, ge=2, le=8)
     clip: Literal["none", "grid", "learn"] = "none"
     steps: int = Field(default=200, ge=1)
     bias: bool = False
+    links: bool = True
 
 
 class SmoothOptions(Noun):

@@ -71,7 +71,7 @@ def test_channels_that_agree_are_left() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("options", [{}, {"bias": True, "bits": 4}, {"clip": "grid", "bits": 5}])
 def test_codes_in_a_block_are_the_channelwise_ones(family: str, options: dict[str, object]) -> None:
-    asked = ReparamOptions.model_validate({"repquant": options})
+    asked = ReparamOptions.model_validate({"repquant": {"links": False, **options}})
     subject = block_subject(tiny(family))
     block = subject.module
     sites = norm_sites(block, subject.first)
@@ -101,7 +101,7 @@ def test_codes_in_a_block_are_the_channelwise_ones(family: str, options: dict[st
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
 @pytest.mark.parametrize("bias", [True, False])
 def test_twice_is_once(family: str, bias: bool) -> None:
-    asked = ReparamOptions.model_validate({"repquant": {"bias": bias}})
+    asked = ReparamOptions.model_validate({"repquant": {"bias": bias, "links": False}})
     model = tiny(family)
     with exact():
         first = rewrite(block_subject(model), asked)

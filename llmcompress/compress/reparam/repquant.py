@@ -4,6 +4,9 @@ With a scale `s` and a whole zero-point `z` per channel, `r1 = s / mean(s)` and 
 gain becomes `gamma / r1` and its bias `(beta + s r2) / r1`; readers get `W diag(r1)` and `b - W (s r2)`. The function
 is unchanged, and the tensor-wise quantizer emits on the new activations the codes that the channel-wise one emits on
 the old. A norm without a bias has nowhere to put `r2`: its channels share one zero-point and only `r1` is folded.
+
+Norms feed only half of a block's linears. What `o` and `down` read gets even ranges too, with scales folded into
+the rows of `v` and `up` (`rewriting/evening.py`; not in the paper).
 """
 
 from collections.abc import Sequence
@@ -15,8 +18,9 @@ from torch import Tensor, nn
 
 from llmcompress.compress.rewriting.clipping import ActivationQuantizer, find_quantizer
 from llmcompress.compress.rewriting.edits import BiasedNorm, add_bias, matrix, read_gain, scale_columns
+from llmcompress.compress.rewriting.evening import Evened, Reader, by_rows, even_out
 from llmcompress.compress.rewriting.samples import input_samples
-from llmcompress.compress.rewriting.sites import norm_sites
+from llmcompress.compress.rewriting.sites import Link, links, norm_sites, rescale
 from llmcompress.compress.rewriting.work import Rewritten, Subject, working
 from llmcompress.errors import InputError
 from llmcompress.options import ReparamOptions
@@ -63,6 +67,7 @@ def rewrite(subject: Subject, options: ReparamOptions) -> Rewritten:
     sites = norm_sites(block, subject.first)
     names = [site.readers[0] for site in sites]
     seen = input_samples(block, subject.calls, names, tokens=options.tokens, skip_first=options.skip_first)
+    linked = _linked(subject, options) if asked.links else ()
     quantizers: dict[str, ActivationQuantizer] = {}
     added = False
     with working(subject) as work:
@@ -82,8 +87,29 @@ def rewrite(subject: Subject, options: ReparamOptions) -> Rewritten:
             if work.attempt(site.norm, [owner, *norm.modules(), *readers], edit):
                 quantizers |= dict.fromkeys(site.readers, found.target)
                 added = added or _biases(block) != biases
+        for link, evened in linked:
+            parts = [block.get_submodule(link.source), block.get_submodule(link.target)]
+            edit = partial(rescale, block, link, evened.factor)
+            if work.attempt(f"{link.source} -> {link.target}", parts, edit):
+                quantizers[link.target] = evened.quantizer
     notes = ("norms or linears were given a bias that the model's own class has no place for",) if added else ()
     return work.result(quantizers=quantizers, native=not added, notes=notes)
+
+
+def _linked(subject: Subject, options: ReparamOptions) -> list[tuple[Link, Evened]]:
+    """Every link of a block with its factors."""
+    block = subject.module
+    with working(subject) as work:
+        found = {link.target: link for link in links(block, work.probe)}
+    if not found:
+        return []
+    seen = input_samples(block, subject.calls, list(found), tokens=options.tokens, skip_first=False)
+    chosen = []
+    for target, link in found.items():
+        weight, rows = matrix(block.get_submodule(target)).double(), len(matrix(block.get_submodule(link.source)))
+        rounding = partial(subject.rounding, target) if subject.rounding else by_rows
+        chosen.append((link, even_out(seen[target], Reader(link, rows, weight, rounding), options.repquant.bits)))
+    return chosen
 
 
 def _takes_shift(norm: nn.Module) -> bool:
