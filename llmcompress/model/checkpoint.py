@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmcompress.errors import InputError
 from llmcompress.files import CHUNK_BYTES
@@ -38,6 +38,17 @@ class TensorReader(Protocol):
     def names(self) -> tuple[str, ...]: ...
 
     def read(self, name: str) -> Tensor: ...
+
+
+@runtime_checkable
+class RoundingReader(Protocol):
+    """A reader of a checkpoint some of whose modules round what they read."""
+
+    def prepare(self, model: nn.Module, module_of: Mapping[str, str]) -> None: ...
+
+    def attach(self, weight: str, module: nn.Module) -> None: ...
+
+    def detach(self, root: nn.Module) -> None: ...
 
 
 def read_raw(entry: TensorEntry) -> bytes:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Self
 
 import torch
 import transformers
@@ -27,25 +27,13 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from llmcompress.errors import InputError
 from llmcompress.experts import Experts, conversions_of, split_experts
-from llmcompress.model.checkpoint import CheckpointReader, TensorReader
+from llmcompress.model.checkpoint import CheckpointReader, RoundingReader, TensorReader
 from llmcompress.model.heap import give_back, map_large_tensors
 from llmcompress.model.shelf import Shelf
 from llmcompress.plugins import nearest
 from llmcompress.preflight import SourceFiles, check_source
 
 Decode = Callable[[TensorReader, Mapping[str, Any]], TensorReader]
-
-
-@runtime_checkable
-class RoundingReader(Protocol):
-    """A reader of a checkpoint some of whose modules round what they read."""
-
-    def prepare(self, model: nn.Module, module_of: Mapping[str, str]) -> None: ...
-
-    def attach(self, weight: str, module: nn.Module) -> None: ...
-
-    def detach(self, root: nn.Module) -> None: ...
-
 
 SENSELESS = (ValueError, TypeError, ArithmeticError, AttributeError, LookupError, AssertionError)
 HARMLESS = re.compile(r"(attn|attention)\.(masked_)?bias$|rotary_emb\.inv_freq$|position_ids$")
