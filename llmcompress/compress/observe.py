@@ -210,9 +210,8 @@ def summing(sums: dict[int, InputSums], only: Collection[int] | None = None) -> 
     return see
 
 
-def seen_of(sums: InputSums, linear: LinearInfo) -> Seen:
-    """What sums say of the input of a linear; those of an expert, which has a share of the tokens, steadied."""
-    found, _ = sums.means()
+def seen_by(found: Seen, linear: LinearInfo) -> Seen:
+    """What was seen of the input of a linear; of an expert's, which has a share of the tokens, steadied."""
     return found if linear.expert is None else found.steadied()
 
 
@@ -224,4 +223,8 @@ def collect_hessians(
     with torch.no_grad(), watching_inputs(block, info, summing(sums, only)):
         for run in runs:
             run()
-    return {number: seen_of(sums[number], members[0]) for number, members in groups_of(info).items() if number in sums}
+    return {
+        number: seen_by(sums[number].means()[0], members[0])
+        for number, members in groups_of(info).items()
+        if number in sums
+    }

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from torch import nn
 
 from llmcompress.compress.grid import proxy_loss
-from llmcompress.compress.observe import InputSums, groups_of, seen_of, summing, watching_inputs, weight_of
+from llmcompress.compress.observe import InputSums, groups_of, seen_by, summing, watching_inputs, weight_of
 from llmcompress.compress.scoring import Measured, Observer, ScoreJob, rounding_errors
 from llmcompress.types import BlockTrace, Candidate, LayerScore, Unit
 
@@ -33,7 +33,8 @@ class _ProxyLoss(Observer):
         for number, members in groups_of(info).items():
             weights = {x.name: weight_of(block, info, x).contiguous() for x in members if x.name in found}
             sums = self.sums[number]
-            known, (mean, _) = seen_of(sums, members[0]), sums.means()
+            mean, _ = sums.means()
+            known = seen_by(mean, members[0])
             share = sums.tokens / max(most, 1)  # of an expert's input: a mean over the tokens routed there
             for name, spec, error in rounding_errors(self.job, weights, known):
                 loss = proxy_loss(weights[name], weights[name] + error, mean.hessian) * share
