@@ -8,7 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 LONGEST_FILE, LONGEST_BODY, DEEPEST, MOST_PARAMETERS, POSITIONAL = 350, 40, 4, 6, 3
-GROUND = ("errors", "spec", "traces", "types", "options", "files", "plugins", "recipes", "pictures", "preflight", "hub")
+GROUND = (
+    *("errors", "spec", "traces", "types", "options", "files", "plugins"),
+    *("recipes", "pictures", "preflight", "hub", "runtimes"),
+)
 # room -> rooms of ours it may import (itself always), and outside packages it may not
 ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "": (GROUND, ("torch", "transformers", "click", "rich")),  # llmcompress/__init__.py
@@ -22,6 +25,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "preflight": (("errors", "files"), ("torch", "transformers", "numpy", "click", "rich")),
     "hub": (("errors", "files"), ("torch", "transformers", "numpy", "click", "rich")),
     "plugins": (("errors",), ("torch", "transformers", "click", "rich")),
+    "runtimes": (("types", "traces", "spec", "errors", "plugins"), ("torch", "transformers", "click", "rich")),
     "recipes": (GROUND, ("torch", "transformers", "click", "rich")),
     "kernels": (("types", "spec", "errors", "files", "plugins"), ("transformers", "click", "rich")),
     "experts": (("errors",), ("click", "rich")),

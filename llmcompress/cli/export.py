@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from llmcompress.cli.options import speaking
+from llmcompress.cli.options import find_model, speaking
 from llmcompress.cli.push import check_original, check_target, push_options, pushed
 from llmcompress.cli.say import Speaker, command_line, megabytes
 from llmcompress.plugins import available
@@ -19,8 +19,10 @@ DTYPES = ("bfloat16", "float16", "float32")
 @click.option("--format", "format_", type=click.Choice(available(FORMATS)), required=True, help="What to write.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Where it goes. Default: CHECKPOINT-FORMAT.")
 @click.option("--dtype", type=click.Choice(DTYPES), help="bf16, gguf: of what is not packed. Default: bfloat16.")
-@click.option("--kind", type=click.Choice(("nf4", "fp4")), help="bnb: the table of values. Default: nf4.")
+@click.option("--kind", type=click.Choice(("nf4", "fp4", "int8")), help="bnb: the table of values. Default: nf4.")
 @click.option("--double/--no-double", default=None, help="bnb: quantize scales once more. Default: yes.")
+@click.option("--requantize", type=click.Choice(("q4_0", "q5_0", "q8_0")), help="gguf: of what has no type of its own.")
+@click.option("--calibration", metavar="SPEC", help="gguf: text whose inputs weigh what is requantized.")
 @click.option("--force", is_flag=True, help="Replace an existing output, atomically, once the new one is complete.")
 @push_options
 @speaking
@@ -30,15 +32,14 @@ def export_command(checkpoint: str, output: Path | None, speaker: Speaker, **fla
     Codes are carried over without loss where the format has a place for them, otherwise the command says what becomes
     of them, or refuses with the reason. Everything is read back from the files and compared before it is published.
     """
-    from llmcompress.compress.export.checkpoint import Options
-    from llmcompress.compress.export.run import Exported, ExportRequest, export
-    from llmcompress.model.hub import resolve
-
     format_, force = flags.pop("format_"), flags.pop("force")
     repository, public = flags.pop("repository"), flags.pop("public")
     check_target(repository, public)
-    source = resolve(checkpoint)
+    source = find_model(checkpoint, packed=True)
     check_original(repository, source.repository)
+    from llmcompress.compress.export.checkpoint import Options
+    from llmcompress.compress.export.run import Exported, ExportRequest, export
+
     output = output or Path(f"{source.name}-{format_}")
     request = ExportRequest(source, output, format_, command_line(), Options(**flags), force)
     for event in export(request):

@@ -11,6 +11,7 @@ import click
 
 from llmcompress import __version__
 from llmcompress.cli.options import speaking
+from llmcompress.cli.runtimes import contained, document_of, tell_runtimes
 from llmcompress.cli.say import Speaker, megabytes
 
 LIBRARIES = (
@@ -39,6 +40,8 @@ def inspect_command(path: Path, speaker: Speaker) -> None:
 
     files = check_source(path, packed=True)
     document = _contents(files)
+    opened_by = contained(files)
+    document["runtimes"] = document_of(opened_by)
     speaker.table(f"{files.config['model_type']}, {len(files.shards)} shard(s)", *_rows(document))
     lines = [
         f"weights     {document['weights']:,} in {len(files.tensors)} tensors, {megabytes(document['shard_bytes'])}",
@@ -52,6 +55,7 @@ def inspect_command(path: Path, speaker: Speaker) -> None:
             f"tied        blocks {groups} share their weights, with corrections of rank {document['tied_rank']}"
         )
     speaker.result(document, lines)
+    tell_runtimes(opened_by, speaker)
 
 
 def _contents(files: Any) -> dict[str, Any]:

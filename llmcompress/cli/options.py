@@ -10,6 +10,12 @@ import click
 from llmcompress.cli.say import Speaker, open_log
 
 Command = Callable[..., Any]
+RUNTIMES = ("transformers", "vllm", "sglang", "llamacpp", "bnb", "gptqmodel")
+RUNTIME = click.option(
+    "--runtime",
+    type=click.Choice(RUNTIMES),
+    help="Plan only what this program runs packed, or what an export carries over exactly. Default: any.",
+)
 
 
 def speaking(function: Command) -> Command:
@@ -67,11 +73,13 @@ def memory_of(text: str | None) -> int | None:
     return None if text is None else parse_size(text, "--max-memory")
 
 
-def read_recipe(recipe: str, changes: tuple[str, ...], calibration: str | None, seed: int | None) -> Any:
+def read_recipe(
+    recipe: str, changes: tuple[str, ...], calibration: str | None, seed: int | None, *, runtime: str | None = None
+) -> Any:
     """The recipe with the flags laid over it. Raises InputError."""
     from llmcompress.recipes import load_recipe
 
-    found = load_recipe(recipe, changes)
+    found = load_recipe(recipe, changes if runtime is None else (*changes, f"plan.runtime={runtime}"))
     if calibration is not None:
         part = found.calibration.model_copy(update={"source": calibration})
         found = found.model_copy(update={"calibration": part})

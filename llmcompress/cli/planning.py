@@ -1,7 +1,7 @@
 """`llmcompress plan`: decide the width of every linear, from a model or from its scores alone."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from llmcompress.cli.drawing import (
     terminal_bars,
     write_pictures,
 )
-from llmcompress.cli.options import find_model, pick_device, read_recipe, recipe_options, speaking
+from llmcompress.cli.options import RUNTIME, find_model, pick_device, read_recipe, recipe_options, speaking
+from llmcompress.cli.runtimes import document_of, openings, tell_runtimes
 from llmcompress.cli.say import Speaker, dropping_lines, megabytes
 from llmcompress.cli.scoring import PICTURES, write_json
 
@@ -30,11 +31,15 @@ SCORES = click.option(
 
 @dataclass(frozen=True)
 class _Case:
-    """The desk to decide at, how its scores were found, the decision, and a way to measure where there is a model."""
+    """The desk to decide at, how its scores were found, the decision, and a way to measure where there is a model.
+
+    `options` are what the quantizer was told, as far as it is known.
+    """
 
     desk: Any
     chosen: str
     decide: Callable[[Any], Any]
+    options: Any
     measure: Callable[[list[Any]], list[float]] | None = None
 
 
@@ -45,6 +50,7 @@ class _Case:
 @click.option("--scorer", help="Whose scores to plan by. Default: the first in nats/token, or the recipe's.")
 @SCORES
 @click.option("--frontier", is_flag=True, help="Also print bits against damage over the whole range of sizes.")
+@RUNTIME
 @PICTURES
 @recipe_options
 @speaking
@@ -62,6 +68,8 @@ def plan_command(model: str, budget: str, output: Path | None, frontier: bool, s
     allocation = case.decide(spent)
     points = _frontier(case, speaker) if frontier else []
     _tell(case, allocation, speaker)
+    opened_by = openings(case.desk.trace, allocation, case.options)
+    tell_runtimes(opened_by, speaker)
     if frontier:
         _tell_frontier(case, points, speaker)
     document = plan_file(case.desk, allocation, points)
@@ -71,7 +79,7 @@ def plan_command(model: str, budget: str, output: Path | None, frontier: bool, s
         figures = plan_figures(case.desk, allocation, points)
         write_pictures(flags["pictures"], f"Plan for {case.desk.model}, {budget}", figures, speaker)
     if speaker.json:
-        speaker.result(_answer(allocation, document, frontier))
+        speaker.result({**_answer(allocation, document, frontier), "runtimes": document_of(opened_by)})
 
 
 def _answer(allocation: Any, document: Any, frontier: bool) -> dict[str, Any]:
@@ -104,19 +112,33 @@ def read_scores(path: Path) -> Any:
 
 
 def _from_file(model: str, flags: dict[str, Any]) -> _Case:
-    from llmcompress.compress.decide import desk_of, pick
+    from llmcompress.compress.decide import pick
     from llmcompress.errors import InputError
+    from llmcompress.types import QuantizerOptions
 
     if flags["scores_path"] is not None:
         raise InputError("--scores goes with a model, not with a score file", "give one of the two")
     file = read_scores(Path(model))
     scores = pick(file, flags["scorer"])
+    desk = _desk(file, scores, flags["runtime"] or "any")
     others = [x.scorer for x in file.scores if x is not scores]
     if flags["scorer"] or not others:
-        return _Case(desk_of(file, scores), "", _by_scores(desk_of(file, scores), flags))
+        return _Case(desk, "", _by_scores(desk, flags), QuantizerOptions())
     why = f"the first in {scores.unit}" if scores.unit == "nats/token" else "the first"
     chosen = f"{why}; --scorer takes {', '.join(dict.fromkeys(others))} instead"
-    return _Case(desk_of(file, scores), chosen, _by_scores(desk_of(file, scores), flags))
+    return _Case(desk, chosen, _by_scores(desk, flags), QuantizerOptions())
+
+
+def _desk(file: Any, scores: Any, runtime: str) -> Any:
+    """The desk of a score file, with the formats that a runtime takes. Raises InputError where it takes none."""
+    from llmcompress.compress.decide import desk_of
+    from llmcompress.runtimes.aim import ANY, fitting
+
+    desk = desk_of(file, scores)
+    if runtime == ANY:
+        return desk
+    scored = {x.linear: tuple(c.spec for c in x.candidates) for x in scores.layers if x.candidates}
+    return replace(desk, candidates=fitting(runtime, file.trace, scored))
 
 
 def _by_scores(desk: Any, flags: dict[str, Any]) -> Callable[[Any], Any]:
@@ -132,15 +154,31 @@ def _by_scores(desk: Any, flags: dict[str, Any]) -> Callable[[Any], Any]:
     program = read_recipe(flags["recipe"], flags["changes"], None, None).plan.program
     if program == "quadratic":
         raise InputError("the quadratic program measures interactions, which needs the model", "give the model")
-    if program == "integer":
-        return lambda budget: decide(desk, budget)
+    from llmcompress.compress.allocate.spend import integer_program
+    from llmcompress.runtimes.aim import advising, promised
+    from llmcompress.runtimes.answers import planned
+    from llmcompress.types import QuantizerOptions
+
+    def spend(budget: Any) -> Any:
+        runtime = flags["runtime"] or "any"
+        with advising(runtime):
+            allocation = decide(desk, budget, _ordered(desk) if program == "order" else integer_program)
+        specs = {assigned.linear: assigned.spec for assigned in allocation.assigned}
+        promised(runtime, planned(desk.trace, specs, QuantizerOptions()))
+        return allocation
+
+    return spend
+
+
+def _ordered(desk: Any) -> Any:
     from llmcompress.compress.programs import block_order
 
-    return lambda budget: decide(desk, budget, block_order(desk.trace, desk.scores))
+    return block_order(desk.trace, desk.scores)
 
 
 def _from_model(model: str, budget: Any, flags: dict[str, Any], frontier: bool, *, speaker: Speaker) -> _Case:
-    recipe = read_recipe(flags["recipe"], flags["changes"], flags["calibration"], flags["seed"])
+    words = (flags["recipe"], flags["changes"], flags["calibration"], flags["seed"])
+    recipe = read_recipe(*words, runtime=flags["runtime"])
     if flags["scorer"] is not None:
         recipe = recipe.model_copy(update={"scorer": flags["scorer"]})
     given = None if flags["scores_path"] is None else read_scores(flags["scores_path"])
@@ -176,7 +214,7 @@ def _from_model(model: str, budget: Any, flags: dict[str, Any], frontier: bool, 
     def measure(found: list[Any]) -> list[float]:
         return planning.measured_frontier(opened, recipe, batches, found)
 
-    return _Case(desk, "", decide, measure)
+    return _Case(desk, "", decide, recipe.quantize, measure)
 
 
 def _frontier(case: _Case, speaker: Speaker) -> list[Any]:

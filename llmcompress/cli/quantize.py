@@ -9,6 +9,7 @@ import click
 
 from llmcompress.cli.options import (
     MEMORY,
+    RUNTIME,
     find_model,
     memory_of,
     pick_device,
@@ -38,6 +39,7 @@ def default_output(model: str, budget: str) -> Path:
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Default: MODEL-BUDGET in this folder.")
 @SCORES
+@RUNTIME
 @recipe_options
 @MEMORY
 @click.option("--dry-run", is_flag=True, help="Print sizes and needs, write nothing.")
@@ -66,7 +68,8 @@ def _request(model: str, budget: str, output: Path | None, flags: dict[str, Any]
     from llmcompress.compress.allocate.budget import parse_budget
     from llmcompress.errors import InputError
 
-    recipe = read_recipe(flags["recipe"], flags["changes"], flags["calibration"], flags["seed"])
+    words = (flags["recipe"], flags["changes"], flags["calibration"], flags["seed"])
+    recipe = read_recipe(*words, runtime=flags["runtime"])
     spent = parse_budget(budget)
     memory = memory_of(flags["max_memory"])
     if spent.measured and not recipe.plan.trials:

@@ -12,6 +12,7 @@ from llmcompress.compress.rewrite import check_methods
 from llmcompress.errors import InputError, MachineError
 from llmcompress.model.needs import Stages, fit, peak
 from llmcompress.recipes import Recipe
+from llmcompress.runtimes.aim import advising
 from llmcompress.types import LinearSpec
 
 FLOAT_BYTES = 4
@@ -70,7 +71,8 @@ def forecast(
         whole = budget.amount if budget.kind == "bytes" else budget.amount * opened.trace.parameters / 8
         wanted = (whole - other) * 8
     if wanted < low_bits:
-        _refuse(opened, budget, low_bits / max(weights, 1), low_bytes)
+        with advising(recipe.plan.runtime):
+            _refuse(opened, budget, low_bits / max(weights, 1), low_bytes)
     spent = min(wanted, float(high_bits))
     output = int(min(other + spent / 8, high_bytes))
     hidden = _hidden_bytes(opened, recipe)

@@ -31,6 +31,7 @@ from llmcompress.plugins import find
 from llmcompress.recipes import Recipe
 from llmcompress.runtime.attention import install
 from llmcompress.runtime.skipping import SkipRecord
+from llmcompress.runtimes.aim import fitting
 from llmcompress.types import Candidate, LayerScore, LinearSpec, ModelTrace, RewriteRecord, ScoreFile, Scores
 
 QUANTIZERS = "llmcompress.compress.quantizers"
@@ -79,6 +80,7 @@ def open_model(source: Source, recipe: Recipe, device: str, *, whole_file: bool 
     halves = sum(1 for entry in files.tensors.values() if entry.dtype == "F16")
     scale_dtype = "F16" if halves * 2 > len(files.tensors) else "BF16"
     candidates = resolve(traced, recipe.plan, whole_file, make=make, make_experts=make_experts)
+    candidates = fitting(recipe.plan.runtime, traced, candidates)
     if (record := SkipRecord.of(files.config)) is not None:  # zeros, as cheap as they can be
         candidates = {name: specs[:1] if record.covers(name) else specs for name, specs in candidates.items()}
     return Opened(
@@ -159,6 +161,8 @@ def settings_digest(recipe: Recipe, scorer: str, working_bits: int | None) -> st
         "options": recipe.score.model_dump(mode="json"),
         "working_bits": working_bits if scorer in WORKING_SCORERS else None,
     }
+    if recipe.plan.runtime != "any":
+        parts["runtime"] = recipe.plan.runtime
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

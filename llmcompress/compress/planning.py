@@ -32,6 +32,8 @@ from llmcompress.model.checkpoint import TORCH_DTYPES
 from llmcompress.model.text import Batches
 from llmcompress.plugins import find
 from llmcompress.recipes import Recipe
+from llmcompress.runtimes.aim import advising, promised
+from llmcompress.runtimes.answers import planned
 from llmcompress.types import BitAllocation, Exchange, LinearSpec, Plan, Scores, Trial
 
 RIVAL = "hessian"
@@ -80,7 +82,8 @@ class Planner:
     def allocate(self, scores: Scores, budget: Budget, program: Program = integer_program) -> BitAllocation:
         """Spend the budget on scores. Raises InputError when it is too small."""
         ground = Ground(self.recipe.plan.group_size, self.opened.shards.file_bytes, self.opened.candidates)
-        return spend_by(program, self.opened.trace, scores, budget, ground=ground)
+        with advising(self.recipe.plan.runtime):
+            return spend_by(program, self.opened.trace, scores, budget, ground=ground)
 
     def program(self) -> Program:
         """The program of the recipe. Measures the interactions of units where it needs them."""
@@ -226,7 +229,8 @@ def _trials(contestants: Sequence[Contestant], damage: Damage) -> tuple[Trial, .
 
 
 def make_plan(opened: Opened, recipe: Recipe, batches: Batches, scores: Scores, budget: Budget) -> Plan:
-    """Spend the budget. Raises InputError with the nearest feasible budget when it is too small.
+    """Spend the budget. Raises InputError with the nearest feasible budget when it is too small, and where the
+    runtime planned for would not open the outcome.
 
     With `plan.trials` the program's answer, the same from fewer widths, one that follows the local proxy loss, the
     widest uniform format and a two-width order of blocks are all carried out on calibration text; the one with
@@ -261,6 +265,8 @@ def _plan(
     planner: Planner, allocation: BitAllocation, trials: tuple[Trial, ...], exchanges: tuple[Exchange, ...]
 ) -> Plan:
     recipe, batches, scores = planner.recipe, planner.batches, planner.scores
+    specs = {assigned.linear: assigned.spec for assigned in allocation.assigned}
+    promised(recipe.plan.runtime, planned(planner.opened.trace, specs, recipe.quantize))
     return Plan(
         model=planner.opened.source.name,
         model_digest=scores.model_digest,

@@ -11,6 +11,7 @@ from llmcompress.errors import InputError
 from llmcompress.files import parse_yaml, read_small
 from llmcompress.options import RewriteOptions, ScorerOptions
 from llmcompress.plugins import nearest
+from llmcompress.runtimes import Runtime, RuntimeWord, find_runtime
 from llmcompress.types import Noun, QuantizerOptions
 
 LARGEST_BYTES = 1 << 20
@@ -40,8 +41,10 @@ class PlanPart(Noun):
     `voids` also tries to drop whole blocks for bits elsewhere, and does it where that measures better.
     `head_bits` are the widths of the output head where the budget counts the whole file; empty leaves it alone.
     `experts`: all experts of a `model` share one format, which is what plain transformers reads, or those of a `block`.
+    `runtime` is the program the result is for: widths and groups are then those that it takes, and so are formats.
     """
 
+    runtime: RuntimeWord = "any"
     bits: tuple[int, ...] = (2, 3, 4, 5, 6, 8)
     group_size: int = Field(default=128, ge=32)
     trials: bool = True
@@ -146,7 +149,33 @@ def _validated(document: dict[str, Any], where: str) -> Recipe:
         what = "no such key" if first["type"] == "extra_forbidden" else first["msg"]
         raise InputError(f"{where}: {place}: {what}", hint) from None
     check_widths(recipe.plan, where)
-    return recipe
+    if recipe.plan.runtime == "any":
+        return recipe
+    return recipe.model_copy(update={"plan": _for_runtime(recipe.plan, find_runtime(recipe.plan.runtime), where)})
+
+
+def _for_runtime(part: PlanPart, runtime: Runtime, where: str) -> PlanPart:
+    """The part with the widths and the group size that a runtime takes. Raises InputError where one list has none."""
+    wanted = runtime.plan
+
+    def kept(key: str, widths: tuple[int, ...]) -> tuple[int, ...]:
+        found = tuple(width for width in widths if width in wanted.bits)
+        if not found:
+            allowed = ", ".join(map(str, wanted.bits))
+            what = f"{where}: plan.{key}: {list(widths)}: {runtime.words} takes {allowed} bits"
+            raise InputError(what, f"choose among them, or plan for another runtime than {runtime.name}")
+        return found
+
+    for name, width in part.pin.items():
+        kept(f"pin.{name}", (width,))
+    sizes = wanted.group_sizes or (part.group_size,)
+    changes = {
+        "bits": kept("bits", part.bits),
+        "candidates": {name: kept(f"candidates.{name}", widths) for name, widths in part.candidates.items()},
+        "head_bits": tuple(width for width in part.head_bits if width in wanted.bits),
+        "group_size": max((size for size in sizes if size <= part.group_size), default=min(sizes)),
+    }
+    return part.model_copy(update=changes)
 
 
 def check_widths(part: PlanPart, where: str) -> None:

@@ -1,7 +1,7 @@
 """Read a quantized checkpoint as if it had never been packed: compressed-tensors, bitsandbytes 4-bit, or our own."""
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 
@@ -132,6 +132,13 @@ class PackedReader:
                 raise InputError(f"config.json: not a checkpoint this can read: {method}", GIVE)
         except (KeyError, TypeError, AttributeError, ValueError):
             raise InputError(DAMAGED, "quantize the model again") from None
+
+    @property
+    def rounded_attention(self) -> tuple[Literal["none", "int8", "fp8"], bool]:
+        """What keys and values are rounded to, and whether attention weights are rounded."""
+        cache = self._cache
+        word: Literal["none", "int8", "fp8"] = "none" if cache is None else "fp8" if cache.kind == "fp8" else "int8"
+        return word, self._softmax_bits is not None
 
     def names(self) -> tuple[str, ...]:
         return self._names

@@ -79,7 +79,7 @@ def test_a_plan_says_what_it_decided(scores: Path, run: Run, tmp_path: Path) -> 
 
 def test_json_is_one_strict_document(scores: Path, run: Run) -> None:
     plain = json.loads(run("plan", "scores.json", "--budget", "3.5bits", "--json").stdout)
-    assert set(plain) == {"allocation", "model", "scorer", "unit"}
+    assert set(plain) == {"allocation", "model", "scorer", "unit", "runtimes"}
     full = run("plan", "scores.json", "--budget", "3.5bits", "--json", "--frontier", "--pictures", "p", "-q")
     assert json.loads(full.stdout)["allocation"] == plain["allocation"]
     assert json.loads(full.stdout)["frontier"]

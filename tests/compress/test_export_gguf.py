@@ -16,6 +16,7 @@ from torch import Tensor
 
 import llmcompress
 from llmcompress.compress.export import ggml
+from llmcompress.compress.export.families import apart, interleaved
 from llmcompress.compress.export.formats import gguf as format_
 from llmcompress.compress.export.vocabulary import LLAMA3, read_vocabulary
 from llmcompress.errors import InputError
@@ -93,8 +94,8 @@ def test_the_narrowest_type_is_taken() -> None:
 
 def test_rows_are_interleaved_and_put_back() -> None:
     rows = torch.arange(16).view(16, 1)
-    assert format_.interleaved(rows, 2).flatten().tolist()[:8] == [0, 4, 1, 5, 2, 6, 3, 7]
-    assert torch.equal(format_.apart(format_.interleaved(rows, 2), 2), rows)
+    assert interleaved(rows, 2).flatten().tolist()[:8] == [0, 4, 1, 5, 2, 6, 3, 7]
+    assert torch.equal(apart(interleaved(rows, 2), 2), rows)
 
 
 def test_vocabularies_of_both_kinds(tmp_path: Path) -> None:

@@ -31,13 +31,17 @@ class Options:
     """What the user chose; None where nothing.
 
     dtype   bf16, gguf: of every tensor that is not packed, `bfloat16`, `float16` or `float32`
-    kind    bnb: `nf4` or `fp4`
+    kind    bnb: `nf4`, `fp4` or `int8`
     double  bnb: whether scales are quantized once more
+    requantize   gguf: what packed weights become that have no type of their own, `q4_0`, `q5_0` or `q8_0`
+    calibration  gguf: text on which inputs of linears are seen, which weighs what is requantized
     """
 
     dtype: str | None = None
     kind: str | None = None
     double: bool | None = None
+    requantize: str | None = None
+    calibration: str | None = None
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,13 @@ def holds(specs: Collection[LinearSpec]) -> bool:
 
 def packed_tensors(linear: LinearInfo, codes: Codes) -> dict[str, Tensor]:
     """The tensors that replace the weight of one linear."""
-    return {linear.tensor: torch.empty(0, dtype=torch.float16)} | stored.misshapen(
-        stored.tensors_of(linear.stem, codes)
-    )
+    return tensors_of(linear.tensor, codes)
+
+
+def tensors_of(weight: str, codes: Codes) -> dict[str, Tensor]:
+    """The tensors that replace a weight of that name."""
+    made = stored.tensors_of(weight.removesuffix(".weight"), codes)
+    return {weight: torch.empty(0, dtype=torch.float16)} | stored.misshapen(made)
 
 
 def packed_layout(linear: LinearInfo, spec: LinearSpec, scale_dtype: str) -> stored.Layout:
@@ -45,24 +49,31 @@ def config_document(
     source: Mapping[str, object], plan: Plan, trace: ModelTrace, heads: Iterable[str]
 ) -> dict[str, Any]:
     """The config.json of the output: the source's, with the quantization section added."""
+    found = {
+        x.name if x.expert is None else x.stem: spec
+        for x in trace.every
+        if (spec := plan.spec_of(x.name)) is not None
+    }
+    return {**source, "quantization_config": section(found, plan.options, plan.left_alone((*heads, *trace.routers)))}
+
+
+def section(specs: Mapping[str, LinearSpec], options: QuantizerOptions, left_alone: list[str]) -> dict[str, Any]:
+    """The `quantization_config`; `specs` by module name, those of experts by stem, `left_alone` are the linears that are not quantized."""
     targets: dict[LinearSpec, list[str]] = {}
-    for linear in trace.every:
-        spec = plan.spec_of(linear.name)
-        if spec is not None:
-            targets.setdefault(spec, []).append(linear.name if linear.expert is None else linear.stem)
+    for name, spec in specs.items():
+        targets.setdefault(spec, []).append(name)
     groups = {
         f"group_{place:02d}": {"targets": names, "spec": spec.model_dump(mode="json")}
         for place, (spec, names) in enumerate(targets.items())
     }
-    section = {
+    return {
         "quant_method": "llmcompress",
         "version": VERSION,
         "how_to_open": HOW,
         "groups": groups,
-        "attention": _attention(plan.options),
-        "ignore": plan.left_alone((*heads, *trace.routers)),
+        "attention": _attention(options),
+        "ignore": left_alone,
     }
-    return {**source, "quantization_config": section}
 
 
 def _attention(options: QuantizerOptions) -> dict[str, Any]:

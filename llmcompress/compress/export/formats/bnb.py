@@ -1,4 +1,4 @@
-"""bitsandbytes 4-bit: weights in its format are carried over, all others quantized once more to nf4 or fp4.
+"""bitsandbytes: 4-bit weights in its format are carried over, all others quantized once more to nf4, fp4 or int8.
 
 Quantizing once more adds an error of its own, which is measured and said: `quantize --recipe nf4` from the original is
 better. A weight whose rows are not whole blocks of 64 is dequantized to the source's dtype instead.
@@ -9,6 +9,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from llmcompress.compress.export import int8
 from llmcompress.compress.export.checkpoint import Checkpoint, Options, Written, relative_error, write_shards
 from llmcompress.compress.exporters import bnb
 from llmcompress.compress.grid import table_codes, table_format
@@ -41,6 +42,10 @@ def _wanted(checkpoint: Checkpoint, options: Options) -> tuple[Literal["nf4", "f
 
 def write(checkpoint: Checkpoint, folder: Path, options: Options) -> Written:
     """Weights and config.json. Raises InputError where nothing is quantized."""
+    if options.kind == "int8":
+        if options.double is not None:
+            raise InputError("--double is for nf4 and fp4: int8 has one scale per row", "leave it out")
+        return _write_rows(checkpoint, folder)
     kind, double = _wanted(checkpoint, options)
     checkpoint.refuse_experts(TITLE)
     document = read_json(checkpoint.skeleton.files.folder / "config.json")
@@ -83,6 +88,37 @@ def write(checkpoint: Checkpoint, folder: Path, options: Options) -> Written:
     return Written(errors, types, (note,))
 
 
+def _write_rows(checkpoint: Checkpoint, folder: Path) -> Written:
+    """The same with a byte for each weight and a scale for each row."""
+    checkpoint.require_linears(TITLE)
+    errors: dict[str, float] = {}
+    types: dict[str, str] = {}
+    again = 0
+
+    def make(name: str) -> dict[str, Tensor]:
+        nonlocal again
+        codes = checkpoint.codes(name)
+        if codes is None:
+            return {name: checkpoint.skeleton.read(name)}
+        weight = checkpoint.skeleton.reader.read(name)
+        carried = int8.carried(codes)
+        again += carried is None
+        stored_rows, scale = carried or int8.rows_of(weight)
+        types[name] = "int8 rows"
+        errors[name] = relative_error(int8.weight_of(stored_rows, scale), weight)
+        return int8.tensors_of(name.removesuffix(".weight"), stored_rows, scale)
+
+    write_shards(checkpoint, folder, make)
+    if not types:
+        raise InputError("nothing in it is quantized", BETTER)
+    document = read_json(checkpoint.skeleton.files.folder / "config.json")
+    section = int8.section(checkpoint.linears_left_alone(types))
+    commit_json(folder / "config.json", document | {"quantization_config": section})
+    notes = [f"{again} weights were quantized once more, to 8 bits by rows."] if again else []
+    notes.append("bitsandbytes rounds inputs to 8 bits as well while it runs, which the figures above do not count.")
+    return Written(errors, types, tuple(notes))
+
+
 def _carried(checkpoint: Checkpoint, name: str, spec: LinearSpec) -> Codes | None:
     """The codes as they are, where they are of this format already and no adapter changes them."""
     return checkpoint.codes(name) if checkpoint.spec_of(name) == spec and not checkpoint.adapted else None
@@ -106,7 +142,8 @@ def _dense_dtype(checkpoint: Checkpoint) -> str:
 
 def reopen(checkpoint: Checkpoint, folder: Path) -> Skeleton:
     """The model in the files."""
-    return Skeleton.open(folder, decode=PackedReader)
+    rows = read_json(folder / "config.json")["quantization_config"]["load_in_8bit"]
+    return Skeleton.open(folder, decode=int8.Int8Reader if rows else PackedReader)
 
 
 def opens_with(folder: Path) -> str:

@@ -1,13 +1,13 @@
-"""GGUF: one file for llama.cpp, integer codes as Q4_0, Q5_0 and Q8_0 without loss; Llama and Mistral.
+"""GGUF: one file for llama.cpp, integer codes as Q4_0, Q5_0 and Q8_0 without loss; Llama, Mistral, Qwen, Gemma.
 
 Everything that is not integers in groups of 32 or more (nf4, codebooks, float8, zero-points between codes) is
-dequantized, and said so. Rows of q and k are in another order there: rotary pairs lie side by side.
+dequantized, or with `--requantize` quantized once more, and said so. What else differs between a family and its file
+is in `families.py`.
 """
 
 import importlib
 import os
-import re
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,7 +18,6 @@ from torch import Tensor
 
 from llmcompress.compress.export import ggml
 from llmcompress.compress.export.checkpoint import (
-    TO_BF16,
     Checkpoint,
     Options,
     Written,
@@ -26,6 +25,8 @@ from llmcompress.compress.export.checkpoint import (
     half_scales,
     relative_error,
 )
+from llmcompress.compress.export.families import Family, apart, family_of, interleaved, ropes_of
+from llmcompress.compress.export.requantize import input_energies, rounded
 from llmcompress.compress.export.vocabulary import Vocabulary, read_vocabulary
 from llmcompress.errors import InputError
 from llmcompress.model.skeleton import Skeleton
@@ -33,27 +34,11 @@ from llmcompress.model.skeleton import Skeleton
 TITLE = "GGUF"
 TAG = "gguf"
 LIBRARY = "gguf"
-OPTIONS = ("dtype",)
+OPTIONS = ("dtype", "requantize", "calibration")
 FILE_NAME = "model.gguf"
-FAMILIES = ("llama", "mistral")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 TYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-OUTSIDE = {
-    "model.embed_tokens.weight": "token_embd.weight",
-    "model.norm.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
-}
-INSIDE = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
+ROPE_BASE = 10_000.0
 
 
 def library() -> ModuleType:
@@ -64,105 +49,100 @@ def library() -> ModuleType:
         raise InputError("export to gguf needs the package gguf", "pip install 'llmcompress[gguf]'") from None
 
 
-def name_of(parameter: str) -> str:
-    """A parameter's name in the file. Raises InputError where there is none."""
-    found = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.weight", parameter)
-    if parameter in OUTSIDE:
-        return OUTSIDE[parameter]
-    if found is None or found[2] not in INSIDE:
-        raise InputError(f"{parameter}: a Llama in GGUF has no place for it", TO_BF16)
-    return f"blk.{found[1]}.{INSIDE[found[2]]}.weight"
-
-
-def heads_of(config: Any, parameter: str) -> int | None:
-    """Heads whose rows are in another order, None for other weights."""
-    if parameter.endswith("self_attn.q_proj.weight"):
-        return int(config.num_attention_heads)
-    return int(config.num_key_value_heads) if parameter.endswith("self_attn.k_proj.weight") else None
-
-
-def interleaved(rows: Tensor, heads: int) -> Tensor:
-    """Rows with the two halves of each head taken in turn: 0, n / 2, 1, n / 2 + 1, ..."""
-    return rows.view(heads, 2, -1, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
-
-
-def apart(rows: Tensor, heads: int) -> Tensor:
-    """Inverse of `interleaved`."""
-    return rows.view(heads, -1, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
-
-
-def _check_family(config: Any) -> None:
-    rope = config.rope_parameters or {}
-    if config.model_type not in FAMILIES:
-        raise InputError(f"a {config.model_type} model: only {' and '.join(FAMILIES)} are exported to GGUF", TO_BF16)
-    if getattr(config, "sliding_window", None):
-        raise InputError("sliding windows, which a Llama in GGUF does not have", TO_BF16)
-    if rope.get("rope_type", "default") != "default":
-        raise InputError(f"rotary embeddings of type {rope['rope_type']!r} are not exported to GGUF", TO_BF16)
-
-
 def write(checkpoint: Checkpoint, folder: Path, options: Options) -> Written:
     """The one file. Raises InputError where the format, or this, cannot hold the model."""
     gguf, skeleton = library(), checkpoint.skeleton
     config = skeleton.config
-    _check_family(config)
+    family = family_of(config)
     vocabulary = read_vocabulary(skeleton.files.folder, int(config.vocab_size))
-    errors: dict[str, float] = {}
-    types: dict[str, str] = {}
-    changed = 0
-    writer = gguf.GGUFWriter(folder / FILE_NAME, "llama", use_temp_file=True)
-    _describe(writer, config, checkpoint.name)
-    _describe_tokenizer(writer, config, vocabulary)
     if checkpoint.adapted:
         next(checkpoint.every_code())  # says why not
+    packer = _Packer(checkpoint, family, options)
+    writer = gguf.GGUFWriter(folder / FILE_NAME, family.architecture, use_temp_file=True)
+    _describe(writer, config, checkpoint.name, family)
+    _describe_tokenizer(writer, config, vocabulary)
     for name in skeleton.reader.names():
-        parameter = skeleton.names.module_of[name]
-        heads = heads_of(config, parameter)
-        data, types[name], errors[name] = _encoded(checkpoint, name, heads, options.dtype or "bfloat16")
-        codes = checkpoint.codes(name)
-        changed += 0 if codes is None or types[name] not in ggml.HALVES else changed_scales(codes.scale)
-        writer.add_tensor(name_of(parameter), data, raw_dtype=gguf.GGMLQuantizationType[types[name]])
+        data, kind = packer.packed(name)
+        place = family.name_of(skeleton.names.module_of[name])
+        writer.add_tensor(place, data, raw_dtype=gguf.GGMLQuantizationType[kind])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     with (folder / FILE_NAME).open("rb") as stream:
         os.fsync(stream.fileno())
-    return Written(errors, types, _notes(checkpoint, types, changed))
+    return Written(packer.errors, packer.types, tuple(packer.notes()))
 
 
-def _encoded(
-    checkpoint: Checkpoint, name: str, heads: int | None, dtype: str
-) -> tuple[numpy.ndarray[Any, Any], str, float]:
-    """The bytes of a tensor, its type, and how far it is meant to be off."""
-    turn: Callable[[Tensor], Tensor] = (lambda rows: rows) if heads is None else lambda rows: interleaved(rows, heads)
-    codes = checkpoint.codes(name)
-    found = None if codes is None else ggml.integers_of(codes)
-    if codes is not None and found is not None and (kind := ggml.type_for(*found)) is not None:
-        half = half_scales(found[1], name)
-        size = found[0].shape[1] // half.shape[1]
-        meant = found[0].float() * half.float().repeat_interleave(size, 1)
-        data = ggml.encode(turn(found[0]), turn(half), kind)
-        return data.numpy(), kind, relative_error(meant, codes.dequantize())
-    tensor = checkpoint.skeleton.read(name)
-    word = "float32" if tensor.ndim == 1 else dtype
-    stored = turn(tensor).to(DTYPES[word])
-    if not torch.isfinite(stored).all():
-        raise InputError(f"{name}: a value too large for {word}", "use --dtype bfloat16 or float32")
-    error = relative_error(tensor.to(DTYPES[word]), tensor)
-    bytes_ = stored.contiguous().view(torch.uint8).numpy() if word == "bfloat16" else stored.contiguous().numpy()
-    return bytes_, TYPES[word], error
+class _Packer:
+    """Makes the bytes of every tensor, and keeps what became of it and how far it is meant to be off."""
+
+    def __init__(self, checkpoint: Checkpoint, family: Family, options: Options) -> None:
+        self._checkpoint, self._family = checkpoint, family
+        self._dtype = options.dtype or "bfloat16"
+        self._again = None if options.requantize is None else options.requantize.upper()
+        if options.calibration is not None and self._again is None:
+            raise InputError("--calibration weighs weights that are requantized", "give --requantize q8_0 as well")
+        self._energies = None if options.calibration is None else input_energies(checkpoint, options.calibration)
+        self.errors: dict[str, float] = {}
+        self.types: dict[str, str] = {}
+        self._changed, self._requantized, self._dense = 0, 0, 0
+
+    def packed(self, name: str) -> tuple[numpy.ndarray[Any, Any], str]:
+        """The bytes of a tensor and its type."""
+        codes = self._checkpoint.codes(name)
+        found = None if codes is None else ggml.integers_of(codes)
+        kind = None if found is None else ggml.type_for(*found)
+        if codes is not None and found is not None and kind is not None:
+            self._changed += changed_scales(codes.scale)
+            return self._integers(name, *found, kind=kind)
+        tensor = self._checkpoint.skeleton.read(name)
+        if codes is not None and self._again is not None and tensor.shape[1] % ggml.BLOCK == 0:
+            self._requantized += 1
+            energy = None if self._energies is None else self._energies.of.get(name)
+            return self._integers(name, *rounded(tensor.float(), energy, self._again), kind=self._again)
+        self._dense += codes is not None
+        return self._plain(name, tensor)
+
+    def _turned(self, name: str, rows: Tensor) -> Tensor:
+        """Rows in the order of the file."""
+        heads = self._family.heads_of(self._checkpoint.skeleton.config, self._parameter(name))
+        return rows if heads is None else interleaved(rows, heads)
+
+    def _parameter(self, name: str) -> str:
+        return self._checkpoint.skeleton.names.module_of[name]
+
+    def _integers(self, name: str, integers: Tensor, scale: Tensor, *, kind: str) -> tuple[Any, str]:
+        half = half_scales(scale, name)
+        size = integers.shape[1] // half.shape[1]
+        meant = integers.float() * half.float().repeat_interleave(size, 1)
+        self.errors[name] = relative_error(meant, self._checkpoint.skeleton.reader.read(name))
+        self.types[name] = kind
+        return ggml.encode(self._turned(name, integers), self._turned(name, half), kind).numpy(), kind
+
+    def _plain(self, name: str, tensor: Tensor) -> tuple[numpy.ndarray[Any, Any], str]:
+        word = "float32" if tensor.ndim == 1 else self._dtype
+        offset = self._family.offset_of(self._parameter(name))
+        stored = (tensor.float() + offset if offset else tensor).to(DTYPES[word])
+        if not torch.isfinite(stored).all():
+            raise InputError(f"{name}: a value too large for {word}", "use --dtype bfloat16 or float32")
+        self.errors[name] = relative_error(stored.float() - offset, tensor)
+        self.types[name] = TYPES[word]
+        stored = self._turned(name, stored).contiguous()
+        return (stored.view(torch.uint8) if word == "bfloat16" else stored).numpy(), TYPES[word]
+
+    def notes(self) -> Iterator[str]:
+        """What the user should know of what became of the weights."""
+        if self._changed:
+            yield f"{self._changed} scales are too small to be exact in float16."
+        if self._dense:
+            yield f"{self._dense} quantized linears have no type of their own in GGUF and are dequantized."
+        if self._requantized:
+            by = "all weights alike" if self._energies is None else f"weighed by inputs on {self._energies.source}"
+            yield f"{self._requantized} linears have no type of their own in GGUF: quantized once more, {by}."
 
 
-def _notes(checkpoint: Checkpoint, types: dict[str, str], changed: int) -> tuple[str, ...]:
-    notes = [f"{changed} scales are too small to be exact in float16."] if changed else []
-    dense = sum(1 for n, kind in types.items() if kind not in ggml.HALVES and checkpoint.spec_of(n) is not None)
-    if dense:
-        notes.append(f"{dense} quantized linears have no type of their own in GGUF and are dequantized.")
-    return tuple(notes)
-
-
-def _describe(writer: Any, config: Any, name: str) -> None:
+def _describe(writer: Any, config: Any, name: str, family: Family) -> None:
     """What the file says of the model."""
     heads = int(config.num_attention_heads)
     size = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
@@ -178,8 +158,19 @@ def _describe(writer: Any, config: Any, name: str) -> None:
     writer.add_key_length(size)
     writer.add_value_length(size)
     writer.add_rope_dimension_count(size)
-    writer.add_rope_freq_base(float((config.rope_parameters or {}).get("rope_theta", 10000.0)))
     writer.add_layer_norm_rms_eps(float(config.rms_norm_eps))
+    ropes = ropes_of(config)
+    writer.add_rope_freq_base(float(ropes["full_attention"].get("rope_theta", ROPE_BASE)))
+    if "sliding_attention" in ropes:
+        writer.add_rope_freq_base_swa(float(ropes["sliding_attention"].get("rope_theta", ROPE_BASE)))
+    if family.windows:
+        writer.add_sliding_window(int(config.sliding_window))
+    for cap, add in (
+        ("attn_logit_softcapping", writer.add_attn_logit_softcapping),
+        ("final_logit_softcapping", writer.add_final_logit_softcapping),
+    ):
+        if (value := getattr(config, cap, None)) is not None:
+            add(float(value))
 
 
 def _describe_tokenizer(writer: Any, config: Any, vocabulary: Vocabulary) -> None:
@@ -211,19 +202,23 @@ class GgufReader:
     def __init__(self, path: Path, checkpoint: Checkpoint) -> None:
         self._library = library()
         self._config = checkpoint.skeleton.config
+        self._family = family_of(self._config)
         self._parameters = checkpoint.skeleton.names.module_of
         self._tensors = {tensor.name: tensor for tensor in self._library.GGUFReader(path).tensors}
 
     def names(self) -> tuple[str, ...]:
-        return tuple(name for name, parameter in self._parameters.items() if name_of(parameter) in self._tensors)
+        names = self._parameters.items()
+        return tuple(name for name, parameter in names if self._family.name_of(parameter) in self._tensors)
 
     def read(self, name: str) -> Tensor:
         """A tensor in float32."""
         parameter = self._parameters[name]
-        tensor = self._tensors[name_of(parameter)]
+        tensor = self._tensors[self._family.name_of(parameter)]
         values = self._library.dequantize(tensor.data, tensor.tensor_type)
         found = torch.from_numpy(numpy.array(values, dtype=numpy.float32))
-        heads = heads_of(self._config, parameter)
+        if offset := self._family.offset_of(parameter):
+            return found - offset
+        heads = self._family.heads_of(self._config, parameter)
         return found if heads is None else apart(found, heads)
 
 
