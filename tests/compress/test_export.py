@@ -18,6 +18,7 @@ from torch import Tensor
 import llmcompress
 from llmcompress.cli import cli
 from llmcompress.compress.allocate.budget import parse_budget
+from llmcompress.compress.export import int8
 from llmcompress.compress.export.checkpoint import Options, changed_scales, half_scales
 from llmcompress.compress.export.formats import gptq
 from llmcompress.compress.export.run import Exported, ExportRequest, export
@@ -249,6 +250,46 @@ def test_bitsandbytes_is_carried_over_or_made_and_said(llama: Path, mixed: Path,
         assert torch.equal(weight, ours.get_submodule(name).weight)
     with pytest.raises(InputError, match="nothing in it is quantized"):
         exported(llama, tmp_path / "plain", "bnb")
+
+
+def test_eight_bit_rows_are_those_of_bitsandbytes(mixed: Path, tmp_path: Path) -> None:
+    import transformers
+    from bitsandbytes.functional import int8_vectorwise_quant
+    from bitsandbytes.nn import Linear8bitLt
+
+    done = exported(mixed, tmp_path / "rows", "bnb", kind="int8")
+    assert 0 < done.record.largest_error < 0.02
+    assert "once more" in done.record.notes[0]
+    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "rows", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    ours = llmcompress.load(mixed, dense=True)
+    linears = [(name, module) for name, module in theirs.named_modules() if isinstance(module, Linear8bitLt)]
+    assert len(linears) == 3 * 7
+    for name, module in linears:
+        codes, scale, _ = int8_vectorwise_quant(ours.get_submodule(name).weight.detach().half())
+        assert torch.equal(module.weight.data, codes)
+        assert torch.equal(module.weight.SCB, scale)
+    with pytest.raises(InputError, match="--double"):
+        exported(mixed, tmp_path / "double", "bnb", kind="int8", double=True)
+
+
+def test_eight_bit_codes_of_whole_rows_are_carried_over() -> None:
+    codes = torch.randint(0, 256, (32, 64), dtype=torch.uint8)
+    found = Codes(codes, torch.randn(32, 1).to(torch.bfloat16), LinearSpec(bits=8, group_size=64))
+    stored, scale = int8.carried(found) or (None, None)
+    assert stored is not None
+    assert scale is not None
+    torch.testing.assert_close(int8.weight_of(stored, scale), found.dequantize(), rtol=1e-6, atol=0)
+    assert int8.carried(replace(found, spec=LinearSpec(bits=8, group_size=32), scale=torch.ones(32, 2))) is None
+
+
+def test_a_native_export_holds_the_same_codes(mixed: Path, tmp_path: Path) -> None:
+    done = exported(mixed, tmp_path / "native", "native")
+    assert done.record.lossless
+    ours, before = llmcompress.load(tmp_path / "native"), llmcompress.load(mixed)
+    assert torch.equal(logits_of(ours), logits_of(before))
+    section = json.loads((tmp_path / "native" / "config.json").read_text())["quantization_config"]
+    assert section["quant_method"] == "llmcompress"
 
 
 def test_rounded_inputs_are_refused(llama: Path, tmp_path: Path) -> None:
