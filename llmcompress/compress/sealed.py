@@ -5,6 +5,7 @@ from pathlib import Path
 
 from llmcompress.compress.export.records import RECORD_NAME as EXPORT_NAME
 from llmcompress.compress.export.records import ExportRecord
+from llmcompress.compress.export.verify import export_checks
 from llmcompress.compress.output import RECORD_NAME, OutputRecord
 from llmcompress.compress.prune.records import RECORD_NAME as PRUNE_NAME
 from llmcompress.compress.prune.records import PruneRecord
@@ -37,8 +38,8 @@ def record_of(folder: Path) -> tuple[str, AnyRecord]:
 def verify_output(folder: Path, device: str = "cpu") -> Iterator[Check]:
     """Yield each check as it is made: all there are of what has a plan or was healed, else of files and weights.
 
-    Pruned models and exports were compared with what they were made of when they were written; here their bytes are
-    held against the record of that. Raises InputError where the directory cannot even be opened.
+    Pruned models and exports were compared with what they were made of when they were written; here their bytes, and
+    the logits of exports, are held against the record of that. Raises InputError where the directory cannot even be opened.
     """
     name, record = record_of(folder)
     if name == RECORD_NAME:
@@ -49,3 +50,5 @@ def verify_output(folder: Path, device: str = "cpu") -> Iterator[Check]:
         files = check_source(folder, packed=True)
         yield Check("shards and index", True, f"{len(files.shards)} shards, {len(files.tensors)} tensors agree")
         yield check_finite(folder)
+    if isinstance(record, ExportRecord):
+        yield from export_checks(folder, record, device)

@@ -70,7 +70,7 @@ def verify(folder: Path, device: str = "cpu") -> Iterator[Check]:
         yield _check_bits(PackedReader(CheckpointReader(files.tensors), files.config), files.tensors, record)
         yield _check_size(files.shards, folder, record)
     yield check_finite(folder)
-    yield _check_logits(folder, record, device)
+    yield check_logits(probe_logits(folder, record.probe.tokens, device), record.probe)
 
 
 def check_hashes(folder: Path, files: tuple[FileRecord, ...]) -> Check:
@@ -123,10 +123,11 @@ def probe_logits(folder: Path, tokens: tuple[int, ...], device: str) -> Tensor:
     return next(iter(BlockStream(skeleton).logits([torch.tensor([tokens])])))
 
 
-def _check_logits(folder: Path, record: OutputRecord, device: str) -> Check:
-    logits = probe_logits(folder, record.probe.tokens, device)[0, -1].double().cpu()
-    expected = torch.tensor(record.probe.logits, dtype=torch.float64)
-    found = (logits[list(record.probe.places)] - expected).abs()
+def check_logits(found_logits: Tensor, probe: Probe) -> Check:
+    """Whether logits `(1, tokens, vocabulary)` of the probe's tokens are those on record."""
+    logits = found_logits[0, -1].double().cpu()
+    expected = torch.tensor(probe.logits, dtype=torch.float64)
+    found = (logits[list(probe.places)] - expected).abs()
     difference = float(found.max()) if len(found) else math.inf  # not a number where one of them is none
     passed = math.isfinite(difference) and difference <= LOGIT_TOLERANCE
     return Check("logits", passed, f"largest difference from the codes that were written: {difference:.2g}")

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -290,6 +292,35 @@ def test_a_native_export_holds_the_same_codes(mixed: Path, tmp_path: Path) -> No
     assert torch.equal(logits_of(ours), logits_of(before))
     section = json.loads((tmp_path / "native" / "config.json").read_text())["quantization_config"]
     assert section["quant_method"] == "llmcompress"
+
+
+@pytest.mark.parametrize(
+    ("format_", "options"), [("gptq", {}), ("bf16", {}), ("bnb", {"kind": "int8"}), ("native", {})]
+)
+def test_an_export_is_verified_from_its_record(format_: str, options: Any, mixed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    exported(mixed, out, format_, **options)
+    found = CliRunner().invoke(cli, ["verify", str(out), "--json"], catch_exceptions=False)
+    assert [check["name"] for check in json.loads(found.stdout)] == ["hashes", "finite", "logits"]
+    (out / "README.md").write_text("another")
+    failed = CliRunner().invoke(cli, ["verify", str(out)])
+    assert isinstance(failed.exception, VerifyError)
+    assert "README.md" in failed.exception.what
+    (out / "export.json").write_text("{}")
+    assert isinstance(CliRunner().invoke(cli, ["verify", str(out)]).exception, InputError)
+
+
+def test_the_input_is_looked_over_before_anything_heavy_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "config.json").write_text("{")
+    code = (
+        "import sys\nfrom llmcompress.cli import cli\nfrom llmcompress.errors import InputError\n"
+        "try:\n    cli(['export', 'bad', '--format', 'bf16'], standalone_mode=False)\n"
+        "except InputError as error:\n    print('torch' in sys.modules, error.what)\n"
+    )
+    found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert found.stdout.startswith("False")
+    assert "config.json" in found.stdout
 
 
 def test_rounded_inputs_are_refused(llama: Path, tmp_path: Path) -> None:

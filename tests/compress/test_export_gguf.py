@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from conftest import llama_config, save_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,6 +16,7 @@ from test_export import exported, quantized
 from torch import Tensor
 
 import llmcompress
+from llmcompress.cli import cli
 from llmcompress.compress.export import ggml
 from llmcompress.compress.export.checkpoint import Checkpoint
 from llmcompress.compress.export.families import FAMILIES, apart, family_of, interleaved
@@ -205,6 +207,8 @@ def test_strangers_open_the_file(family: str, tmp_path: Path) -> None:
     if family in ("llama", "mistral"):  # of other families transformers puts together tokenizers of their own
         tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "gguf", gguf_file="model.gguf")
         assert tokenizer(TEXT).input_ids == transformers.AutoTokenizer.from_pretrained(out)(TEXT).input_ids
+    checks = CliRunner().invoke(cli, ["verify", str(tmp_path / "gguf"), "--json"], catch_exceptions=False)
+    assert [check["passed"] for check in json.loads(checks.stdout)] == [True, True]
     field = format_.library().GGUFReader(tmp_path / "gguf" / "model.gguf").fields["tokenizer.chat_template"]
     assert field.contents() == (DEMO / "chat_template.jinja").read_text()
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from llmcompress.compress.export.checkpoint import Written, relative_error
-from llmcompress.compress.verify import VerifyError
+from llmcompress.compress.output import Probe
+from llmcompress.compress.verify import VerifyError, probe_of
 from llmcompress.model.skeleton import Skeleton
 from llmcompress.model.stream import BlockStream
 
@@ -24,6 +25,7 @@ class Comparison:
     logit_difference: float
     kld: float
     tokens: int
+    probe: Probe
 
 
 @torch.no_grad()
@@ -46,7 +48,7 @@ def compare(source: Skeleton, found: Skeleton, written: Written) -> Comparison:
     difference = float((wanted - got).abs().max())
     if not difference <= (float("inf") if any(errors.values()) else EQUAL_LOGITS * float(wanted.abs().max())):
         raise VerifyError(f"export: logits differ by {difference:.2g} though all weights are equal", HINT)
-    return Comparison(errors, difference, _kld(wanted, got), tokens.shape[1])
+    return Comparison(errors, difference, _kld(wanted, got), tokens.shape[1], probe_of(tokens, got))
 
 
 def _probe(skeleton: Skeleton) -> Tensor:

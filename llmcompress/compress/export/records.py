@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from llmcompress.compress.output import FileRecord, Origin
+from llmcompress.compress.output import FileRecord, Origin, Probe
 from llmcompress.types import Noun
 
 RECORD_NAME = "export.json"
@@ -26,6 +26,7 @@ class ExportRecord(Noun):
     kld                nats per token on the probe, the same two
     probe_tokens       random tokens the two were run on
     bits_per_weight    of the linears that had codes, everything that belongs to them counted, where tensors tell
+    probe              some of the logits of what was read back, where the files are a checkpoint by themselves
     """
 
     version: int = 1
@@ -44,6 +45,7 @@ class ExportRecord(Noun):
     bits_per_weight: float | None = None
     file_bits_per_weight: float | None = None
     environment: dict[str, str] = Field(default_factory=dict)
+    probe: Probe | None = None
     files: tuple[FileRecord, ...]
 
     @property

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import ModuleType
 
 from llmcompress import __version__
 from llmcompress.compress.export.card import model_card
@@ -21,6 +22,7 @@ from llmcompress.hub.card import CARD_NAME, PICTURE_NAME
 from llmcompress.model.checkpoint import folder_bytes
 from llmcompress.model.hub import Source
 from llmcompress.model.integrity import digest_source, scan
+from llmcompress.model.skeleton import Skeleton
 from llmcompress.plugins import find
 
 FORMATS = "llmcompress.compress.export.formats"
@@ -72,8 +74,10 @@ def export(request: ExportRequest) -> Iterator[str | Exported]:
         written: Written = module.write(checkpoint, folder, request.options)
         copy_side_files(request.source.path, folder)
         yield "opening again and comparing"
-        comparison = compare(checkpoint.skeleton, module.reopen(checkpoint, folder), written)
+        comparison = compare(checkpoint.skeleton, _reopened(module, checkpoint, folder), written)
         record = _record(request, (origin, base), checkpoint, written=written, comparison=comparison)
+        if hasattr(module, "decode"):
+            record = record.model_copy(update={"probe": comparison.probe})
         record = record.model_copy(update=vars(sizes_of(checkpoint, folder)))
         if record.lossless and (drawn := request.source.path / PICTURE_NAME).is_file():
             commit_bytes(folder / PICTURE_NAME, drawn.read_bytes())
@@ -83,6 +87,14 @@ def export(request: ExportRequest) -> Iterator[str | Exported]:
         size = folder_bytes(folder)
         journal.publish(request.force)
     yield Exported(record, size)
+
+
+def _reopened(module: ModuleType, checkpoint: Checkpoint, folder: Path) -> Skeleton:
+    """The model as a reader of the files sees it."""
+    if hasattr(module, "decode"):
+        return Skeleton.open(folder, decode=module.decode(folder))
+    found: Skeleton = module.reopen(checkpoint, folder)
+    return found
 
 
 def _record(

@@ -8,7 +8,7 @@ from torch import Tensor
 from llmcompress.compress.export.checkpoint import Checkpoint, Options, Written, relative_error, write_shards
 from llmcompress.errors import InputError
 from llmcompress.files import commit_json, read_json
-from llmcompress.model.skeleton import Skeleton
+from llmcompress.model.skeleton import Decode
 
 TITLE = "plain safetensors"
 TAG = "dequantized"
@@ -40,9 +40,9 @@ def write(checkpoint: Checkpoint, folder: Path, options: Options) -> Written:
     return Written(errors, dict.fromkeys(errors, word))
 
 
-def reopen(checkpoint: Checkpoint, folder: Path) -> Skeleton:
-    """The model in the files."""
-    return Skeleton.open(folder)
+def decode(folder: Path) -> Decode | None:
+    """What shows the files as a plain checkpoint: they are one."""
+    return None
 
 
 def opens_with(folder: Path) -> str:

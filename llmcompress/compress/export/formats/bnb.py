@@ -18,7 +18,7 @@ from llmcompress.files import commit_json, read_json
 from llmcompress.kernels import stored
 from llmcompress.kernels.codes import Codes
 from llmcompress.model.checkpoint import TORCH_DTYPES
-from llmcompress.model.skeleton import Skeleton
+from llmcompress.model.skeleton import Decode
 from llmcompress.runtime.packed import PackedReader
 from llmcompress.spec import FOUR_BIT, LinearSpec
 
@@ -140,10 +140,10 @@ def _dense_dtype(checkpoint: Checkpoint) -> str:
     return max(sizes, key=sizes.__getitem__, default="BF16")
 
 
-def reopen(checkpoint: Checkpoint, folder: Path) -> Skeleton:
-    """The model in the files."""
+def decode(folder: Path) -> Decode | None:
+    """What shows the files as a plain checkpoint."""
     rows = read_json(folder / "config.json")["quantization_config"]["load_in_8bit"]
-    return Skeleton.open(folder, decode=int8.Int8Reader if rows else PackedReader)
+    return int8.Int8Reader if rows else PackedReader
 
 
 def opens_with(folder: Path) -> str:

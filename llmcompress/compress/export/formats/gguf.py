@@ -228,6 +228,25 @@ def reopen(checkpoint: Checkpoint, folder: Path) -> Skeleton:
     return Skeleton(checkpoint.skeleton.files, GgufReader(folder / FILE_NAME, checkpoint))
 
 
+def available() -> bool:
+    """Whether the package that reads the file is installed."""
+    try:
+        library()
+    except InputError:
+        return False
+    return True
+
+
+def tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the file by the name it has there, in float32."""
+    gguf = library()
+    for tensor in gguf.GGUFReader(folder / FILE_NAME).tensors:
+        yield (
+            tensor.name,
+            torch.from_numpy(numpy.array(gguf.dequantize(tensor.data, tensor.tensor_type), numpy.float32)),
+        )
+
+
 def opens_with(folder: Path) -> str:
     """What opens it."""
     return f"llama.cpp and what is built on it open `{FILE_NAME}`; transformers does with `gguf_file=`, dequantized."

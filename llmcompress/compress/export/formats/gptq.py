@@ -35,7 +35,7 @@ from llmcompress.files import commit_json, read_json
 from llmcompress.kernels import reference
 from llmcompress.kernels.codes import Codes
 from llmcompress.model.checkpoint import TensorReader
-from llmcompress.model.skeleton import Skeleton
+from llmcompress.model.skeleton import Decode
 from llmcompress.spec import WORD_BITS, ZERO_BITS, LinearSpec
 
 TITLE = "GPTQ"
@@ -206,9 +206,9 @@ class GptqReader:
         return ((codes - zeros[group]).float() * scales.float()[group]).T.contiguous()
 
 
-def reopen(checkpoint: Checkpoint, folder: Path) -> Skeleton:
-    """The model in the files."""
-    return Skeleton.open(folder, decode=GptqReader)
+def decode(folder: Path) -> Decode | None:
+    """What shows the files as a plain checkpoint."""
+    return GptqReader
 
 
 def opens_with(folder: Path) -> str:

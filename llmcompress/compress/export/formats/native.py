@@ -8,7 +8,7 @@ from llmcompress.compress.export.checkpoint import TO_BF16, Checkpoint, Options,
 from llmcompress.compress.exporters import native
 from llmcompress.errors import InputError
 from llmcompress.files import commit_json, read_json
-from llmcompress.model.skeleton import Skeleton
+from llmcompress.model.skeleton import Decode
 from llmcompress.runtime.packed import PackedReader
 from llmcompress.spec import LinearSpec
 from llmcompress.types import QuantizerOptions
@@ -43,9 +43,9 @@ def write(checkpoint: Checkpoint, folder: Path, options: Options) -> Written:
     return Written(types=types)
 
 
-def reopen(checkpoint: Checkpoint, folder: Path) -> Skeleton:
-    """The model in the files."""
-    return Skeleton.open(folder, decode=PackedReader)
+def decode(folder: Path) -> Decode | None:
+    """What shows the files as a plain checkpoint."""
+    return PackedReader
 
 
 def opens_with(folder: Path) -> str:
