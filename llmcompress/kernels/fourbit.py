@@ -45,7 +45,7 @@ def table_of(kind: str) -> Tensor:
     if kind == "nf4":
         return torch.tensor(NF4, dtype=torch.float32)
     positive = torch.tensor(FP4_TWELFTHS, dtype=torch.float32) / 12.0
-    return torch.cat([positive, -positive])
+    return torch.cat([positive, 0.0 - positive])  # whose zeros are both positive, as bitsandbytes has them
 
 
 def dynamic_table() -> Tensor:

@@ -26,7 +26,6 @@ def lora(config: Any) -> Any:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Unsupported layer type")  # which it was made for
                 super().__init__(base_layer, adapter_name, **rest)
-            self.to(next(self.get_base_layer().buffers()).device)
 
         def merge(self, safe_merge: bool = False, adapter_names: Any = None) -> None:
             """Raises InputError: codes hold no other weight."""

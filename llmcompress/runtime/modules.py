@@ -45,6 +45,12 @@ class PackedLinear(nn.Module):
             self.register_buffer(buffer_name(part), tensor)
         self.register_parameter("bias", bias)
 
+    @property
+    def qweight(self) -> Tensor:
+        """The first tensor of the weight, by which libraries of adapters tell the device."""
+        found: Tensor = getattr(self, self._buffer_names[0])
+        return found
+
     def _working(self) -> tuple[str, list[Tensor]]:
         """What the operator gets: names and tensors."""
         if self.siblings is not None and self.siblings.settled:

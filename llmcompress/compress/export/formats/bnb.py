@@ -4,9 +4,11 @@ Quantizing once more adds an error of its own, which is measured and said: `quan
 better. A weight whose rows are not whole blocks of 64 is dequantized to the source's dtype instead.
 """
 
+import json
 from pathlib import Path
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from llmcompress.compress.export import int8
@@ -14,7 +16,7 @@ from llmcompress.compress.export.checkpoint import Checkpoint, Options, Written,
 from llmcompress.compress.exporters import bnb
 from llmcompress.compress.grid import table_codes, table_format
 from llmcompress.errors import InputError
-from llmcompress.files import commit_json, read_json
+from llmcompress.files import commit_json, parse_json, read_json
 from llmcompress.kernels import stored
 from llmcompress.kernels.codes import Codes
 from llmcompress.model.checkpoint import TORCH_DTYPES
@@ -53,6 +55,7 @@ def write(checkpoint: Checkpoint, folder: Path, options: Options) -> Written:
     types: dict[str, str] = {}
     specs: dict[str, LinearSpec] = {}
     again: set[str] = set()
+    dtype = document.get("dtype") or document.get("torch_dtype") or "float32"
 
     def make(name: str) -> dict[str, Tensor]:
         if checkpoint.spec_of(name) is None:
@@ -60,17 +63,17 @@ def write(checkpoint: Checkpoint, folder: Path, options: Options) -> Written:
         weight = checkpoint.skeleton.reader.read(name)  # with what an adapter adds
         spec = table_format(kind, 4, weight.shape[1], double=double)
         if spec is None:
-            dtype = _dense_dtype(checkpoint)
-            types[name] = f"dequantized, {dtype}"
+            dense = _dense_dtype(checkpoint)
+            types[name] = f"dequantized, {dense}"
             tensor = checkpoint.skeleton.read(name)
-            errors[name] = relative_error(tensor.to(TORCH_DTYPES[dtype]), tensor)
-            return {name: tensor.to(TORCH_DTYPES[dtype])}
+            errors[name] = relative_error(tensor.to(TORCH_DTYPES[dense]), tensor)
+            return {name: tensor.to(TORCH_DTYPES[dense])}
         codes = _carried(checkpoint, name, spec)
         if codes is None:
             codes = table_codes(weight, spec)
             again.add(name)
         specs[name], types[name] = spec, f"{kind}{', scales in 8 bits' if double else ''}"
-        found = stored.tensors_of(name.removesuffix(".weight"), codes)
+        found = _with_record(stored.tensors_of(name.removesuffix(".weight"), codes), str(dtype))
         errors[name] = relative_error(_as_stored(found, name, spec), weight)
         return found
 
@@ -117,6 +120,18 @@ def _write_rows(checkpoint: Checkpoint, folder: Path) -> Written:
     notes = [f"{again} weights were quantized once more, to 8 bits by rows."] if again else []
     notes.append("bitsandbytes rounds inputs to 8 bits as well while it runs, which the figures above do not count.")
     return Written(errors, types, tuple(notes))
+
+
+def _with_record(tensors: dict[str, Tensor], dtype: str) -> dict[str, Tensor]:
+    """The tensors of a linear with the record that bitsandbytes writes: no padding, and the dtype of the model."""
+
+    def record(tensor: Tensor) -> Tensor:
+        said = parse_json(tensor.numpy().tobytes(), "quant_state") | {"dtype": dtype}
+        if "nested_offset" in said:
+            said["nested_offset"] = float(torch.tensor(said["nested_offset"], dtype=torch.float32))
+        return torch.tensor(list(json.dumps(said).encode()), dtype=torch.uint8)
+
+    return {name: record(tensor) if stored.STATE in name else tensor for name, tensor in tensors.items()}
 
 
 def _carried(checkpoint: Checkpoint, name: str, spec: LinearSpec) -> Codes | None:
