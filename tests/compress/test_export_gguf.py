@@ -22,7 +22,7 @@ from llmcompress.compress.export.checkpoint import Checkpoint
 from llmcompress.compress.export.families import FAMILIES, apart, family_of, interleaved
 from llmcompress.compress.export.formats import gguf as format_
 from llmcompress.compress.export.requantize import input_energies, rounded
-from llmcompress.compress.export.vocabulary import LLAMA3, read_vocabulary
+from llmcompress.compress.export.vocabulary import LLAMA3, QWEN2, read_vocabulary
 from llmcompress.errors import InputError
 from llmcompress.kernels.codes import Codes
 from llmcompress.model.hub import Source
@@ -115,7 +115,10 @@ def test_vocabularies_of_both_kinds(tmp_path: Path) -> None:
     (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
     found = read_vocabulary(tmp_path, 1536)
     assert (found.pre, found.chat_template) == ("llama-bpe", "{{ messages }}")
-    split["pattern"] = {"Regex": "."}
+    split["pattern"], document["normalizer"] = {"Regex": QWEN2}, {"type": "NFC"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(document))
+    assert read_vocabulary(tmp_path, 1536).pre == "qwen2"
+    split["pattern"], document["normalizer"] = {"Regex": "."}, None
     (tmp_path / "tokenizer.json").write_text(json.dumps(document))
     with pytest.raises(InputError, match="split"):
         read_vocabulary(tmp_path, 1536)

@@ -14,6 +14,8 @@ LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+SPLITS = {LLAMA3: "llama-bpe", QWEN2: "qwen2"}
 SPACE = "▁"  # what stands for a space
 ADVICE = "export it to bf16 and use llama.cpp's own converter"
 
@@ -94,11 +96,13 @@ def _splitting(document: dict[str, Any]) -> str:
     part = document.get("pre_tokenizer") or {}
     parts = part.get("pretokenizers", [part])
     kinds = [each.get("type") for each in parts]
-    if document.get("normalizer") is None and not parts[-1].get("add_prefix_space"):
-        if kinds == ["ByteLevel"] and parts[0].get("use_regex", True):
+    normalizer = (document.get("normalizer") or {}).get("type")
+    if not parts[-1].get("add_prefix_space"):
+        if kinds == ["ByteLevel"] and parts[0].get("use_regex", True) and normalizer is None:
             return "gpt-2"
-        if kinds == ["Split", "ByteLevel"] and parts[0]["pattern"].get("Regex") == LLAMA3:
-            return "llama-bpe"
+        name = SPLITS.get(parts[0]["pattern"].get("Regex")) if kinds == ["Split", "ByteLevel"] else None
+        if name is not None and normalizer in (None, "NFC" if name == "qwen2" else None):
+            return name
     raise InputError("tokenizer.json: text is split in a way that this has no name of llama.cpp for", ADVICE)
 
 

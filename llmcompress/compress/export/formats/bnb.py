@@ -83,12 +83,13 @@ def write(checkpoint: Checkpoint, folder: Path, options: Options) -> Written:
     section = bnb.section(next(iter(specs.values())), document, checkpoint.linears_left_alone(specs))
     commit_json(folder / "config.json", document | {"quantization_config": section})
     lossy = sum(errors[name] > 0 for name in again)
-    note = (
-        f"{lossy} weights were quantized once more; {BETTER}, which loses less."
-        if lossy
-        else f"Every weight was {'of this kind' if again else 'in this format'} already, and none has changed."
-    )
-    return Written(errors, types, (note,))
+    return Written(errors, types, (_note(lossy, bool(again)),))
+
+
+def _note(lossy: int, again: bool) -> str:
+    if lossy:
+        return f"{lossy} weights were quantized once more; {BETTER}, which loses less."
+    return f"Every weight was {'of this kind' if again else 'in this format'} already, and none has changed."
 
 
 def _write_rows(checkpoint: Checkpoint, folder: Path) -> Written:

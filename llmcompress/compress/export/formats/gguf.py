@@ -208,6 +208,7 @@ class GgufReader:
         self._tensors = {tensor.name: tensor for tensor in self._library.GGUFReader(path).tensors}
 
     def names(self) -> tuple[str, ...]:
+        """The tensors of the checkpoint that the file has."""
         names = self._parameters.items()
         return tuple(name for name, parameter in names if self._family.name_of(parameter) in self._tensors)
 
