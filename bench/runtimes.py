@@ -243,7 +243,7 @@ def same_bytes(source: Path, folder: Path, kind: str, double: bool) -> bool:
     model = transformers.AutoModelForCausalLM.from_pretrained(
         source, quantization_config=settings, dtype=torch.bfloat16, device_map="cpu"
     )
-    calm(model).save_pretrained(theirs)
+    model.save_pretrained(theirs)
     recipe = load_recipe("nf4", (f"quantizer={kind}", f"quantize.double={str(double).lower()}"))
     ours, out = folder / f"ours-{kind}-{double}", folder / f"export-{kind}-{double}"
     list(quantize(QuantizeRequest(Source(source, "m"), ours, recipe, parse_budget("6bits"), "cpu", "bench")))
