@@ -39,7 +39,8 @@ def verify_output(folder: Path, device: str = "cpu") -> Iterator[Check]:
     """Yield each check as it is made: all there are of what has a plan or was healed, else of files and weights.
 
     Pruned models and exports were compared with what they were made of when they were written; here their bytes, and
-    the logits of exports, are held against the record of that. Raises InputError where the directory cannot even be opened.
+    the logits of exports, are held against the record of that. Raises InputError where the directory cannot even be
+    opened.
     """
     name, record = record_of(folder)
     if name == RECORD_NAME:

@@ -98,7 +98,7 @@ def test_an_export_is_verified_from_its_record(format_: str, options: Any, mixed
     out = tmp_path / "out"
     exported(mixed, out, format_, **options)
     found = CliRunner().invoke(cli, ["verify", str(out), "--json"], catch_exceptions=False)
-    assert [check["name"] for check in json.loads(found.stdout)] == ["hashes", "finite", "logits"]
+    assert [check["name"] for check in json.loads(found.stdout)] == ["hashes", "shards and index", "finite", "logits"]
     (out / "README.md").write_text("another")
     failed = CliRunner().invoke(cli, ["verify", str(out)])
     assert isinstance(failed.exception, VerifyError)

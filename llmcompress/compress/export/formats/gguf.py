@@ -204,7 +204,8 @@ class GgufReader:
         self._config = checkpoint.skeleton.config
         self._family = family_of(self._config)
         self._parameters = checkpoint.skeleton.names.module_of
-        self.row_major: frozenset[str] = getattr(checkpoint.skeleton.reader, "row_major", frozenset())
+        # whatever shape stands in the checkpoint's own files, where its reader unpacks or makes up a weight
+        self.made_up: frozenset[str] = getattr(checkpoint.skeleton.reader, "made_up", frozenset())
         self._tensors = {tensor.name: tensor for tensor in self._library.GGUFReader(path).tensors}
 
     def names(self) -> tuple[str, ...]:
