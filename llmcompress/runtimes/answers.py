@@ -62,9 +62,7 @@ class Subject:
 
 def weights_of(trace: ModelTrace, specs: Mapping[str, LinearSpec]) -> tuple[Weight, ...]:
     """The linears of a model that get a format."""
-    return tuple(
-        weight_of(x, specs[x.name]) for x in trace.every if x.name in specs
-    )
+    return tuple(weight_of(x, specs[x.name]) for x in trace.every if x.name in specs)
 
 
 def weight_of(linear: LinearInfo, spec: LinearSpec) -> Weight:

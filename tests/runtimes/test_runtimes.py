@@ -129,6 +129,22 @@ def test_fused_linears_that_differ_are_refused_where_they_are_fused() -> None:
     assert answers["transformers", AS_WRITTEN].loads
 
 
+@pytest.mark.parametrize("alike", ["model", "block", "nothing"])
+def test_experts_are_fused_as_far_as_a_runtime_says(alike: str) -> None:
+    bits = {"model": (4, 4, 4, 4), "block": (4, 4, 8, 8), "nothing": (4, 8, 4, 8)}[alike]
+    names = [f"m.layers.{block}.mlp.experts.{expert}.up_proj" for block in range(2) for expert in range(2)]
+    weights = tuple(
+        weight(LinearSpec(bits=b, group_size=64), n).model_copy(update={"expert": True})
+        for b, n in zip(bits, names, strict=True)
+    )
+    assert layout_of(weights) == "compressed-tensors"
+    answers = asked(Subject("mixtral", layout_of(weights), weights))
+    opened = {who for who, how in answers if how == AS_WRITTEN and answers[who, how].loads}
+    expected = {"model": {"transformers", "vllm", "sglang"}, "block": {"vllm", "sglang"}, "nothing": set()}[alike]
+    assert opened == {*expected, "llmcompress"}
+    assert not any(how.endswith(("gptq", "bnb", "native", "gguf")) for _, how in answers)
+
+
 def test_a_family_that_llama_cpp_has_not_is_refused_before_anything_is_scored() -> None:
     trace = make_trace(1).model_copy(update={"model_type": "gpt_neox"})
     candidates = {x.name: (LinearSpec(bits=4, group_size=32),) for x in trace.linears}

@@ -50,15 +50,13 @@ def config_document(
 ) -> dict[str, Any]:
     """The config.json of the output: the source's, with the quantization section added."""
     found = {
-        x.name if x.expert is None else x.stem: spec
-        for x in trace.every
-        if (spec := plan.spec_of(x.name)) is not None
+        x.name if x.expert is None else x.stem: spec for x in trace.every if (spec := plan.spec_of(x.name)) is not None
     }
     return {**source, "quantization_config": section(found, plan.options, plan.left_alone((*heads, *trace.routers)))}
 
 
 def section(specs: Mapping[str, LinearSpec], options: QuantizerOptions, left_alone: list[str]) -> dict[str, Any]:
-    """The `quantization_config`; `specs` by module name, those of experts by stem, `left_alone` are the linears that are not quantized."""
+    """The `quantization_config`: `specs` by name of the module, of experts by stem, and linears not quantized."""
     targets: dict[LinearSpec, list[str]] = {}
     for name, spec in specs.items():
         targets.setdefault(spec, []).append(name)

@@ -44,12 +44,12 @@ def _wanted(checkpoint: Checkpoint, options: Options) -> tuple[Literal["nf4", "f
 
 def write(checkpoint: Checkpoint, folder: Path, options: Options) -> Written:
     """Weights and config.json. Raises InputError where nothing is quantized."""
+    checkpoint.refuse_experts(TITLE)
     if options.kind == "int8":
         if options.double is not None:
             raise InputError("--double is for nf4 and fp4: int8 has one scale per row", "leave it out")
         return _write_rows(checkpoint, folder)
     kind, double = _wanted(checkpoint, options)
-    checkpoint.refuse_experts(TITLE)
     document = read_json(checkpoint.skeleton.files.folder / "config.json")
     errors: dict[str, float] = {}
     types: dict[str, str] = {}

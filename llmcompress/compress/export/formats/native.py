@@ -20,9 +20,10 @@ OPTIONS = ()
 
 
 def write(checkpoint: Checkpoint, folder: Path, options: Options) -> Written:
-    """Weights and config.json. Raises InputError where nothing is quantized, or an adapter lies beside it."""
+    """Weights and config.json. Raises InputError where nothing or experts are quantized, or with an adapter."""
     specs: dict[str, LinearSpec] = {}
     types: dict[str, str] = {}
+    checkpoint.refuse_experts(TITLE)
     if checkpoint.adapted:
         raise InputError("an adapter lies beside the codes, which cannot be added to them", TO_BF16)
 
