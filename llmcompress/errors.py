@@ -70,9 +70,23 @@ class BusyError(CompressError):
     exit_code = 6
 
 
+class Stopped(BaseException):
+    """Raised where a signal arrives. No Exception, so that nobody who expects those takes it for one of theirs."""
+
+    def __init__(self, signal_number: int) -> None:
+        self.signal_number = signal_number
+        super().__init__(signal_number)
+
+
 class Interrupted(CompressError):
     """A signal asked the run to stop; what was finished is kept."""
 
     def __init__(self, signal_number: int) -> None:
         super().__init__("interrupted; finished blocks are kept", "run the same command again to go on")
         self.exit_code = 128 + signal_number
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, of the machine or a device; by names, as torch is not imported here."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return isinstance(error, MemoryError) or "OutOfMemoryError" in names or "DefaultCPUAllocator" in str(error)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import stat
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,6 +16,13 @@ from llmcompress.errors import InputError, MachineError
 
 CHUNK_BYTES = 1 << 20
 LARGEST_DOCUMENT_BYTES = 256 << 20
+LONE = re.compile("[\ud800-\udfff]")
+ALLOW_NONFINITE, ALLOW_EXTERNAL = "LLMCOMPRESS_ALLOW_NONFINITE", "LLMCOMPRESS_ALLOW_EXTERNAL_FILES"
+
+
+def allowed(variable: str) -> bool:
+    """Whether the user allows what is refused otherwise: an option sets the variable, for what it starts, too."""
+    return os.environ.get(variable) == "1"
 
 
 def _umask() -> int:
@@ -55,10 +63,30 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def _drop_stale(path: Path) -> None:
+    """Remove what processes that are no more left beside `path` when they died writing it."""
+    start = f"{path.name}.tmp-"
+    for name in os.listdir(path.parent):
+        number = name.removeprefix(start)
+        if name.startswith(start) and number.isdecimal() and not _lives(int(number)):
+            (path.parent / name).unlink(missing_ok=True)
+
+
+def _lives(pid: int) -> bool:
+    """Whether another process has this id."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return pid != os.getpid()
+
+
 def commit_bytes(path: Path, *pieces: bytes | memoryview) -> None:
     """Write `path` durably and atomically: aside, fsync, rename, fsync the folder.
 
-    Raises MachineError when the disk refuses; `path` is then as it was.
+    Raises MachineError when the disk refuses; `path` is then as it was, or complete.
     """
     commit_pieces(path, pieces)
 
@@ -67,7 +95,8 @@ def commit_pieces(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
     """`commit_bytes` of pieces that are made as they are written; what making one raises leaves `path` as it was."""
     aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
+        _drop_stale(path)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
         handle = os.open(aside, flags, 0o666 & ~_umask())
         try:
             with os.fdopen(handle, "wb") as stream:
@@ -84,9 +113,15 @@ def commit_pieces(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
         raise MachineError(f"cannot write {path.name}: {error.strerror or error}", hint) from error
 
 
+def check_name(path: Path) -> None:
+    """Raises InputError for a path that is no UTF-8: several libraries cannot open files there."""
+    if LONE.search(str(path.absolute())):
+        raise InputError(f"{path.name}: not a name in UTF-8", "rename it, or set a UTF-8 locale, as LC_ALL=C.UTF-8")
+
+
 def to_json(value: object) -> str:
-    """Strict, readable JSON: no NaN, no Infinity, one trailing newline."""
-    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    """Strict, readable JSON: no NaN, no Infinity, one trailing newline; what is no UTF-8 becomes `?`."""
+    return LONE.sub("?", json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)) + "\n"
 
 
 def commit_json(path: Path, value: object) -> None:

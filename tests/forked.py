@@ -90,12 +90,14 @@ def child(request: dict[str, object]) -> int:
     return 0
 
 
-def answer(request: dict[str, object]) -> int:
-    """The exit status of one run; that of a signal is negative."""
+def begin(request: dict[str, object], ready: int | None = None) -> int:
+    """Start one run; its process id. With `ready`, a file descriptor, it waits until there is something to read."""
     pid = os.fork()
     if pid == 0:
         status = 1
         try:
+            if ready is not None:
+                os.read(ready, 1)
             status = child(request)
         finally:
             if sys.exc_info()[0] is not None:
@@ -103,7 +105,12 @@ def answer(request: dict[str, object]) -> int:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)
-    end = time.monotonic() + float(str(request["timeout"]))
+    return pid
+
+
+def ended(pid: int, timeout: float) -> int:
+    """The exit status of one run, which is killed after `timeout` seconds; that of a signal is negative."""
+    end = time.monotonic() + timeout
     while True:
         found, status = os.waitpid(pid, os.WNOHANG)
         if found:
@@ -121,7 +128,8 @@ def serve() -> None:
     talk = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:
-        print(json.dumps(answer(json.loads(line))), file=talk, flush=True)
+        request = json.loads(line)
+        print(ended(begin(request), request["timeout"]), file=talk, flush=True)
 
 
 if __name__ == "__main__":

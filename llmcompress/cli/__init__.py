@@ -24,7 +24,7 @@ from llmcompress.cli.rewrite import rewrite_command
 from llmcompress.cli.say import tell_bug, tell_error
 from llmcompress.cli.scoring import score_command
 from llmcompress.cli.tune import tune_command
-from llmcompress.errors import CompressError, Interrupted, MachineError
+from llmcompress.errors import CompressError, Interrupted, MachineError, Stopped, out_of_memory
 
 COMMANDS = (
     quantize_command,
@@ -71,7 +71,7 @@ for command in COMMANDS:
 
 def _interrupt(number: int, _: FrameType | None) -> None:
     signal.signal(number, signal.SIG_DFL)  # a second signal ends the program at once
-    raise Interrupted(number)
+    raise Stopped(number)
 
 
 class _Manners:
@@ -111,9 +111,11 @@ class _Manners:
 
 def _understood(error: BaseException) -> BaseException:
     """What a user can act on in place of what Python and torch raise; the rest as it is."""
+    if isinstance(error, Stopped):
+        return Interrupted(error.signal_number)
     if isinstance(error, click.Abort | KeyboardInterrupt):
         return Interrupted(signal.SIGINT)
-    if _out_of_memory(error):
+    if out_of_memory(error):
         hint = "`quantize --max-memory SIZE` takes less; else --set calibration.batch_size=1"
         return MachineError("out of memory; finished blocks are kept", hint)
     if _device_failed(error):
@@ -125,11 +127,6 @@ def _understood(error: BaseException) -> BaseException:
     if isinstance(error, OSError):
         return MachineError(str(error), "check the disk and its permissions; finished work is kept")
     return error
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    names = {kind.__name__ for kind in type(error).__mro__}
-    return isinstance(error, MemoryError) or "OutOfMemoryError" in names or "DefaultCPUAllocator" in str(error)
 
 
 def _device_failed(error: BaseException) -> bool:

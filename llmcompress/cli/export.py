@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from llmcompress.cli.options import find_model, speaking
+from llmcompress.cli.options import find_model, speaking, trusting
 from llmcompress.cli.push import check_original, check_target, push_options, pushed
 from llmcompress.cli.say import Speaker, command_line, megabytes
 from llmcompress.plugins import available
@@ -25,6 +25,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 @click.option("--calibration", metavar="SPEC", help="gguf: text whose inputs weigh what is requantized.")
 @click.option("--force", is_flag=True, help="Replace an existing output, atomically, once the new one is complete.")
 @push_options
+@trusting
 @speaking
 def export_command(checkpoint: str, output: Path | None, speaker: Speaker, **flags: Any) -> None:
     """Write CHECKPOINT, an output of ours or a plain model, in another format.

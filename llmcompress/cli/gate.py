@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from llmcompress.cli.options import Command, pick_device, speaking
+from llmcompress.cli.options import Command, check_place, pick_device, speaking
 from llmcompress.cli.say import Speaker, command_line
 from llmcompress.errors import InputError, MachineError
 
@@ -78,6 +78,7 @@ def gate_command(subject: str, speaker: Speaker, config: Path | None, suggest: b
 
     REPORT is a report.json or a folder with one; with --ref it is a model, which is evaluated first.
     """
+    check_place(flags["junit"])
     limits, baseline = _limits(config, flags), _baseline(flags["baseline"])
     report, verdict = _judged(subject, limits, baseline, speaker=speaker, flags=flags)
     if suggest:

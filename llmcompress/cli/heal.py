@@ -5,8 +5,9 @@ from typing import Any
 
 import click
 
-from llmcompress.cli.options import find_model, pick_device, speaking
+from llmcompress.cli.options import find_model, pick_device, speaking, trusting
 from llmcompress.cli.say import Speaker, command_line, megabytes, typed
+from llmcompress.cli.trackers import Tracker, tracking
 
 OPTIONS = (
     click.option("--against", required=True, metavar="MODEL", help="The original: a directory, org/name or demo."),
@@ -62,8 +63,10 @@ def _options(function: Any) -> Any:
 @click.command("heal")
 @click.argument("out")
 @_options
+@trusting
 @speaking
-def heal_command(out: str, speaker: Speaker, **flags: Any) -> None:
+@tracking
+def heal_command(out: str, speaker: Speaker, tracker: Tracker, **flags: Any) -> None:
     """Recover quality of OUT, a pruned or quantized checkpoint, by training a little of it to answer as MODEL does.
 
     The loss is KL(original || healed) on text. What comes out is never worse than OUT on text that was not trained on.
@@ -75,6 +78,7 @@ def heal_command(out: str, speaker: Speaker, **flags: Any) -> None:
     from llmcompress.compress.run import Warned
 
     finished = None
+    tracker.start(request.output.name, {"model": request.source.name, "against": request.against.name})
     for event in heal(request):
         match event:
             case str():
@@ -85,8 +89,10 @@ def heal_command(out: str, speaker: Speaker, **flags: Any) -> None:
                 _tell_start(event, speaker)
             case Position():
                 speaker.talk(_look_line(event))
+                tracker.log({"held_out_kld": event.history[-1].kld, "seconds": event.seconds}, event.step)
             case Healed():
                 finished = event
+                tracker.log({"kld": event.record.kld.mean, "kld_before": event.record.kld_before.mean})
     _tell_result(request, finished, speaker)
 
 

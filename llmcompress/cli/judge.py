@@ -1,18 +1,31 @@
 """`llmcompress verify` and `llmcompress eval`."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
 from llmcompress.cli.figures import lines_of
-from llmcompress.cli.options import MEMORY, find_model, memory_of, pick_device, speaking
+from llmcompress.cli.options import (
+    MEMORY,
+    check_place,
+    find_model,
+    memory_of,
+    pick_device,
+    speaking,
+    trusting,
+    with_half,
+)
+from llmcompress.cli.report import PAGE_NAME
 from llmcompress.cli.say import Speaker, command_line
+from llmcompress.cli.trackers import Tracker, report_numbers, tracking
 
 
 @click.command("verify")
 @click.argument("output")
 @click.option("--device", default=None, help="cpu or cuda. Default: cpu.")
+@trusting
 @speaking
 def verify_command(output: str, device: str | None, speaker: Speaker) -> None:
     """Reopen OUTPUT: hashes, index, true bits against the plan, NaN, logits against the stored codes.
@@ -50,25 +63,38 @@ def verify_command(output: str, device: str | None, speaker: Speaker) -> None:
 @click.option("--void-alpha", type=click.FloatRange(0), default=0.8, show_default=True, help="Larger: more voids.")
 @click.option("--device", default=None, help="cpu or cuda. Default: cpu.")
 @MEMORY
+@trusting
 @speaking
+@tracking
 def eval_command(model: str, ref: str, output: Path | None, speaker: Speaker, **flags: Any) -> None:
     """Compare MODEL with its original on held-out text: KL divergence, perplexity, agreement, single tokens, blocks."""
     request = _request(model, ref, flags)
-    from llmcompress.cli.report import PAGE_NAME, write_page
+    folder = output or Path(f"{request.model.name}-eval")
+    check_place(folder / PAGE_NAME, made=True)
+    from llmcompress.cli.report import write_page
     from llmcompress.eval.run import run_eval, write_report
     from llmcompress.pages.reading import run_of
 
     speaker.talk(f"comparing {request.model.name} with {request.reference.name} ...")
-    report = run_eval(request)
+    report = with_half(lambda size: run_eval(replace(request, batch_size=size)), request.batch_size, speaker)
     if flags["skip_voids"]:
         from llmcompress.eval.skipping import with_voids
 
         speaker.talk("running it with voids skipped ...")
         report = with_voids(report, request, flags["void_alpha"])
-    path = write_report(report, output or Path(f"{request.model.name}-eval"))
+    _track(flags["tracker"], report)
+    path = write_report(report, folder)
     page = path.with_name(PAGE_NAME)
     write_page([run_of(report, request.model.path, path.parent)], page)
     speaker.result(report.model_dump(mode="json"), [*lines_of(report), f"written to  {path} and {page.name}"])
+
+
+def _track(tracker: Tracker, report: Any) -> None:
+    tracker.start(f"eval {report.model.name}", {"model": report.model.name, "reference": report.ref.name})
+    for cost in report.costs:
+        found = {"reference_seconds": cost.reference_seconds, "candidate_seconds": cost.candidate_seconds}
+        tracker.log(found | {"resident_bytes": cost.resident_bytes}, cost.block)
+    tracker.log(report_numbers(report))
 
 
 def _request(model: str, ref: str, flags: dict[str, Any]) -> Any:

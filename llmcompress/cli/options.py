@@ -1,13 +1,18 @@
 """Options several commands share."""
 
-from collections.abc import Callable
+import gc
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
 from llmcompress.cli.say import Speaker, open_log
+from llmcompress.errors import InputError, MachineError, out_of_memory
+from llmcompress.files import ALLOW_EXTERNAL, ALLOW_NONFINITE
 
 Command = Callable[..., Any]
 RUNTIMES = ("transformers", "vllm", "sglang", "llamacpp", "bnb", "gptqmodel")
@@ -16,6 +21,7 @@ RUNTIME = click.option(
     type=click.Choice(RUNTIMES),
     help="Plan only what this program runs packed, or what an export carries over exactly. Default: any.",
 )
+Answer = TypeVar("Answer")
 
 
 def speaking(function: Command) -> Command:
@@ -31,6 +37,48 @@ def speaking(function: Command) -> Command:
         return function(*args, speaker=Speaker(json=as_json, quiet=quiet, verbose=verbose), **rest)
 
     return with_speaker
+
+
+def trusting(function: Command) -> Command:
+    """Add --allow-external-files and --allow-nonfinite, in force for the command and for what it starts."""
+
+    @click.option("--allow-external-files", is_flag=True, help="Follow links of the model that lead out of it.")
+    @click.option("--allow-nonfinite", is_flag=True, help="Keep tensors with NaN or infinity, unquantized.")
+    @wraps(function)
+    def with_trust(*args: Any, allow_external_files: bool, allow_nonfinite: bool, **rest: Any) -> Any:
+        with _allowing({ALLOW_EXTERNAL: allow_external_files, ALLOW_NONFINITE: allow_nonfinite}):
+            return function(*args, **rest)
+
+    return with_trust
+
+
+@contextmanager
+def _allowing(wanted: dict[str, bool]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update({name: "1" for name, given in wanted.items() if given})
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            os.environ.update({} if value is None else {name: value})
+
+
+def with_half(call: Callable[[int], Answer], batch_size: int, speaker: Speaker) -> Answer:
+    """What `call` answers for a batch size; for half of it where memory runs out the first time."""
+    try:
+        return call(batch_size)
+    except (MemoryError, RuntimeError) as error:
+        if batch_size < 2 or not out_of_memory(error):
+            raise
+    gc.collect()
+    speaker.talk(f"warning: memory ran out: again with batches of {batch_size // 2}; last bits may differ")
+    return call(batch_size // 2)
+
+
+def batches_of(recipe: Any, size: int) -> Any:
+    """The recipe with batches of so many sequences."""
+    return recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update={"batch_size": size})})
 
 
 def recipe_options(function: Command) -> Command:
@@ -86,6 +134,22 @@ def read_recipe(
     return found if seed is None else found.model_copy(update={"seed": seed})
 
 
+def check_place(path: Path | None, *, made: bool = False) -> None:
+    """A file that is written when all is done has a folder, before anything is. Raises InputError, MachineError.
+
+    made  the folder, and those above it, will be made where they are missing
+    """
+    folder = None if path is None else path.absolute().parent
+    while made and folder is not None and not folder.exists():
+        folder = folder.parent
+    if folder is None:
+        return
+    if not folder.is_dir():
+        raise InputError(f"no such folder for the output: {folder}", "create it, or choose another name")
+    if not os.access(folder, os.W_OK):
+        raise MachineError(f"cannot write in {folder.name}", "check its permissions, or choose another name")
+
+
 def find_model(model: str, *, packed: bool = False) -> Any:
     """MODEL on this machine, looked over before any library that could open it is imported. Raises InputError.
 
@@ -102,8 +166,6 @@ def find_model(model: str, *, packed: bool = False) -> Any:
 def pick_device(device: str | None) -> str:
     """A device torch has here. Raises InputError."""
     import torch
-
-    from llmcompress.errors import InputError
 
     try:
         kind = torch.device(device or "cpu").type

@@ -15,7 +15,16 @@ from llmcompress.cli.drawing import (
     terminal_bars,
     write_pictures,
 )
-from llmcompress.cli.options import RUNTIME, find_model, pick_device, read_recipe, recipe_options, speaking
+from llmcompress.cli.options import (
+    RUNTIME,
+    check_place,
+    find_model,
+    pick_device,
+    read_recipe,
+    recipe_options,
+    speaking,
+    trusting,
+)
 from llmcompress.cli.runtimes import document_of, openings, tell_runtimes
 from llmcompress.cli.say import Speaker, dropping_lines, megabytes
 from llmcompress.cli.scoring import PICTURES, write_json
@@ -53,6 +62,7 @@ class _Case:
 @RUNTIME
 @PICTURES
 @recipe_options
+@trusting
 @speaking
 def plan_command(model: str, budget: str, output: Path | None, frontier: bool, speaker: Speaker, **flags: Any) -> None:
     """Spend a budget: decide the width of every linear of MODEL, or of a scores.json.
@@ -63,6 +73,7 @@ def plan_command(model: str, budget: str, output: Path | None, frontier: bool, s
     from llmcompress.compress.allocate.budget import parse_budget
     from llmcompress.compress.decide import plan_file
 
+    check_place(output)
     spent = parse_budget(budget)
     case = _from_file(model, flags) if _is_file(model) else _from_model(model, spent, flags, frontier, speaker=speaker)
     allocation = case.decide(spent)

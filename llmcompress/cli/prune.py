@@ -1,5 +1,6 @@
 """`llmcompress prune`: find blocks, or halves of blocks, that do little, and write the model without them, or tied."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,15 @@ import click
 from llmcompress.cli.drawing import say_lines, say_table, terminal_bars, write_pictures
 from llmcompress.cli.options import (
     MEMORY,
+    batches_of,
     find_model,
     memory_of,
     pick_device,
     read_recipe,
     recipe_options,
     speaking,
+    trusting,
+    with_half,
 )
 from llmcompress.cli.say import Speaker, command_line, megabytes
 from llmcompress.cli.scoring import PICTURES
@@ -44,6 +48,7 @@ from llmcompress.cli.scoring import PICTURES
 @recipe_options
 @MEMORY
 @click.option("--force", is_flag=True, help="Replace an existing output, atomically, once the new one is complete.")
+@trusting
 @speaking
 def prune_command(model: str, speaker: Speaker, **flags: Any) -> None:
     """Remove blocks of MODEL, or halves of them, chosen by the KL divergence that removing them together measures.
@@ -61,6 +66,21 @@ def prune_command(model: str, speaker: Speaker, **flags: Any) -> None:
         tie_blocks(model, flags, speaker)
         return
     request = _request(model, flags)
+    recipe = request.recipe
+    ranked, finished = with_half(
+        lambda size: _run(replace(request, recipe=batches_of(recipe, size)), speaker),
+        recipe.calibration.batch_size,
+        speaker,
+    )
+    if ranked is not None and not speaker.json:
+        _tell_ranking(ranked, finished, speaker)
+    if flags["pictures"] is not None and ranked is not None:
+        _draw(request.source.name, ranked, flags["pictures"], speaker)
+    _tell_result(request, finished, speaker)
+
+
+def _run(request: Any, speaker: Speaker) -> tuple[Any, Any]:
+    """Run it: the ranking, and what came of it."""
     from llmcompress.compress.prune.records import RemovalStep
     from llmcompress.compress.prune.run import Pruned, Ranked, prune
 
@@ -75,11 +95,7 @@ def prune_command(model: str, speaker: Speaker, **flags: Any) -> None:
                 speaker.talk(_step_line(event))
             case Pruned():
                 finished = event
-    if ranked is not None and not speaker.json:
-        _tell_ranking(ranked, finished, speaker)
-    if flags["pictures"] is not None and ranked is not None:
-        _draw(request.source.name, ranked, flags["pictures"], speaker)
-    _tell_result(request, finished, speaker)
+    return ranked, finished
 
 
 def _request(model: str, flags: dict[str, Any]) -> Any:

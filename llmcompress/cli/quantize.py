@@ -2,6 +2,7 @@
 
 import re
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,23 @@ from llmcompress.cli.options import (
     read_recipe,
     recipe_options,
     speaking,
+    trusting,
 )
 from llmcompress.cli.planning import SCORES, read_scores
 from llmcompress.cli.progress import BlockProgress
 from llmcompress.cli.push import check_original, check_target, push_options, pushed
 from llmcompress.cli.rewrite import tell_rewriting
 from llmcompress.cli.say import Speaker, command_line, dropping_lines, megabytes, typed
+from llmcompress.cli.trackers import Tracker, block_numbers, tracking
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a run ended with, how often it was not rounded as asked, and its seconds."""
+
+    finished: Any
+    adjusted: int
+    seconds: float
 
 
 def default_output(model: str, budget: str) -> Path:
@@ -46,7 +58,9 @@ def default_output(model: str, budget: str) -> Path:
 @click.option("--force", is_flag=True, help="Replace an existing output, atomically, once the new one is complete.")
 @click.option("--restart", is_flag=True, help="Discard an unfinished run instead of going on with it.")
 @push_options
+@trusting
 @speaking
+@tracking
 def quantize_command(model: str, budget: str, output: Path | None, speaker: Speaker, **flags: Any) -> None:
     """Compress MODEL to a bit budget: trace, score, plan, quantize, verify.
 
@@ -61,7 +75,18 @@ def quantize_command(model: str, budget: str, output: Path | None, speaker: Spea
     if flags["dry_run"]:
         _dry_run(request, speaker)
     else:
-        _run(request, speaker, flags["repository"], flags["public"])
+        flags["tracker"].start(request.output.name, _facts(request))
+        told = _run(request, speaker, flags["tracker"])
+        repository = flags["repository"]
+        sent = None if repository is None else pushed(request.output, repository, flags["public"], speaker)
+        _tell_result(request, told, sent=sent, speaker=speaker)
+
+
+def _facts(request: Any) -> dict[str, str | int | float]:
+    """What was asked, for those who compare runs."""
+    recipe = request.recipe
+    facts: dict[str, str | int | float] = {"model": request.source.name, "budget": request.budget.text}
+    return facts | {"recipe": recipe.name, "quantizer": recipe.quantizer, "scorer": recipe.scorer, "seed": recipe.seed}
 
 
 def _request(model: str, budget: str, output: Path | None, flags: dict[str, Any]) -> Any:
@@ -120,13 +145,14 @@ def _dry_run(request: Any, speaker: Speaker) -> None:
     speaker.result(found.document(), _forecast_lines(found))
 
 
-def _run(request: Any, speaker: Speaker, repository: str | None, public: bool) -> None:
+def _run(request: Any, speaker: Speaker, tracker: Tracker) -> Told:
+    """Carry it out, and say what happens."""
     from llmcompress.compress.forecast import Forecast
     from llmcompress.compress.run import Finished, Planned, Resumed, Rewrote, Warned, quantize
     from llmcompress.types import BlockOutcome, Dropping
 
     began = time.monotonic()
-    finished = None
+    finished, adjusted, blocks = None, 0, 1
     with BlockProgress(speaker) as progress:
         for event in quantize(request):
             match event:
@@ -142,18 +168,31 @@ def _run(request: Any, speaker: Speaker, repository: str | None, public: bool) -
                         speaker.talk(line)
                 case Planned():
                     _tell_plan(event, speaker)
-                    progress.blocks(len(event.opened.trace.blocks))
+                    progress.blocks(blocks := len(event.opened.trace.blocks))
                 case Resumed():
                     speaker.talk(f"resuming: {event.blocks} of {event.total} blocks are already done")
                 case Warned():
                     speaker.talk(f"warning: {event.text}")
                 case BlockOutcome():
                     progress.block(event)
+                    adjusted += len(event.fallbacks)
+                    tracker.log(block_numbers(event, blocks), event.block)
                 case Finished():
                     finished = event
-    seconds = time.monotonic() - began
-    sent = None if repository is None else pushed(request.output, repository, public, speaker)
-    _tell_result(request, finished, seconds, sent=sent, speaker=speaker)
+                    tracker.log(_numbers(event.plan) | {"seconds": time.monotonic() - began})
+    return Told(finished, adjusted, time.monotonic() - began)
+
+
+def _numbers(plan: Any) -> dict[str, float | None]:
+    """What the run came to."""
+    allocation = plan.allocation
+    measured = min((trial.measured_kld for trial in plan.trials), default=None)
+    return {
+        "bits_per_weight": allocation.bits_per_weight,
+        "file_bits_per_weight": allocation.file_bits_per_weight,
+        "shard_bytes": allocation.file_bytes,
+        "calibration_kld": measured,
+    }
 
 
 def _tell_plan(event: Any, speaker: Speaker) -> None:
@@ -187,7 +226,8 @@ def _tell_plan(event: Any, speaker: Speaker) -> None:
         speaker.talk(f"  fused experts left at the source precision: {trace.untraced_share:.0%} of the block weights")
 
 
-def _tell_result(request: Any, finished: Any, seconds: float, *, sent: Any, speaker: Speaker) -> None:
+def _tell_result(request: Any, told: Told, *, sent: Any, speaker: Speaker) -> None:
+    finished = told.finished
     allocation = finished.plan.allocation
     document = {
         "output": request.output.name,
@@ -198,10 +238,21 @@ def _tell_result(request: Any, finished: Any, seconds: float, *, sent: Any, spea
         "directory_bytes": finished.directory_bytes,
         "expected_damage": allocation.expected_damage,
         "status": allocation.status,
+        "adjusted": told.adjusted,
         "kept": [kept.linear for kept in allocation.kept],
         "checks": [{"name": c.name, "passed": c.passed, "found": c.found} for c in finished.checks],
-        "seconds": round(seconds, 2),
+        "seconds": round(told.seconds, 2),
     }
+    lines = _lines(request, told)
+    if sent is not None:
+        document["push"], more = sent
+        lines += more
+    speaker.result(document, lines)
+
+
+def _lines(request: Any, told: Told) -> list[str]:
+    """What the run came to, for a reader."""
+    finished, allocation, adjusted = told.finished, told.finished.plan.allocation, told.adjusted
     dropping = finished.plan.dropping
     of_original = (
         []
@@ -211,17 +262,18 @@ def _tell_result(request: Any, finished: Any, seconds: float, *, sent: Any, spea
             f"dropped blocks {', '.join(map(str, dropping.dropped))} counted"
         ]
     )
-    lines = [
+    return [
         f"asked       {allocation.budget}",
         *of_original,
         f"linears     {allocation.bits_per_weight:.4f} bits per weight, codes, scales and shapes counted",
         f"checkpoint  {allocation.file_bits_per_weight:.4f} bits per weight, {allocation.file_bytes:,} bytes of shards"
         f" ({megabytes(finished.directory_bytes)} with tokenizer and records)",
+        *(
+            [f"adjusted    {adjusted} linear(s) were not rounded as asked; llmcompress.json says why"]
+            if adjusted
+            else []
+        ),
         f"verified    {', '.join(check.name for check in finished.checks)}",
-        f"written to  {request.output}  in {seconds:.0f} s",
+        f"written to  {request.output}  in {told.seconds:.0f} s",
         f"next        llmcompress eval {request.output} --ref {typed(request.source)}",
     ]
-    if sent is not None:
-        document["push"], more = sent
-        lines += more
-    speaker.result(document, lines)

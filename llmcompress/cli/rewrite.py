@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from llmcompress.cli.options import find_model, pick_device, read_recipe, recipe_options, speaking
+from llmcompress.cli.options import find_model, pick_device, read_recipe, recipe_options, speaking, trusting
 from llmcompress.cli.say import Speaker, megabytes
 from llmcompress.plugins import available, summary
 
@@ -33,6 +33,7 @@ def method_flags(function: Callable[..., Any]) -> Callable[..., Any]:
 @method_flags
 @recipe_options
 @click.option("--force", is_flag=True, help="Replace an existing output, atomically, once the new one is complete.")
+@trusting
 @speaking
 def rewrite_command(model: str, output: Path, speaker: Speaker, **flags: Any) -> None:
     """Rewrite MODEL without changing what it computes, in the order the flags are given.

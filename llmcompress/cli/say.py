@@ -12,11 +12,11 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from llmcompress.errors import CompressError, Finding, Refused, one_line
+from llmcompress.errors import CompressError, Finding, InputError, Refused, one_line
 from llmcompress.files import to_json
 from llmcompress.pictures.words import megabytes as megabytes
 
-MOST_FINDINGS = 20
+MOST_LINES = 6
 LOG = logging.getLogger("llmcompress")
 LOG.addHandler(logging.NullHandler())
 
@@ -59,17 +59,28 @@ class Speaker:
 
 
 def tell_error(error: CompressError) -> None:
-    """An error and its hint on stderr; where there are several findings a line for each, and hints after them."""
+    """An error and its hint on stderr; of several findings as many as fit into `MOST_LINES`. The log has all."""
     LOG.error("%s (%s)", error.what, error.hint)
     findings = error.findings if isinstance(error, Refused) else (Finding(error.what, error.hint),)
-    shown = findings[:MOST_FINDINGS]
-    for place, finding in enumerate(shown):
-        click.echo(f"error: {finding.what}", err=True)
-        last = place + 1 == len(shown) or shown[place + 1].hint != finding.hint
+    shown = len(findings)
+    while shown > 1 and len(_told(findings[:shown])) > MOST_LINES - (shown < len(findings)):
+        shown -= 1
+    lines = _told(findings[:shown])
+    if shown < len(findings):
+        lines.append(f"error: and {len(findings) - shown} more; --log-file has all of them")
+    for line in lines:
+        click.echo(line, err=True)
+
+
+def _told(findings: Sequence[Finding]) -> list[str]:
+    """A line for each finding, and one for a hint after the last of those that share it."""
+    lines = []
+    for place, finding in enumerate(findings):
+        lines.append(f"error: {finding.what}")
+        last = place + 1 == len(findings) or findings[place + 1].hint != finding.hint
         if finding.hint and last:
-            click.echo(f"  hint: {finding.hint}", err=True)
-    if len(findings) > len(shown):
-        click.echo(f"error: and {len(findings) - len(shown)} more like these", err=True)
+            lines.append(f"  hint: {finding.hint}")
+    return lines
 
 
 def tell_bug(error: BaseException) -> None:
@@ -85,13 +96,16 @@ def tell_bug(error: BaseException) -> None:
 
 
 def open_log(path: Path | None) -> None:
-    """Send the log to a file."""
+    """Send the log to a file. Raises InputError where there is no folder for it."""
     LOG.setLevel(logging.INFO)
     LOG.propagate = False
-    if path is not None:
-        handler = logging.FileHandler(path, encoding="utf-8")
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        LOG.addHandler(handler)
+    if path is None:
+        return
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"--log-file: no such folder: {path.parent}", "create it, or name another file")
+    from llmcompress.compress.runlog import LogFile
+
+    LOG.addHandler(LogFile(path))
 
 
 def command_line() -> str:

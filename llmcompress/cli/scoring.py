@@ -9,12 +9,16 @@ import click
 from llmcompress.cli.drawing import say_lines, say_table, terminal_bars, write_pictures
 from llmcompress.cli.options import (
     MEMORY,
+    batches_of,
+    check_place,
     find_model,
     memory_of,
     pick_device,
     read_recipe,
     recipe_options,
     speaking,
+    trusting,
+    with_half,
 )
 from llmcompress.cli.say import Speaker
 
@@ -33,12 +37,14 @@ PICTURES = click.option(
 @PICTURES
 @recipe_options
 @MEMORY
+@trusting
 @speaking
 def score_command(model: str, output: Path | None, scorers: tuple[str, ...], speaker: Speaker, **flags: Any) -> None:
     """Score the linears of MODEL: what each candidate width is expected to cost.
 
     Prints the damage at one width in the middle, block by block; every width of every linear with -v.
     """
+    check_place(output)
     recipe = read_recipe(flags["recipe"], flags["changes"], flags["calibration"], flags["seed"])
     found = _score(model, recipe, flags, speaker, scorers)
     if output is not None:
@@ -71,7 +77,8 @@ def _score(model: str, recipe: Any, flags: dict[str, Any], speaker: Speaker, sco
         return recipe
 
     speaker.talk(f"scoring {source.name} with {', '.join(names)} ...")
-    return score_file(source, recipe, pick_device(flags["device"]), names, fit=fit)
+    where, size = pick_device(flags["device"]), recipe.calibration.batch_size
+    return with_half(lambda n: score_file(source, batches_of(recipe, n), where, names, fit=fit), size, speaker)
 
 
 def write_json(output: Path, value: Any, speaker: Speaker) -> None:

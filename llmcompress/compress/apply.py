@@ -131,7 +131,8 @@ def apply(job: ApplyJob, journal: Journal) -> Iterator[BlockOutcome]:
         return
     chain = start_chain(job)
     if first:
-        chain.hidden = [chain.stream.keep(x) for x in load_hidden(journal, first, job.skeleton.device)]
+        saved = _regrouped([*load_hidden(journal, first, job.skeleton.device)], job.batches)
+        chain.hidden = [chain.stream.keep(x) for x in saved]
         chain.catch_up(job.trace.blocks[:first])
     for step, part in enumerate(job.parts[first:], first + 1):
         if isinstance(part, BlockTrace):
@@ -164,7 +165,7 @@ def start_chain(job: ApplyJob) -> Chain:
 
 def finished_logits(job: ApplyJob, journal: Journal) -> Tensor:
     """Logits of the probe after the last step, float32 `(1, tokens, vocabulary)`."""
-    (probe,) = load_hidden(journal, len(job.parts), job.skeleton.device, first=len(job.batches))
+    (probe,) = load_hidden(journal, len(job.parts), job.skeleton.device, first=-1)
     if job.shards.head is not None:
         return probe
     stream = BlockStream(job.skeleton)
@@ -197,6 +198,16 @@ def load_hidden(journal: Journal, step: int, device: torch.device, first: int = 
     with safe_open(journal.hidden_path(step), "pt") as found:
         for name in sorted(found.keys())[first:]:
             yield found.get_tensor(name).to(device)
+
+
+def _regrouped(hidden: list[Tensor], batches: list[Tensor]) -> list[Tensor]:
+    """Hidden states, the probe's last, in the batches of this run, where those of the run before were larger."""
+    *rows, probe = hidden
+    if len(rows) == len(batches):
+        return hidden
+    if not rows or not rows[0].numel():
+        return [*(torch.empty(0) for _ in batches), probe]
+    return [*torch.split(torch.cat(rows), [len(batch) for batch in batches]), probe]
 
 
 def quantize_block(job: ApplyJob, chain: Chain, info: BlockTrace, journal: Journal) -> tuple[BlockOutcome, str]:

@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
 
@@ -175,3 +175,10 @@ def resolve(
 def narrowed(candidates: Mapping[str, tuple[LinearSpec, ...]], widths: tuple[int, ...]) -> Candidates:
     """Fewer candidates: those of `widths`; a linear that would be left with none, as a pinned one, keeps all."""
     return {name: tuple(spec for spec in specs if spec.bits in widths) or specs for name, specs in candidates.items()}
+
+
+def sparing(candidates: Mapping[str, tuple[LinearSpec, ...]], trace: ModelTrace, tensors: Sequence[str]) -> Candidates:
+    """The candidates without linears of some tensors, and without those that share a format with them."""
+    units = {linear.unit for linear in trace.every if linear.tensor in tensors}
+    spared = {linear.name for linear in trace.every if linear.unit in units}
+    return {name: specs for name, specs in candidates.items() if name not in spared}

@@ -2,7 +2,7 @@
 
     OUT                   appears by one rename, complete
     OUT.partial/          data: shards under their final names, later the index and the small files
-    .OUT.llmcompress/     state: lock, run.json, scores.json, commit-00007.json, hidden-00007.safetensors
+    .OUT.llmcompress/     state: lock, run.json, run.log, scores.json, commit-00007.json, hidden-00007.safetensors
 
 A step is committed by its record, which is written last and carries the digests of the step's files
 and of the record before it. Everything without a record is garbage that a rerun overwrites.
@@ -18,8 +18,11 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from llmcompress.compress.kept import seal, sealed
+from llmcompress.compress.runlog import NAME as LOG_NAME
+from llmcompress.compress.runlog import RunLog
 from llmcompress.errors import BusyError, InputError, MachineError
-from llmcompress.files import commit_json, file_digest, read_json, sync_folder
+from llmcompress.files import check_name, commit_json, file_digest, read_json, sync_folder
 from llmcompress.types import BlockOutcome, Noun
 
 AT_FDCWD = -100
@@ -40,6 +43,7 @@ class CommitRecord(Noun):
 
 def check_output(output: Path, source: Path, force: bool) -> None:
     """Refuse an output that exists, is the input, lies inside it, or has no parent. Raises InputError."""
+    check_name(output)
     real, origin = output.resolve(), source.resolve()
     if real == origin:
         raise InputError(f"output equals the input: {output.name}", "choose another -o")
@@ -50,6 +54,7 @@ def check_output(output: Path, source: Path, force: bool) -> None:
     if not real.parent.is_dir():
         raise InputError(f"no such folder for the output: {output.parent}", "create it, or choose another -o")
     if (output.exists() or output.is_symlink()) and not force:
+        Journal(output).sweep()
         raise InputError(f"output already exists: {output.name}", "choose another -o, or pass --force to replace it")
 
 
@@ -60,25 +65,44 @@ class Journal:
         self.output = output.absolute()
         self.partial = self.output.with_name(self.output.name + ".partial")
         self.state = self.output.with_name(f".{self.output.name}.llmcompress")
+        self._log = RunLog(self.state / LOG_NAME)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the output against other runs. Raises BusyError when another run holds it."""
+        """Hold the output against other runs. Raises BusyError when another run holds it.
+
+        Nothing is left of a run that fails before its request is recorded.
+        """
+        lock = FileLock(self.state / "lock", timeout=0, mode=0o666)
         try:
             self.state.mkdir(exist_ok=True)
-            lock = FileLock(self.state / "lock", timeout=0, mode=0o666)
             lock.acquire()
         except Timeout:
             raise BusyError(f"another run is writing {self.output.name}", "wait for it, or choose another -o") from None
+        except FileNotFoundError:  # the run that held it finished and removed it under our feet
+            raise BusyError(f"another run has just written {self.output.name}", "look at it, or try again") from None
         except OSError as error:
             where = self.output.parent
             raise MachineError(f"cannot write in {where}: {error.strerror}", "check permissions and the disk") from None
         try:
-            if not (self.state / "lock").exists():  # the run that held it finished and removed it under our feet
+            if not (self.state / "lock").exists():
                 raise BusyError(f"another run has just written {self.output.name}", "look at it, or try again")
-            yield
+            with self._log:
+                yield
         finally:
+            if not self.run_file.exists():
+                self.clear()
             lock.release()
+
+    def sweep(self) -> None:
+        """Remove what a run left that died when its output was published already, unless another run is at work."""
+        if not self.state.is_dir() or self.run_file.exists():
+            return
+        try:
+            with self.locked():
+                pass  # the end of it clears
+        except (BusyError, MachineError):
+            return
 
     @property
     def run_file(self) -> Path:
@@ -87,31 +111,47 @@ class Journal:
     def begin(self, request: dict[str, str]) -> bool:
         """Compare what is asked with what an unfinished run was asked; True when there is one to go on with.
 
-        Raises InputError naming what differs; nothing is changed then.
+        Raises InputError naming what differs; nothing is changed then. What has no request on record is discarded.
         """
         if not self.run_file.exists():
+            self.discard()
+            self._log.start()
             return False
-        before = read_json(self.run_file)
-        known = before.get("request", {}) if isinstance(before, dict) else {}
+        known = self._recorded()["request"]
         differs = sorted(key for key in known.keys() | request.keys() if known.get(key) != request.get(key))
         if differs:
             raise InputError(
                 f"an unfinished run on {self.output.name} was started differently: {', '.join(differs)}",
                 "repeat the first command to go on with it, or pass --restart to discard it",
             )
+        self._log.start()
         return True
+
+    def _recorded(self) -> dict[str, dict[str, str]]:
+        """What was asked and on what machine. Raises InputError where the record is damaged."""
+        try:
+            found = read_json(self.run_file)
+        except InputError:
+            found = None
+        if not isinstance(found, dict) or not all(isinstance(found.get(x), dict) for x in ("request", "environment")):
+            what = f"the record of the unfinished run on {self.output.name} is damaged"
+            raise InputError(what, "pass --restart to discard the run")
+        return found
 
     def published_request(self) -> dict[str, str] | None:
         """What the output was made from, if a run died after publishing it and before forgetting its state."""
         record = self.output / "llmcompress.json"
         if not (self.run_file.is_file() and record.is_file()):
             return None
-        run, made = read_json(self.run_file), read_json(record)
-        if not (isinstance(run, dict) and isinstance(made, dict)):
+        try:
+            run, made = self._recorded(), read_json(record)
+        except InputError:
+            return None
+        if not isinstance(made, dict):
             return None
         last = made.get("healing") or [made]  # what was done to it last
         asked = last[-1].get("request")
-        return dict(asked) if run.get("request") == asked else None
+        return dict(asked) if run["request"] == asked else None
 
     @contextmanager
     def in_one_go(self) -> Iterator[None]:
@@ -123,10 +163,7 @@ class Journal:
             if self.run_file.exists():
                 raise InputError(f"an unfinished run on {self.output.name} is kept", "finish it, or choose another -o")
             self.discard()
-            try:
-                yield
-            finally:
-                self.clear()  # after `publish` there is nothing left to clear
+            yield
 
     def record_request(self, request: dict[str, str], environment: dict[str, str]) -> None:
         """Note what was asked and on what machine, once, at the start of a new run."""
@@ -134,11 +171,12 @@ class Journal:
 
     def changed_environment(self, environment: dict[str, str]) -> list[str]:
         """Names of what a result depends on that differ from when the unfinished run began."""
-        before = read_json(self.run_file).get("environment", {})
+        before = self._recorded()["environment"]
         return sorted(key for key, value in environment.items() if before.get(key) != value)
 
     def discard(self) -> None:
-        """Forget the unfinished run, whatever it left."""
+        """Forget the unfinished run, whatever it left; its request first, so that nobody goes on with half of it."""
+        self.run_file.unlink(missing_ok=True)
         shutil.rmtree(self.partial, ignore_errors=True)
         for path in self.state.iterdir():
             if path.is_dir():
@@ -162,7 +200,7 @@ class Journal:
 
     def commit(self, record: CommitRecord) -> None:
         """Make a step final. Its shard and hidden states must already be on disk."""
-        commit_json(self.record_path(record.step), record.model_dump(mode="json"))
+        seal(self.record_path(record.step), record)
         self.hidden_path(record.step - KEPT_HIDDEN).unlink(missing_ok=True)
 
     def committed(self) -> list[CommitRecord]:
@@ -172,12 +210,7 @@ class Journal:
         """
         found: list[CommitRecord] = []
         previous = ""
-        while self.record_path(len(found)).exists():
-            path = self.record_path(len(found))
-            try:
-                record = CommitRecord.parse(path.read_bytes(), path.name)
-            except InputError:
-                break
+        while (record := sealed(self.record_path(len(found)), CommitRecord)) is not None:
             shard = self.partial / record.shard
             if record.previous != previous or not shard.is_file() or file_digest(shard) != record.shard_digest:
                 break
@@ -210,8 +243,13 @@ class Journal:
         self.clear()
 
     def clear(self) -> None:
-        """Remove the state of a finished run, and what `--force` replaced."""
+        """Remove the state of a finished run, and what `--force` replaced; last what says that it is finished."""
         shutil.rmtree(self.partial, ignore_errors=True)
+        for path in self.state.iterdir() if self.state.is_dir() else ():
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path not in (self.run_file, self.state / "lock"):
+                path.unlink(missing_ok=True)
         shutil.rmtree(self.state, ignore_errors=True)
 
 

@@ -23,7 +23,7 @@ from llmcompress.compress.scoring import SCORERS, ScoreJob, run_scorers
 from llmcompress.compress.shards import ShardMap, shard_map
 from llmcompress.model.checkpoint import TORCH_DTYPES, folder_bytes
 from llmcompress.model.hub import Source
-from llmcompress.model.integrity import digest_source, scan
+from llmcompress.model.integrity import digest_source, nonfinite, scan
 from llmcompress.model.skeleton import Skeleton
 from llmcompress.model.text import Batches, TextRequest, load_tokenizer, sample_tokens, token_batches
 from llmcompress.model.trace import trace
@@ -44,7 +44,8 @@ NO_SCORER = "none"  # in place of a scorer, where every linear has one candidate
 class Opened:
     """A validated model, traced, with the formats its linears could get.
 
-    `rewriting` says what was done to it before, if anything was, and `hints` what rounding should know of that.
+    `rewriting` says what was done to it before, if anything was, and `hints` what rounding should know of that;
+    `nonfinite` are tensors with NaN or infinity that the user allows.
     """
 
     source: Source
@@ -56,6 +57,7 @@ class Opened:
     source_bytes: int
     rewriting: RewriteRecord | None = None
     hints: Hints = field(default_factory=Hints)
+    nonfinite: tuple[str, ...] = ()
 
     def digest(self) -> str:
         """sha256 over shard digests and config; scans the weights for NaN on the way."""
@@ -83,9 +85,11 @@ def open_model(source: Source, recipe: Recipe, device: str, *, whole_file: bool 
     candidates = fitting(recipe.plan.runtime, traced, candidates)
     if (record := SkipRecord.of(files.config)) is not None:  # zeros, as cheap as they can be
         candidates = {name: specs[:1] if record.covers(name) else specs for name, specs in candidates.items()}
+    candidates = sparing(candidates, traced, broken := nonfinite(files))
     return Opened(
         source=source,
         skeleton=skeleton,
+        nonfinite=broken,
         trace=traced,
         shards=shard_map(skeleton, traced, scale_dtype, quantized=candidates, options=recipe.quantize),
         candidates=candidates,
@@ -293,8 +297,10 @@ def rewrite_model(
     batches, journal = calibration(opened, recipe), Journal(output)
     with journal.in_one_go():
         check_output(output, source.path, force)
-        for _ in rewrite(rewrite_job(opened, recipe, batches), journal.partial):
+        made = journal.state / "rewritten"
+        for _ in rewrite(rewrite_job(opened, recipe, batches), made):
             pass
+        made.rename(journal.partial)
         record = read_rewriting(journal.partial)
         (journal.partial / HINTS_NAME).unlink()  # for rounding in the same run, and not a shard
         size = folder_bytes(journal.partial)

@@ -1,5 +1,6 @@
 """`quantize`: the whole chain on one output, resumable, published by one rename."""
 
+import gc
 import platform
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
@@ -13,8 +14,8 @@ from llmcompress.compress.allocate.budget import Budget
 from llmcompress.compress.apply import ApplyJob, apply, finished_logits
 from llmcompress.compress.card import write_card
 from llmcompress.compress.forecast import Forecast, check_disk, fitted
-from llmcompress.compress.joint import decide_dropping, reopen_dropped, write_dropped
 from llmcompress.compress.journal import Journal, check_output
+from llmcompress.compress.kept import seal, sealed
 from llmcompress.compress.output import (
     RECORD_NAME,
     Origin,
@@ -34,17 +35,23 @@ from llmcompress.compress.pipeline import (
     open_model,
     outside_linears,
     probe_tokens,
-    reopen,
     request_of,
-    rewrite_job,
     score,
 )
 from llmcompress.compress.planning import make_plan
+from llmcompress.compress.remade import (
+    SCORES_NAME,
+    as_halved,
+    dropped_once,
+    dropping_once,
+    halve,
+    made_digest,
+    rewritten_once,
+)
 from llmcompress.compress.reuse import expected, reuse
-from llmcompress.compress.rewrite import rewrite
 from llmcompress.compress.verify import Check, probe_of, require, verify
-from llmcompress.errors import InputError
-from llmcompress.files import commit_bytes, commit_json
+from llmcompress.errors import InputError, out_of_memory
+from llmcompress.files import commit_bytes
 from llmcompress.model.checkpoint import folder_bytes
 from llmcompress.model.hub import Source
 from llmcompress.model.shelf import Shelf
@@ -53,10 +60,7 @@ from llmcompress.recipes import Recipe
 from llmcompress.runtime.skipping import SkipRecord
 from llmcompress.types import BlockOutcome, Dropping, Plan, RewriteRecord, ScoreFile, Scores
 
-SCORES_NAME = "scores.json"
 PLAN_NAME = "plan.json"
-REWRITTEN = "rewritten"
-DROPPED, DROPPING_NAME = "dropped", "dropping.json"
 
 
 @dataclass(frozen=True)
@@ -146,6 +150,8 @@ def quantize(request: QuantizeRequest) -> Iterator[Event]:
     recipe, needed = fitted(opened, request.recipe, request.budget, limit=request.max_memory, scored=scored)
     check_disk(needed, request.output)
     yield needed
+    if opened.nonfinite:
+        yield Warned(f"NaN or infinity, kept as it is, in {', '.join(opened.nonfinite[:8])}")
     if recipe != request.recipe:
         yield Warned(f"batches of {recipe.calibration.batch_size}, to keep to the memory: last bits may differ")
     request = replace(request, recipe=recipe)
@@ -157,6 +163,8 @@ def quantize(request: QuantizeRequest) -> Iterator[Event]:
     if not request.recipe.rewrite.methods:
         _given(request, batches, digest)
     asked = request_of(opened, request.recipe, batches, digest, request.budget)
+    if request.scores is not None:
+        asked["scores"] = request.scores.digest()
     with journal.locked():
         opened.skeleton.shelf = Shelf(journal.state, everything=needed.spilled)
         if published == asked:
@@ -166,7 +174,42 @@ def quantize(request: QuantizeRequest) -> Iterator[Event]:
             yield Finished(record.plan, checks, folder_bytes(request.output))
             return
         check_output(request.output, request.source.path, request.force)
+        yield from _twice(request, journal, opened, batches=batches, asked=asked)
+
+
+def _twice(
+    request: QuantizeRequest, journal: Journal, opened: Opened, *, batches: Batches, asked: dict[str, str]
+) -> Iterator[Event]:
+    """The run; once more with half the batch, from the last finished block on, where memory ran out."""
+    try:
         yield from _locked(request, journal, opened, batches=batches, asked=asked)
+        return
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error) or not batches.tokens.numel() or not halve(journal, request.recipe):
+            raise
+    gc.collect()
+    shelf = opened.skeleton.shelf  # what was opened is half changed
+    opened = open_model(request.source, request.recipe, request.device, whole_file=request.budget.whole_file)
+    opened.skeleton.shelf = shelf
+    yield from _locked(replace(request, restart=False), journal, opened, batches=batches, asked=asked)
+
+
+def _begun(
+    request: QuantizeRequest, journal: Journal, asked: dict[str, str]
+) -> Generator[Warned, None, tuple[bool, QuantizeRequest]]:
+    """Whether an unfinished run is gone on with, and the request as that run had to change it."""
+    if request.restart:
+        journal.discard()
+    going_on = journal.begin(asked)
+    if not going_on:
+        journal.record_request(asked, environment())
+    elif changed := journal.changed_environment(environment()):
+        yield Warned(f"going on with another {', '.join(changed)}: the result may differ in its last bits")
+    recipe = as_halved(journal, request.recipe)
+    if recipe != request.recipe:
+        yield Warned(f"memory ran out: batches of {recipe.calibration.batch_size}; last bits may differ")
+        request = replace(request, recipe=recipe)
+    return going_on, request
 
 
 def _locked(
@@ -177,26 +220,23 @@ def _locked(
     batches: Batches,
     asked: dict[str, str],
 ) -> Iterator[Event]:
-    if request.restart:
-        journal.discard()
-    going_on = journal.begin(asked)
-    if not going_on:
-        journal.record_request(asked, environment())
-    elif changed := journal.changed_environment(environment()):
-        yield Warned(f"going on with another {', '.join(changed)}: the result may differ in its last bits")
+    going_on, request = yield from _begun(request, journal, asked)
     dropping = None
     if request.recipe.plan.voids:
         yield "weighing blocks against bits"
-        dropping = _dropping(request, journal, opened, batches, asked["model"])
+        recipe, budget = request.recipe, request.budget
+        dropping = dropping_once(recipe, budget, journal, opened=opened, batches=batches, digest=asked["model"])
         yield dropping
-        request, opened = _without(request, journal, opened, dropping)
+        opened, budget = dropped_once(recipe, budget, journal, opened=opened, dropping=dropping)
+        request = replace(request, budget=budget)
     if request.recipe.rewrite.methods:
         yield f"rewriting with {', '.join(request.recipe.rewrite.methods)}"
-        opened = _rewritten(request, journal, opened, batches)
+        whole_file = request.budget.whole_file
+        opened = rewritten_once(request.recipe, whole_file, journal, opened=opened, batches=batches)
         if opened.rewriting is not None:
             yield Rewrote(opened.rewriting)
     yield "planning" if request.scores else f"scoring with {request.recipe.scorer} and planning"
-    digest = asked["model"] if opened.source.path == request.source.path else opened.digest()
+    digest = asked["model"] if opened.source.path == request.source.path else made_digest(journal, opened)
     found = _plan(request, journal, opened, batches=batches, digest=digest)
     yield Planned(plan := found.model_copy(update={"dropping": dropping}), opened)
     job = ApplyJob(
@@ -219,15 +259,6 @@ def _locked(
     yield Finished(plan, checks, size)
 
 
-def _rewritten(request: QuantizeRequest, journal: Journal, opened: Opened, batches: Batches) -> Opened:
-    """The model as the recipe's rewrites leave it: a checkpoint in the state of this run, made once."""
-    folder = journal.state / REWRITTEN
-    if not folder.is_dir():
-        for _ in rewrite(rewrite_job(opened, request.recipe, batches), folder):
-            pass
-    return reopen(opened, request.recipe, folder, whole_file=request.budget.whole_file)
-
-
 def _applied(job: ApplyJob, journal: Journal) -> Generator[BlockOutcome, None, tuple[BlockOutcome, ...]]:
     """Yields the outcomes of a plan as they come; all of them at the end."""
     outcomes = []
@@ -237,47 +268,17 @@ def _applied(job: ApplyJob, journal: Journal) -> Generator[BlockOutcome, None, t
     return tuple(outcomes)
 
 
-def _dropping(request: QuantizeRequest, journal: Journal, opened: Opened, batches: Batches, digest: str) -> Dropping:
-    """Which blocks this run drops, decided once."""
-    path = journal.state / DROPPING_NAME
-    if path.exists():
-        return Dropping.parse(path.read_bytes(), DROPPING_NAME)
-    scores = score(opened, request.recipe, batches, digest)
-    found = decide_dropping(opened, request.recipe, batches, scores, request.budget)
-    if not found.dropped and not request.recipe.rewrite.methods:
-        commit_json(journal.state / SCORES_NAME, scores.model_dump(mode="json"))
-    commit_json(path, found.model_dump(mode="json"))
-    return found
-
-
-def _without(
-    request: QuantizeRequest, journal: Journal, opened: Opened, dropping: Dropping
-) -> tuple[QuantizeRequest, Opened]:
-    """The model without dropped blocks, a checkpoint in the state of this run, made once; and its budget."""
-    if not dropping.dropped:
-        return request, opened
-    folder = journal.state / DROPPED
-    if not folder.is_dir():
-        write_dropped(opened, dropping, folder, request.recipe.seed)
-    opened, budget = reopen_dropped(opened, request.recipe, folder, request.budget)
-    return replace(request, budget=budget), opened
-
-
 def _plan(request: QuantizeRequest, journal: Journal, opened: Opened, *, batches: Batches, digest: str) -> Plan:
     """The plan of this run, or what its state already holds of it. `digest` is that of what is quantized."""
     stored, planned = journal.state / SCORES_NAME, journal.state / PLAN_NAME
-    if planned.exists():
-        plan = Plan.parse(planned.read_bytes(), PLAN_NAME)
-        if plan.model_digest != digest:
-            raise InputError("the rewritten weights of the unfinished run are damaged", "pass --restart to discard it")
+    plan, scores = sealed(planned, Plan), sealed(stored, Scores)
+    if plan is not None and scores is not None:
         return plan
-    if stored.exists():
-        scores = Scores.parse(stored.read_bytes(), SCORES_NAME)
-    else:
+    if scores is None:
         scores = _given(request, batches, digest) or score(opened, request.recipe, batches, digest)
-        commit_json(stored, scores.model_dump(mode="json"))
+        seal(stored, scores)
     plan = make_plan(opened, request.recipe, batches, scores, request.budget)
-    commit_json(planned, plan.model_dump(mode="json"))
+    seal(planned, plan)
     return plan
 
 
@@ -321,7 +322,9 @@ def _close(
     write_card(journal.partial, story)
     write_small_files(journal.partial, opened.source.path, job.shards, story, outside_linears(job.skeleton))
     if story.plan.scorer != NO_SCORER:
-        scores = Scores.parse((journal.state / SCORES_NAME).read_bytes(), SCORES_NAME)
+        scores = sealed(journal.state / SCORES_NAME, Scores)
+        if scores is None:
+            raise InputError("the scores of the unfinished run are damaged", "pass --restart to discard it")
         kept = as_score_file(opened, request.recipe, (scores,))
         commit_bytes(journal.partial / SCORES_NAME, kept.model_dump_json().encode(), b"\n")
     write_record(journal.partial, story, __version__, outcomes, probe_of(job.probe, logits))

@@ -13,7 +13,7 @@ from llmcompress.compress.output import RECORD_NAME, FileRecord, OutputRecord, P
 from llmcompress.errors import CompressError, InputError
 from llmcompress.files import file_digest, parse_json
 from llmcompress.model.checkpoint import CheckpointReader
-from llmcompress.model.integrity import scan
+from llmcompress.model.integrity import nonfinite, scan
 from llmcompress.model.skeleton import Skeleton
 from llmcompress.model.stream import BlockStream
 from llmcompress.preflight import check_source
@@ -111,10 +111,13 @@ def _check_size(shards: tuple[str, ...], folder: Path, record: RunRecord) -> Che
 def check_finite(folder: Path) -> Check:
     """Whether no weight of a checkpoint is NaN or infinite."""
     try:
-        scan(check_source(folder, packed=True))
+        scan(files := check_source(folder, packed=True))
     except InputError as error:
         return Check("finite", False, error.what)
-    return Check("finite", True, "no NaN or infinity")
+    broken = nonfinite(files)
+    return Check(
+        "finite", True, f"NaN or infinity, as allowed, in {', '.join(broken)}" if broken else "no NaN or infinity"
+    )
 
 
 def probe_logits(folder: Path, tokens: tuple[int, ...], device: str) -> Tensor:

@@ -110,7 +110,7 @@ def run_eval(request: EvalRequest) -> EvalReport:
         trajectory=pair.trajectory,
         costs=pair.costs,
         plan=record.get("plan"),
-        environment=_environment(),
+        environment=_environment() | {"batch_size": str(request.batch_size)},
         command=request.command,
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         **whole,

@@ -8,7 +8,8 @@ from functools import partial
 from importlib import resources
 from pathlib import Path
 
-from llmcompress.errors import InputError
+from llmcompress.errors import InputError, one_line
+from llmcompress.files import check_name
 from llmcompress.hub.aliases import ALIASES
 from llmcompress.hub.card import Inherited, inherited
 from llmcompress.hub.nearest import nearby, suggest
@@ -79,7 +80,8 @@ def resolve(model: str) -> Source:
     path = Path(os.path.expanduser(model))
     if model and os.path.isdir(path):  # os.path, not Path: False for every path the system refuses
         folder = Path(os.path.abspath(path))
-        return _source(folder, folder.name or "model")
+        check_name(folder)
+        return _source(folder, one_line(folder.name) or "model")
     word, mark, revision = model.partition("@")
     if model and word.lower() not in known_words() and os.path.exists(path):
         raise InputError(f"{model}: a file, not a model directory", "give the directory that holds config.json")

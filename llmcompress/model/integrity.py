@@ -11,7 +11,7 @@ import numpy
 from numpy.typing import NDArray
 
 from llmcompress.errors import InputError
-from llmcompress.files import CHUNK_BYTES
+from llmcompress.files import ALLOW_NONFINITE, CHUNK_BYTES, allowed
 from llmcompress.preflight import SourceFiles
 from llmcompress.preflight.header import DTYPE_BYTES, TensorEntry
 
@@ -69,18 +69,46 @@ def _scan_shard(files: SourceFiles, name: str) -> FileDigest:
 
 
 def check_finite(entry: TensorEntry, data: NDArray[numpy.uint8], offset: int = 0) -> None:
-    """Raises InputError naming the first NaN or infinity among bytes of a tensor, uint8 `(bytes,)` from `offset` on."""
+    """Raises InputError naming the first NaN or infinity among bytes of a tensor, uint8 `(bytes,)` from `offset` on.
+
+    Users may allow them (`--allow-nonfinite`).
+    """
+    place = None if allowed(ALLOW_NONFINITE) else _first_bad(entry, data)
+    if place is not None:
+        place += offset // DTYPE_BYTES[entry.dtype]
+        raise InputError(
+            f"{entry.path.name}: tensor {entry.name!r} has NaN or infinity at index {place}",
+            "the weights are damaged; download the model again",
+        )
+
+
+def _first_bad(entry: TensorEntry, data: NDArray[numpy.uint8]) -> int | None:
+    """The place of the first NaN or infinity among bytes of a tensor."""
     if entry.dtype not in EXPONENTS:
-        return
+        return None
     view, mask = EXPONENTS[entry.dtype]
     for start in range(0, len(data), CHUNK_BYTES):  # a multiple of every float's size, so that no value is cut
         bad = (data[start : start + CHUNK_BYTES].view(view) & mask) == mask
         if bad.any():
-            place = (offset + start) // DTYPE_BYTES[entry.dtype] + int(bad.argmax())
-            raise InputError(
-                f"{entry.path.name}: tensor {entry.name!r} has NaN or infinity at index {place}",
-                "the weights are damaged; download the model again",
-            )
+            return start // DTYPE_BYTES[entry.dtype] + int(bad.argmax())
+    return None
+
+
+def nonfinite(files: SourceFiles) -> tuple[str, ...]:
+    """Names of tensors with NaN or infinity, in the order of the file; empty where they are not allowed.
+
+    Where they are not, `scan` refuses them, and this reads nothing.
+    """
+    if not allowed(ALLOW_NONFINITE):
+        return ()
+    return tuple(name for name, entry in files.tensors.items() if _first_bad(entry, _bytes_of(entry)) is not None)
+
+
+def _bytes_of(entry: TensorEntry) -> NDArray[numpy.uint8]:
+    """The bytes of a tensor, mapped."""
+    if entry.stop == entry.start:
+        return numpy.empty(0, numpy.uint8)
+    return numpy.memmap(entry.path, numpy.uint8, "r", entry.start, (entry.stop - entry.start,))
 
 
 def digest_source(digests: tuple[FileDigest, ...], config: Mapping[str, Any]) -> str:

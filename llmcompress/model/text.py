@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from llmcompress.errors import InputError
+from llmcompress.errors import InputError, one_line
 from llmcompress.model.sources import read_documents
 
 TOKENIZER_FILES = (
@@ -139,7 +139,7 @@ def token_batches(request: TextRequest, folder: Path) -> Batches:
         )
     table = torch.tensor(ids[: windows * length], dtype=torch.int64).view(windows, length)
     chosen = numpy.random.default_rng(request.seed).permutation(windows)[: request.samples]
-    return Batches(table[torch.from_numpy(numpy.sort(chosen))], source, text_digest)
+    return Batches(table[torch.from_numpy(numpy.sort(chosen))], one_line(source), text_digest)
 
 
 def _check_size(samples: int, sequence_length: int, purpose: str) -> None:

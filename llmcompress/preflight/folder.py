@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from llmcompress.errors import Finding
+from llmcompress.files import ALLOW_EXTERNAL, allowed
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 # name in the directory -> the most bytes that are read of it; what matches nothing here is never opened
@@ -37,6 +38,7 @@ READ: tuple[tuple[str, int], ...] = (
     ("USE_POLICY*", 16 * MIB),
 )
 FOLDERS = ("adapter", "additional_chat_templates")  # the only ones that are looked into
+EXTERNAL = "copy the file into the model directory, or pass --allow-external-files if you made the link"
 ORDINARY = "give a model directory with ordinary files"
 
 
@@ -46,7 +48,9 @@ def limit_of(name: str) -> int | None:
 
 
 def link_allowed(folder: Path, real: Path) -> bool:
-    """Inside the directory, or in the `blobs` of the hub cache whose `snapshots` hold the directory."""
+    """Inside the directory, or in the `blobs` of the hub cache whose `snapshots` hold it, or where users say so."""
+    if allowed(ALLOW_EXTERNAL):
+        return True
     home = folder.resolve()
     if home in real.parents:
         return True
@@ -65,7 +69,7 @@ def check_entry(folder: Path, relative: str) -> Finding | None:
     except (OSError, RuntimeError, ValueError):
         return Finding(f"{relative}: missing or a broken link", "the download is incomplete; fetch it again")
     if link and not link_allowed(folder, real):
-        return Finding(f"{relative}: a link to a file outside the model", "copy the file into the model directory")
+        return Finding(f"{relative}: a link to a file outside the model", EXTERNAL)
     if not stat.S_ISREG(status.st_mode):
         return Finding(f"{relative}: not a regular file", ORDINARY)
     if not os.access(real, os.R_OK):

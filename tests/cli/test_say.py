@@ -62,9 +62,20 @@ def test_every_finding_has_a_line_and_a_hint_where_it_helps(capsys: pytest.Captu
     assert error.exit_code == 2
 
 
-def test_a_thousand_findings_are_cut_short(capsys: pytest.CaptureFixture[str]) -> None:
-    say.tell_error(Refused([Finding(str(place), "h") for place in range(1000)]))
-    assert len(capsys.readouterr().err.splitlines()) == say.MOST_FINDINGS + 2
+@pytest.mark.parametrize(("hints", "shown"), [(1, 4), (1000, 2), (2, 2)])
+def test_a_thousand_findings_are_cut_short(hints: int, shown: int, capsys: pytest.CaptureFixture[str]) -> None:
+    say.tell_error(Refused([Finding(str(place), f"h{place % hints}") for place in range(1000)]))
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) <= say.MOST_LINES
+    assert [line for line in lines if line[-1].isdigit() and line.startswith("error")] == [
+        f"error: {n}" for n in range(shown)
+    ]
+    assert lines[-1] == f"error: and {1000 - shown} more; --log-file has all of them"
+
+
+def test_six_lines_are_not_cut(capsys: pytest.CaptureFixture[str]) -> None:
+    say.tell_error(Refused([Finding(str(place), "h") for place in range(say.MOST_LINES - 1)]))
+    assert "more" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [["verify", DEMO], ["quantize", "demo", "--budget", "4bits"], ["bench"]])

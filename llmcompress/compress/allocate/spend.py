@@ -128,13 +128,14 @@ def _fit(units: list[SpendUnit], account: _Account, program: Program) -> tuple[S
 
 
 def _kept(trace: ModelTrace, allowed: Allowed, *, group_size: int, whole_file: bool) -> tuple[Kept, ...]:
-    """Linears that no group size fits; the head is one of them only where it would have been quantized otherwise."""
-    reason = "its {} inputs are not divisible by a group size of its format"
+    """Linears that no group size fits or that are not finite; the head only where it would have been quantized."""
     kept = [x for x in trace.linears if x.name not in allowed]
     head = trace.head
     if head is not None and whole_file and head.columns % group_size and head.columns % 32:
         kept.append(head)
-    return tuple(Kept(linear=x.name, reason=reason.format(x.columns)) for x in kept)
+    narrow = "its {} inputs are not divisible by a group size of its format"
+    broken = "NaN or infinity in its weights, or in those it shares a format with"
+    return tuple(Kept(linear=x.name, reason=narrow.format(x.columns) if x.columns % 32 else broken) for x in kept)
 
 
 def _unscored(units: list[SpendUnit], specs: Mapping[str, LinearSpec], scorer: str) -> tuple[Fallback, ...]:

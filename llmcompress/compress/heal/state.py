@@ -12,9 +12,9 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import Tensor
 
+from llmcompress.compress.kept import seal, sealed
 from llmcompress.compress.shards import write_shard
-from llmcompress.errors import InputError
-from llmcompress.files import commit_json, file_digest
+from llmcompress.files import file_digest
 from llmcompress.model.checkpoint import DTYPE_NAMES
 from llmcompress.types import Noun
 
@@ -63,7 +63,7 @@ class Saves:
         record, file = self._paths(number)
         layout = {name: (DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
         digest = write_shard(file, layout, tensors)
-        commit_json(record, position.model_copy(update={"tensors": digest}).model_dump(mode="json"))
+        seal(record, position.model_copy(update={"tensors": digest}))
         for path in self._paths(number - KEPT):
             path.unlink(missing_ok=True)
 
@@ -71,10 +71,7 @@ class Saves:
         """The last save that holds, or None."""
         for record in sorted(self._folder.glob("heal-*.json"), reverse=True):
             file = record.with_suffix(".safetensors")
-            try:
-                position = Position.parse(record.read_bytes(), record.name)
-            except InputError:
-                continue
-            if file.is_file() and file_digest(file) == position.tensors:
+            position = sealed(record, Position)
+            if position is not None and file.is_file() and file_digest(file) == position.tensors:
                 return position, load_file(file)
         return None

@@ -1,0 +1,179 @@
+"""What an unfinished run keeps: used only as it was written, and gone when it is of no use."""
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from llmcompress.compress.journal import CommitRecord, Journal, check_output
+from llmcompress.compress.kept import seal, sealed, unchanged
+from llmcompress.compress.remade import once
+from llmcompress.errors import BusyError, InputError, Stopped
+from llmcompress.files import commit_bytes
+
+ASKED = {"model": "a", "recipe": "b"}
+
+
+def record(step: int = 0) -> CommitRecord:
+    return CommitRecord(step=step, shard="s", shard_digest="d", hidden_digest="", previous="", outcome=None)
+
+
+def test_no_bit_of_a_sealed_record_can_turn_over_unseen(tmp_path: Path) -> None:
+    path = tmp_path / "commit-00000.json"
+    seal(path, record())
+    assert sealed(path, CommitRecord) == record()
+    good = path.read_bytes()
+    for place in range(len(good)):
+        path.write_bytes(bytes([*good[:place], good[place] ^ (1 << place % 8), *good[place + 1 :]]))
+        found = sealed(path, CommitRecord)
+        # white space between words may become other white space, and says the same
+        assert found is None or (found == record() and chr(good[place]) in " \n")
+    path.unlink()
+    assert sealed(path, CommitRecord) is None
+
+
+def test_a_record_of_another_kind_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    for text in ("", "{}", "[]", '{"sha256": 1, "value": {}}', '{"sha256": "x", "value": {"step": 1}}'):
+        path.write_text(text)
+        assert sealed(path, CommitRecord) is None
+    assert unchanged(path, record())
+    assert unchanged(path, record())
+    assert not unchanged(path, record(1))
+
+
+def test_what_has_no_request_on_record_is_discarded(tmp_path: Path) -> None:
+    """As where `--restart` was killed half-way: a plan of another recipe may not be gone on with."""
+    journal = Journal(tmp_path / "out")
+    with journal.locked():
+        journal.record_request(ASKED, {})
+        (journal.state / "plan.json").write_text("of another recipe")
+        journal.prepare()
+        journal.run_file.unlink()
+        assert journal.begin(ASKED) is False
+        assert not (journal.state / "plan.json").exists()
+        assert not journal.partial.exists()
+        journal.record_request(ASKED, {})
+        assert journal.begin(ASKED) is True
+        with pytest.raises(InputError, match="recipe"):
+            journal.begin(ASKED | {"recipe": "c"})
+
+
+def test_discarding_begins_with_the_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = Journal(tmp_path / "out")
+    with journal.locked():
+        journal.record_request(ASKED, {})
+        journal.prepare()
+
+        def killed(*_: object, **__: object) -> None:
+            raise Stopped(15)
+
+        monkeypatch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(Stopped):
+            journal.discard()
+        monkeypatch.undo()
+        assert not journal.run_file.exists()
+
+
+def test_a_damaged_request_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "out")
+    with journal.locked():
+        for text in ("{", "[]", '{"request": 1, "environment": {}}'):
+            journal.run_file.write_text(text)
+            with pytest.raises(InputError, match="damaged") as caught:
+                journal.begin(ASKED)
+            assert "--restart" in caught.value.hint
+
+
+def fails(journal: Journal) -> None:
+    with journal.locked():
+        journal.prepare()
+        raise InputError("refused", "")
+
+
+def finishes(journal: Journal) -> None:
+    with journal.locked():
+        journal.record_request(ASKED, {})
+        journal.prepare()
+        journal.publish(force=False)
+
+
+def refused_at_once(journal: Journal) -> None:
+    """A run was killed after it had published and before its state was gone."""
+    journal.output.mkdir()
+    journal.state.mkdir()
+    (journal.state / "lock").touch()
+    check_output(journal.output, journal.output.with_name("model"), False)
+
+
+@pytest.mark.parametrize("end", [fails, finishes, refused_at_once])
+def test_nothing_is_left_of_a_run_that_has_nothing_to_go_on_with(
+    end: Callable[[Journal], None], tmp_path: Path
+) -> None:
+    journal = Journal(tmp_path / "out")
+    with contextlib.suppress(InputError):
+        end(journal)
+    assert {path.name for path in tmp_path.iterdir()} <= {"out"}
+
+
+def test_state_of_a_run_at_work_is_not_swept(tmp_path: Path) -> None:
+    journal, other = Journal(tmp_path / "out"), Journal(tmp_path / "out")
+    with journal.locked():
+        other.sweep()
+        assert journal.state.is_dir()
+        with pytest.raises(BusyError), other.locked():
+            pass
+        assert (journal.state / "lock").exists()
+
+
+def test_a_checkpoint_of_the_run_is_made_once_and_again_where_it_is_damaged(tmp_path: Path) -> None:
+    journal, made = Journal(tmp_path / "out"), []
+
+    def make(folder: Path) -> None:
+        made.append(folder)
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+
+    journal.state.mkdir()
+    assert once(journal, "rewritten", make) == (journal.state / "rewritten", False)
+    assert once(journal, "rewritten", make) == (journal.state / "rewritten", True)
+    (journal.state / "rewritten" / "config.json").write_text("{ }")
+    assert once(journal, "rewritten", make)[1] is False
+    (journal.state / "made-rewritten.json").unlink()
+    assert once(journal, "rewritten", make)[1] is False
+    assert len(made) == 3
+
+
+def test_what_dead_processes_left_beside_a_file_goes_and_that_of_living_ones_stays(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    path = tmp_path / "report.json"
+    names = {f"report.json.tmp-{dead.pid}": False, f"report.json.tmp-{os.getpid()}": False}
+    names |= {f"report.json.tmp-{os.getppid()}": True, f"other.tmp-{dead.pid}": True, "report.json.tmp-x": True}
+    for name in names:
+        (tmp_path / name).write_text("half")
+    commit_bytes(path, b"whole")
+    assert path.read_bytes() == b"whole"
+    assert {name: (tmp_path / name).exists() for name in names} == names
+
+
+def test_nothing_is_left_where_a_signal_arrives_while_a_file_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def arrives(_: int) -> None:
+        raise Stopped(15)
+
+    monkeypatch.setattr(os, "fsync", arrives)
+    with pytest.raises(Stopped):
+        commit_bytes(tmp_path / "x", b"one", b"two")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_signal_is_no_exception() -> None:
+    """Libraries catch those around imports and callbacks, and would go on."""
+    assert not issubclass(Stopped, Exception)
