@@ -10,10 +10,10 @@ from pathlib import Path
 from statistics import median_low
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llmcompress.compress.allocate.budget import Budget
-from llmcompress.compress.candidates import resolve, tie_experts
+from llmcompress.compress.candidates import resolve, sparing, tie_experts
 from llmcompress.compress.formats import maker
 from llmcompress.compress.journal import Journal, check_output
 from llmcompress.compress.rewrite import RewriteJob, check_methods, read_rewriting, rewrite
@@ -95,16 +95,6 @@ def open_model(source: Source, recipe: Recipe, device: str, *, whole_file: bool 
         candidates=candidates,
         context_tokens=getattr(text_config, "max_position_embeddings", None),
         source_bytes=sum((source.path / name).stat().st_size for name in files.shards),
-    )
-
-
-def outside_linears(skeleton: Skeleton) -> tuple[str, ...]:
-    """Linears outside the blocks, the head among them: left alone and named so in config.json, unless planned."""
-    inside = {id(module) for module in skeleton.blocks.modules()}
-    return tuple(
-        name
-        for name, module in skeleton.model.named_modules()
-        if isinstance(module, nn.Linear) and id(module) not in inside
     )
 
 

@@ -33,7 +33,6 @@ from llmcompress.compress.pipeline import (
     calibration,
     needs_data,
     open_model,
-    outside_linears,
     probe_tokens,
     request_of,
     score,
@@ -49,6 +48,7 @@ from llmcompress.compress.remade import (
     rewritten_once,
 )
 from llmcompress.compress.reuse import expected, reuse
+from llmcompress.compress.shards import outside_linears
 from llmcompress.compress.verify import Check, probe_of, require, verify
 from llmcompress.errors import InputError, out_of_memory
 from llmcompress.files import commit_bytes

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmcompress.compress.attention import attention_layout
 from llmcompress.compress.formats import exporter_of
@@ -162,3 +162,13 @@ def index_document(shards: Iterable[tuple[str, Layout]], parameters: int) -> dic
         "metadata": {"total_parameters": parameters, "total_size": total},
         "weight_map": dict(sorted(weight_map.items())),
     }
+
+
+def outside_linears(skeleton: Skeleton) -> tuple[str, ...]:
+    """Linears outside the blocks, the head among them: left alone and named so in config.json, unless planned."""
+    inside = {id(module) for module in skeleton.blocks.modules()}
+    return tuple(
+        name
+        for name, module in skeleton.model.named_modules()
+        if isinstance(module, nn.Linear) and id(module) not in inside
+    )
