@@ -68,10 +68,8 @@ def test_logits_and_hidden_states_are_those_of_the_whole_models(llama: Path, oth
     assert (pair.trajectory[3].relative_error or 0.0) > 0.0
 
 
-def test_no_more_than_the_two_first_blocks_are_ever_loaded_together(
-    llama: Path, other: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of both models together: two blocks at the start, one afterwards, none while logits are made."""
+def test_one_block_at_a_time_is_loaded(llama: Path, other: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of both models together; none while logits are made."""
     skeletons = [Skeleton.open(llama), Skeleton.open(other)]
     seen: list[int] = []
 
@@ -90,9 +88,8 @@ def test_no_more_than_the_two_first_blocks_are_ever_loaded_together(
     pair = Pair(*skeletons)
     for _ in pair.logits(BATCHES):
         assert loaded() == 0
-    assert len(seen) == 2 + 2 * 3  # what blocks return is learnt from the first ones, which stay
-    assert max(seen) == 2
-    assert seen[4:] == [1] * 4
+    assert len(seen) == 2 + 2 * 3  # what blocks return is learnt from the first ones
+    assert set(seen) == {1}
     assert all(parameter.is_meta for skeleton in skeletons for parameter in skeleton.model.parameters())
 
 
