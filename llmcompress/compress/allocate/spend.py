@@ -134,7 +134,7 @@ def _kept(trace: ModelTrace, allowed: Allowed, *, group_size: int, whole_file: b
     if head is not None and whole_file and head.columns % group_size and head.columns % 32:
         kept.append(head)
     narrow = "its {} inputs are not divisible by a group size of its format"
-    broken = "no format takes its {} inputs, or it has NaN or infinity, itself or in linears that share its format"
+    broken = narrow + ", or it has NaN or infinity, itself or where its format is shared"
     return tuple(Kept(linear=x.name, reason=(narrow if x.columns % 32 else broken).format(x.columns)) for x in kept)
 
 
