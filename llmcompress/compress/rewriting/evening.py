@@ -85,19 +85,20 @@ def expected_errors(inputs: Tensor, reader: Reader, bits: int) -> dict[tuple[flo
     highs = torch.stack([fold.amax(0) for fold in folds]).double()
     step = (len(inputs) // LOOKED_AT) | 1  # odd, or it would keep step with the beginnings of sequences
     held = [fold[::step].double() for fold in folds]
-    found = {}
+    gains = reader.weight.square().sum(0)
+    found: dict[tuple[float, float], float] = {}
     for power in POWERS:
         of_weight = _weight_error(inputs, reader, reader.factor(lows.amin(0), highs.amax(0), power))
-        for shrink in SHRINKS:
-            error = 0.0
-            for place, tokens in enumerate(held):
-                low, high = (_others(ends, place) for ends in (lows, highs))
-                low, high = low.amin(0), high.amax(0)
-                columns = reader.link.gather(reader.factor(low, high, power), 1.0)
+        errors = dict.fromkeys(SHRINKS, 0.0)
+        for place, tokens in enumerate(held):
+            low, high = _others(lows, place).amin(0), _others(highs, place).amax(0)
+            columns = reader.link.gather(reader.factor(low, high, power), 1.0)
+            for shrink in SHRINKS:
                 quantizer = _fit(low, high, columns, shrink=shrink, bits=bits)
                 change = quantizer(tokens / columns) * columns - tokens
-                error += float((change.square() @ reader.weight.square().sum(0)).sum())
-            found[power, shrink] = error / sum(map(len, held)) + of_weight
+                errors[shrink] += float((change.square() @ gains).sum())
+        seen = sum(map(len, held))
+        found |= {(power, shrink): error / seen + of_weight for shrink, error in errors.items()}
     return found
 
 
