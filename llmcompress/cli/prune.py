@@ -19,7 +19,7 @@ from llmcompress.cli.options import (
     trusting,
     with_half,
 )
-from llmcompress.cli.say import Speaker, command_line, megabytes
+from llmcompress.cli.say import Speaker, as_set, command_line, megabytes, step_line
 from llmcompress.cli.scoring import PICTURES
 
 
@@ -92,7 +92,7 @@ def _run(request: Any, speaker: Speaker) -> tuple[Any, Any]:
             case Ranked():
                 ranked = event
             case RemovalStep():
-                speaker.talk(_step_line(event))
+                speaker.talk(step_line(f"without {as_set(event.removed)}", event))
             case Pruned():
                 finished = event
     return ranked, finished
@@ -136,18 +136,6 @@ def _request(model: str, flags: dict[str, Any]) -> Any:
         pairs=flags["pairs"],
         max_memory=memory_of(flags["max_memory"]),
     )
-
-
-def _step_line(step: Any) -> str:
-    line = f"  without {_set(step.removed)}: KL {step.kld:.5f} ± {step.standard_error:.5f}"
-    if step.rival:
-        clear = step.rival_more > 2 * step.rival_error
-        line += f"; {_set(step.rival)} {'' if clear else 'is no different: '}{step.rival_more:+.5f}"
-    return line
-
-
-def _set(blocks: tuple[int | str, ...]) -> str:
-    return "{" + ", ".join(map(str, blocks)) + "}"
 
 
 def _tell_ranking(ranked: Any, finished: Any, speaker: Speaker) -> None:
@@ -197,8 +185,8 @@ def _draw(name: str, ranked: Any, folder: Path, speaker: Speaker) -> None:
 
 def _tell_result(request: Any, finished: Any, speaker: Speaker) -> None:
     record, size = finished.record, finished.directory_bytes
-    lines = [f"removed     {_set(record.removed)} of {record.blocks} blocks"] if record.removed else []
-    lines += [f"skipped     {_set(record.halves)}, halves of blocks"] if record.halves else []
+    lines = [f"removed     {as_set(record.removed)} of {record.blocks} blocks"] if record.removed else []
+    lines += [f"skipped     {as_set(record.halves)}, halves of blocks"] if record.halves else []
     lines += [
         f"KL          {record.kld:.5f} ± {record.standard_error:.5f} nats/token over {record.sequences} sequences, "
         f"at most {record.upper:.5f} (95 %)",

@@ -140,3 +140,17 @@ def typed(source: Any) -> str:
     """A word that names this source on a command line again."""
     named = source.repository is not None or source.name == "demo"
     return str(source.name) if named else os.path.relpath(source.path)
+
+
+def as_set(names: Iterable[object]) -> str:
+    """Blocks, halves or groups as a set."""
+    return "{" + ", ".join(map(str, names)) + "}"
+
+
+def step_line(what: str, step: Any) -> str:
+    """One step of a search among blocks: what it changes, its KL, and how the runner-up compares."""
+    line = f"  {what}: KL {step.kld:.5f} ± {step.standard_error:.5f}"
+    if step.rival:
+        clear = step.rival_more > 2 * step.rival_error
+        line += f"; {as_set(step.rival)} {'' if clear else 'is no different: '}{step.rival_more:+.5f}"
+    return line

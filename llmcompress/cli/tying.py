@@ -3,7 +3,7 @@
 from typing import Any
 
 from llmcompress.cli.options import find_model, pick_device, read_recipe
-from llmcompress.cli.say import Speaker, command_line, megabytes
+from llmcompress.cli.say import Speaker, as_set, command_line, megabytes, step_line
 
 OTHERS = ("voids", "by", "sublayers", "pairs", "blocks", "halves", "pictures")  # of removing
 
@@ -20,7 +20,7 @@ def tie_blocks(model: str, flags: dict[str, Any], speaker: Speaker) -> None:
             case str():
                 speaker.talk(f"{event} ...")
             case RemovalStep():
-                speaker.talk(_step_line(event))
+                speaker.talk(step_line(f"with {as_set(event.removed)} tied", event))
             case TiedResult():
                 finished = event
     _tell(request, finished, speaker)
@@ -58,18 +58,6 @@ def _request(model: str, flags: dict[str, Any]) -> Any:
     )
 
 
-def _step_line(step: Any) -> str:
-    line = f"  with {_set(step.removed)} tied: KL {step.kld:.5f} ± {step.standard_error:.5f}"
-    if step.rival:
-        clear = step.rival_more > 2 * step.rival_error
-        line += f"; {_set(step.rival)} {'' if clear else 'is no different: '}{step.rival_more:+.5f}"
-    return line
-
-
-def _set(groups: Any) -> str:
-    return "{" + ", ".join(map(str, groups)) + "}"
-
-
 def _tell(request: Any, finished: Any, speaker: Speaker) -> None:
     record = finished.record
     instead, size = record.instead, finished.directory_bytes
@@ -81,7 +69,7 @@ def _tell(request: Any, finished: Any, speaker: Speaker) -> None:
         f"weights     {megabytes(record.bytes_before)} -> {megabytes(record.bytes_after)}, {share:.1%} less",
         f"KL          {record.kld:.5f} ± {record.standard_error:.5f} nats/token over {record.sequences} sequences, "
         f"at most {record.upper:.5f} (95 %)",
-        f"instead     removing {_set(instead.removed)} saves {megabytes(instead.saved_bytes)} and costs "
+        f"instead     removing {as_set(instead.removed)} saves {megabytes(instead.saved_bytes)} and costs "
         f"{instead.kld:.5f} ± {instead.standard_error:.5f}",
         f"verdict     {record.verdict}",
     ]
