@@ -17,7 +17,7 @@ import llmcompress
 from llmcompress.compress.allocate.budget import parse_budget
 from llmcompress.compress.run import Finished, QuantizeRequest, quantize
 from llmcompress.eval.run import EvalRequest, run_eval
-from llmcompress.model.hub import resolve
+from llmcompress.hub.source import resolve
 from llmcompress.model.text import TextRequest
 from llmcompress.recipes import load_recipe
 

@@ -25,7 +25,7 @@ from llmcompress.compress.prune.run import block_importance
 from llmcompress.compress.prune.units import Scope, Units, find_units
 from llmcompress.compress.scoring import run_scorers
 from llmcompress.compress.statistics import mean, standard_error
-from llmcompress.model.hub import resolve
+from llmcompress.hub.source import resolve
 from llmcompress.model.skeleton import Skeleton
 from llmcompress.model.text import TextRequest, token_batches
 from llmcompress.recipes import load_recipe

@@ -19,7 +19,7 @@ from llmcompress.compress.grid import group_size_for
 from llmcompress.compress.observe import groups_of, watching_inputs, weight_of
 from llmcompress.compress.quantizers import gptq, rtn
 from llmcompress.compress.rounding import Request, Seen
-from llmcompress.model.hub import resolve
+from llmcompress.hub.source import resolve
 from llmcompress.model.skeleton import Skeleton
 from llmcompress.model.stream import BlockStream
 from llmcompress.model.text import TextRequest, token_batches

@@ -28,7 +28,7 @@ from llmcompress.compress.heal.training import Data, Schedule, Trainer
 from llmcompress.compress.heal.tuning import by_name
 from llmcompress.compress.prune.run import PruneRequest, prune
 from llmcompress.compress.statistics import interval, mean
-from llmcompress.model.hub import Source, resolve
+from llmcompress.hub.source import Source, resolve
 from llmcompress.model.skeleton import Skeleton
 from llmcompress.model.text import TextRequest, token_batches
 from llmcompress.recipes import load_recipe

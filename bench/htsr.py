@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from llmcompress.compress.observe import weight_of
 from llmcompress.compress.scorers.htsr import FEWEST, above_cut, eigenvalues_of, erg_start, find_tail
-from llmcompress.model.hub import resolve
+from llmcompress.hub.source import resolve
 from llmcompress.model.skeleton import Skeleton
 from llmcompress.model.trace import trace
 

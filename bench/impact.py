@@ -19,7 +19,7 @@ from llmcompress.compress.allocate.budget import parse_budget
 from llmcompress.compress.run import QuantizeRequest, quantize
 from llmcompress.eval.report import EvalReport
 from llmcompress.eval.run import EvalRequest, run_eval
-from llmcompress.model.hub import Source, resolve
+from llmcompress.hub.source import Source, resolve
 from llmcompress.model.text import TextRequest
 from llmcompress.recipes import load_recipe
 

@@ -15,7 +15,7 @@ from llmcompress.compress.allocate.budget import parse_budget
 from llmcompress.compress.joint import decide_dropping
 from llmcompress.compress.pipeline import calibration, open_model, score
 from llmcompress.errors import InputError
-from llmcompress.model.hub import resolve
+from llmcompress.hub.source import resolve
 from llmcompress.recipes import load_recipe
 
 

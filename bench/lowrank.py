@@ -23,8 +23,8 @@ from llmcompress.compress.pipeline import Opened, open_model
 from llmcompress.compress.quantizers import gptq
 from llmcompress.compress.rounding import Quantized, Request, Seen
 from llmcompress.compress.trial import measure_allocations
+from llmcompress.hub.source import resolve
 from llmcompress.model.checkpoint import TORCH_DTYPES
-from llmcompress.model.hub import resolve
 from llmcompress.model.text import TextRequest, token_batches
 from llmcompress.recipes import load_recipe
 from llmcompress.types import BitAllocation, QuantizerOptions

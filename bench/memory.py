@@ -36,7 +36,7 @@ from common import publish
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmcompress.compress.memory import stages
-from llmcompress.model.hub import resolve
+from llmcompress.hub.source import resolve
 from llmcompress.model.needs import peak
 from llmcompress.recipes import load_recipe
 from llmcompress.types import LinearInfo

@@ -26,7 +26,7 @@ from llmcompress.compress.rewriting.samples import input_samples
 from llmcompress.compress.rewriting.sites import norm_sites
 from llmcompress.compress.rewriting.work import Call, Subject, working
 from llmcompress.eval.fidelity import SequenceFidelity, compare
-from llmcompress.model.hub import resolve
+from llmcompress.hub.source import resolve
 from llmcompress.model.skeleton import find_blocks, quiet_transformers
 from llmcompress.model.stream import linear_modules
 from llmcompress.model.text import TextRequest, token_batches

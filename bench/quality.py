@@ -35,7 +35,7 @@ from torch import Tensor
 
 from llmcompress.eval.fidelity import evaluate
 from llmcompress.eval.report import summarize
-from llmcompress.model.hub import Source, resolve
+from llmcompress.hub.source import Source, resolve
 from llmcompress.model.skeleton import Skeleton
 from llmcompress.model.stream import BlockStream
 from llmcompress.model.text import Batches, TextRequest, token_batches

@@ -17,8 +17,8 @@ from llmcompress.compress.measuring import MeasureJob, Text
 from llmcompress.compress.pipeline import QUANTIZERS, Opened, open_model
 from llmcompress.compress.rounds import Method
 from llmcompress.compress.trial import measure_allocations
+from llmcompress.hub.source import resolve
 from llmcompress.model.checkpoint import TORCH_DTYPES
-from llmcompress.model.hub import resolve
 from llmcompress.model.text import TextRequest, token_batches
 from llmcompress.plugins import find
 from llmcompress.recipes import load_recipe

@@ -36,7 +36,7 @@ from llmcompress.compress.allocate.budget import parse_budget
 from llmcompress.compress.export.checkpoint import Options
 from llmcompress.compress.export.run import Exported, ExportRequest, export
 from llmcompress.compress.run import Finished, QuantizeRequest, quantize
-from llmcompress.model.hub import Source
+from llmcompress.hub.source import Source
 from llmcompress.recipes import load_recipe
 from llmcompress.runtimes.answers import AS_WRITTEN, Answer, ask, planned
 from llmcompress.types import ModelTrace

@@ -23,7 +23,7 @@ from common import write
 
 from llmcompress.compress.pipeline import calibration, open_model, score_job
 from llmcompress.compress.scoring import ScoreJob, run_scorers
-from llmcompress.model.hub import resolve
+from llmcompress.hub.source import resolve
 from llmcompress.recipes import load_recipe
 
 SCORERS = ("lim", "zd", "rdp", "voids", "kurtosis")

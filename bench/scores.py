@@ -36,7 +36,7 @@ from llmcompress.compress.scoring import SCORERS, Observer, _watch
 from llmcompress.compress.statistics import mean, standard_error
 from llmcompress.compress.trial import measure_allocations
 from llmcompress.errors import InputError
-from llmcompress.model.hub import resolve
+from llmcompress.hub.source import resolve
 from llmcompress.model.text import Batches, TextRequest, token_batches
 from llmcompress.plugins import available
 from llmcompress.recipes import Recipe, load_recipe

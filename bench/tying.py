@@ -24,7 +24,7 @@ import llmcompress
 from llmcompress.compress.measuring import sequence_kld
 from llmcompress.compress.prune.run import Pruned, PruneRequest, prune
 from llmcompress.compress.tie.run import TiedResult, TieRequest, tie
-from llmcompress.model.hub import Source, resolve
+from llmcompress.hub.source import Source, resolve
 from llmcompress.model.text import TextRequest, token_batches
 from llmcompress.recipes import Recipe, load_recipe
 

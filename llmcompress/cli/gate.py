@@ -162,7 +162,7 @@ def _evaluator(subject: str, flags: dict[str, Any]) -> Callable[[int], Any]:
         from llmcompress.eval.run import EvalRequest, run_eval
     except ModuleNotFoundError as error:
         raise InputError(f"--ref evaluates a model, which needs {error.name}", "install llmcompress whole") from None
-    from llmcompress.model.hub import resolve
+    from llmcompress.hub.source import resolve
     from llmcompress.model.text import TextRequest
 
     sources, device = (resolve(subject), resolve(flags["ref"])), pick_device(flags["device"])

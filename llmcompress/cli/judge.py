@@ -32,7 +32,7 @@ def verify_command(output: str, device: str | None, speaker: Speaker) -> None:
 
     OUTPUT is what quantize, prune, heal or export wrote, here or on the Hub (org/name[@revision]).
     """
-    from llmcompress.model.hub import resolve
+    from llmcompress.hub.source import resolve
     from llmcompress.preflight import check_source
 
     folder = resolve(output).path

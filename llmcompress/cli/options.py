@@ -155,7 +155,7 @@ def find_model(model: str, *, packed: bool = False) -> Any:
 
     packed  it may be quantized already
     """
-    from llmcompress.model.hub import resolve
+    from llmcompress.hub.source import resolve
     from llmcompress.preflight import check_source
 
     source = resolve(model)

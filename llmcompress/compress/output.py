@@ -11,7 +11,7 @@ from llmcompress.compress.formats import exporter_for
 from llmcompress.compress.heal.records import HealRecord
 from llmcompress.compress.shards import INDEX_NAME, ShardMap, index_document
 from llmcompress.files import commit_bytes, commit_json, file_digest, read_json, to_json
-from llmcompress.model.hub import Source
+from llmcompress.hub.source import Source
 from llmcompress.types import BlockOutcome, ModelTrace, Noun, Plan, RewriteRecord
 
 RECORD_NAME = "llmcompress.json"

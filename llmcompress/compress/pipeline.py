@@ -21,8 +21,8 @@ from llmcompress.compress.rewriting.hints import NAME as HINTS_NAME
 from llmcompress.compress.rewriting.hints import Hints
 from llmcompress.compress.scoring import SCORERS, ScoreJob, run_scorers
 from llmcompress.compress.shards import ShardMap, shard_map
+from llmcompress.hub.source import Source
 from llmcompress.model.checkpoint import TORCH_DTYPES, folder_bytes
-from llmcompress.model.hub import Source
 from llmcompress.model.integrity import digest_source, nonfinite, scan
 from llmcompress.model.skeleton import Skeleton
 from llmcompress.model.text import Batches, TextRequest, load_tokenizer, sample_tokens, token_batches

@@ -52,8 +52,8 @@ from llmcompress.compress.shards import outside_linears
 from llmcompress.compress.verify import Check, probe_of, require, verify
 from llmcompress.errors import InputError, out_of_memory
 from llmcompress.files import commit_bytes
+from llmcompress.hub.source import Source
 from llmcompress.model.checkpoint import folder_bytes
-from llmcompress.model.hub import Source
 from llmcompress.model.shelf import Shelf
 from llmcompress.model.text import Batches
 from llmcompress.recipes import Recipe

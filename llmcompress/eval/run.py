@@ -30,8 +30,8 @@ from llmcompress.eval.speed import speeds
 from llmcompress.eval.tasks import TaskRequest, run_tasks
 from llmcompress.eval.tokens import Tally
 from llmcompress.files import commit_bytes, read_json, to_json
+from llmcompress.hub.source import Source
 from llmcompress.model.checkpoint import folder_bytes
-from llmcompress.model.hub import Source
 from llmcompress.model.integrity import digest_source, scan
 from llmcompress.model.skeleton import Skeleton
 from llmcompress.model.text import (

@@ -9,7 +9,7 @@ from torch import Tensor
 from llmcompress.compress.allocate.budget import parse_budget
 from llmcompress.compress.heal.training import Schedule
 from llmcompress.compress.run import QuantizeRequest, quantize
-from llmcompress.model.hub import resolve
+from llmcompress.hub.source import resolve
 from llmcompress.model.skeleton import Skeleton
 from llmcompress.model.stream import BlockStream
 from llmcompress.recipes import load_recipe

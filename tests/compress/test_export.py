@@ -24,8 +24,8 @@ from llmcompress.compress.export.run import Exported, ExportRequest, export
 from llmcompress.compress.run import QuantizeRequest, quantize
 from llmcompress.compress.verify import VerifyError
 from llmcompress.errors import InputError
+from llmcompress.hub.source import Source
 from llmcompress.kernels.codes import Codes
-from llmcompress.model.hub import Source
 from llmcompress.recipes import load_recipe
 from llmcompress.spec import LinearSpec
 

@@ -24,8 +24,8 @@ from llmcompress.compress.export.formats import gguf as format_
 from llmcompress.compress.export.requantize import input_energies, rounded
 from llmcompress.compress.export.vocabulary import LLAMA3, QWEN2, read_vocabulary
 from llmcompress.errors import InputError
+from llmcompress.hub.source import Source
 from llmcompress.kernels.codes import Codes
-from llmcompress.model.hub import Source
 from llmcompress.spec import LinearSpec
 
 DEMO = Path(llmcompress.__file__).parent / "demo"

@@ -23,7 +23,7 @@ from llmcompress.compress.prune.run import Pruned, PruneRequest, prune
 from llmcompress.compress.prune.write import Writing, check_pruned, write_pruned
 from llmcompress.compress.run import Finished, QuantizeRequest, quantize
 from llmcompress.errors import InputError
-from llmcompress.model.hub import resolve
+from llmcompress.hub.source import resolve
 from llmcompress.model.skeleton import Skeleton
 from llmcompress.recipes import load_recipe
 from llmcompress.runtime.skipping import KEY, Nothing, SkipRecord

@@ -28,8 +28,8 @@ from llmcompress.compress.verify import require, verify
 from llmcompress.errors import InputError
 from llmcompress.eval.loading import opened as opened_whole
 from llmcompress.eval.run import EvalRequest, run_eval
+from llmcompress.hub.source import resolve
 from llmcompress.model.checkpoint import read_raw
-from llmcompress.model.hub import resolve
 from llmcompress.model.skeleton import Skeleton
 from llmcompress.model.text import TextRequest
 from llmcompress.recipes import load_recipe

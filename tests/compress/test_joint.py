@@ -20,7 +20,7 @@ from llmcompress.compress.prune.measure import removal_damage
 from llmcompress.compress.run import Finished, QuantizeRequest, Resumed, quantize
 from llmcompress.compress.trial import measure_allocations
 from llmcompress.errors import InputError
-from llmcompress.model.hub import resolve
+from llmcompress.hub.source import resolve
 from llmcompress.recipes import Recipe, load_recipe
 from llmcompress.types import Assigned, BlockOutcome, Dropping
 

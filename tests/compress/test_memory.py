@@ -17,8 +17,8 @@ from llmcompress.compress.forecast import fitted, forecast
 from llmcompress.compress.pipeline import Opened, open_model
 from llmcompress.compress.run import Planned, QuantizeRequest, Warned, quantize
 from llmcompress.errors import InputError, MachineError
+from llmcompress.hub.source import resolve
 from llmcompress.model.checkpoint import CheckpointReader
-from llmcompress.model.hub import resolve
 from llmcompress.model.shelf import Shelf
 from llmcompress.model.skeleton import Skeleton
 from llmcompress.preflight import check_source

@@ -21,7 +21,7 @@ from llmcompress.compress.prune.run import Pruned, PruneRequest, prune
 from llmcompress.compress.prune.write import pruned_config, renumbered
 from llmcompress.compress.statistics import mean
 from llmcompress.errors import InputError
-from llmcompress.model.hub import resolve
+from llmcompress.hub.source import resolve
 from llmcompress.model.skeleton import Skeleton, find_blocks
 from llmcompress.recipes import load_recipe
 
@@ -232,7 +232,7 @@ def test_what_cannot_be_asked_for(llama: Path, run: Run, text_file: Path, tmp_pa
 def test_one_and_two_blocks_of_a_trained_model_cost_no_more_than_the_best_there_are(by: str, shared: Path) -> None:
     """Exhaustively, on one text: the search may not miss the best single block or pair by more than 5 %."""
     from llmcompress.compress.prune.run import PruneRequest, prune
-    from llmcompress.model.hub import resolve
+    from llmcompress.hub.source import resolve
     from llmcompress.recipes import load_recipe
 
     changes = ("calibration.samples=8", "calibration.score_samples=4", "calibration.sequence_length=64")

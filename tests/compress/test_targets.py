@@ -18,7 +18,7 @@ from llmcompress.compress.quantizers import gptq
 from llmcompress.compress.rounding import Request, Seen
 from llmcompress.compress.targets import Targets, alpha_for
 from llmcompress.compress.trial import measure_allocations
-from llmcompress.model.hub import Source
+from llmcompress.hub.source import Source
 from llmcompress.model.skeleton import Skeleton
 from llmcompress.model.trace import trace
 from llmcompress.recipes import load_recipe

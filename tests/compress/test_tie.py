@@ -28,7 +28,7 @@ from llmcompress.compress.tie.run import TiedResult, TieRequest, tie
 from llmcompress.compress.tie.weights import BASES, FIRST, LAST, MEAN, Group, Tied, Ties
 from llmcompress.compress.verify import require, verify
 from llmcompress.errors import InputError
-from llmcompress.model.hub import resolve
+from llmcompress.hub.source import resolve
 from llmcompress.model.text import TextRequest
 from llmcompress.recipes import load_recipe
 

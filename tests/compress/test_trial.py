@@ -15,7 +15,7 @@ from llmcompress.compress.quantizers import gptq, rtn
 from llmcompress.compress.rounding import Request
 from llmcompress.compress.trial import measure_allocations
 from llmcompress.errors import InputError
-from llmcompress.model.hub import Source
+from llmcompress.hub.source import Source
 from llmcompress.model.text import Batches
 from llmcompress.recipes import load_recipe
 from llmcompress.types import Assigned, BitAllocation, LinearSpec, QuantizerOptions

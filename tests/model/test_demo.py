@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from llmcompress.model.hub import resolve
+from llmcompress.hub.source import resolve
 from llmcompress.model.skeleton import Skeleton
 from llmcompress.model.stream import BlockStream
 from llmcompress.model.text import TextRequest, load_tokenizer, token_batches

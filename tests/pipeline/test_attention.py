@@ -16,7 +16,7 @@ from llmcompress.compress.pipeline import calibration, open_model
 from llmcompress.compress.verify import probe_logits
 from llmcompress.errors import InputError
 from llmcompress.eval.run import EvalRequest, run_eval
-from llmcompress.model.hub import Source
+from llmcompress.hub.source import Source
 from llmcompress.model.text import TextRequest
 from llmcompress.recipes import load_recipe
 from llmcompress.runtime.attention import ROUNDING, WATCH, AttentionRounding, attention_modules, forget

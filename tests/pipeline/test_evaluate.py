@@ -17,7 +17,7 @@ from llmcompress.cli import cli
 from llmcompress.eval.fidelity import by_token
 from llmcompress.eval.run import EvalRequest, run_eval
 from llmcompress.eval.statistics import cluster_t
-from llmcompress.model.hub import resolve
+from llmcompress.hub.source import resolve
 from llmcompress.model.text import TextRequest, load_tokenizer, sample_tokens, token_batches
 
 

@@ -18,8 +18,8 @@ from llmcompress.compress.pipeline import Opened, open_model
 from llmcompress.compress.quantizers import rtn
 from llmcompress.compress.rounding import Request
 from llmcompress.errors import InputError
+from llmcompress.hub.source import Source
 from llmcompress.model.checkpoint import CheckpointReader
-from llmcompress.model.hub import Source
 from llmcompress.model.skeleton import Skeleton
 from llmcompress.model.stream import BlockStream
 from llmcompress.model.trace import trace

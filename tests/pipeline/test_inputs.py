@@ -17,7 +17,7 @@ import llmcompress
 from llmcompress.compress.pipeline import calibration, open_model
 from llmcompress.compress.verify import probe_logits
 from llmcompress.eval.run import EvalRequest, run_eval
-from llmcompress.model.hub import Source
+from llmcompress.hub.source import Source
 from llmcompress.model.stream import linear_modules
 from llmcompress.model.text import TextRequest
 from llmcompress.recipes import load_recipe

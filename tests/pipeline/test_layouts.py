@@ -19,8 +19,8 @@ from llmcompress.compress.run import Finished, QuantizeRequest, quantize
 from llmcompress.compress.verify import probe_logits
 from llmcompress.errors import InputError
 from llmcompress.eval.run import EvalRequest, run_eval
+from llmcompress.hub.source import Source
 from llmcompress.model.checkpoint import CheckpointReader
-from llmcompress.model.hub import Source
 from llmcompress.model.text import TextRequest
 from llmcompress.preflight import check_source
 from llmcompress.recipes import load_recipe

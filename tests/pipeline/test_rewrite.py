@@ -16,7 +16,7 @@ from llmcompress.compress.pipeline import rewrite_model
 from llmcompress.compress.rewriting.clipping import ActivationQuantizer
 from llmcompress.compress.rewriting.hints import Hints
 from llmcompress.errors import InputError
-from llmcompress.model.hub import resolve
+from llmcompress.hub.source import resolve
 from llmcompress.model.stream import BlockCall, BlockStream
 from llmcompress.recipes import load_recipe
 

@@ -20,7 +20,7 @@ from llmcompress.compress.verify import verify
 from llmcompress.errors import InputError
 from llmcompress.eval.loading import opened
 from llmcompress.eval.run import EvalRequest, run_eval
-from llmcompress.model.hub import Source
+from llmcompress.hub.source import Source
 from llmcompress.model.skeleton import Skeleton
 from llmcompress.model.text import TextRequest
 from llmcompress.recipes import load_recipe

@@ -8,7 +8,7 @@ import torch
 import llmcompress
 from llmcompress.compress.allocate.budget import parse_budget
 from llmcompress.compress.run import QuantizeRequest, quantize
-from llmcompress.model.hub import Source
+from llmcompress.hub.source import Source
 from llmcompress.preflight import check_source
 from llmcompress.recipes import load_recipe
 from llmcompress.runtime.modules import PackedLinear

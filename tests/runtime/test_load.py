@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 import llmcompress
 from llmcompress.errors import InputError
+from llmcompress.hub.source import Source
 from llmcompress.kernels import backends
 from llmcompress.kernels.samples import random_codes
 from llmcompress.kernels.stored import tensors_of
-from llmcompress.model.hub import Source
 from llmcompress.preflight import check_source
 from llmcompress.runtime.modules import PackedLinear
 from llmcompress.runtime.shards import ShardReader

@@ -11,7 +11,7 @@ import llmcompress
 from llmcompress.compress.allocate.budget import parse_budget
 from llmcompress.compress.run import QuantizeRequest, quantize
 from llmcompress.errors import InputError
-from llmcompress.model.hub import Source
+from llmcompress.hub.source import Source
 from llmcompress.recipes import load_recipe
 from llmcompress.runtime.modules import PackedLinear
 

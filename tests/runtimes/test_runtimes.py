@@ -22,8 +22,8 @@ from llmcompress.compress.formats import exporter_of
 from llmcompress.compress.pipeline import open_model
 from llmcompress.compress.run import QuantizeRequest, quantize
 from llmcompress.errors import InputError
+from llmcompress.hub.source import Source
 from llmcompress.kernels.samples import random_codes
-from llmcompress.model.hub import Source
 from llmcompress.plugins import available
 from llmcompress.recipes import load_recipe
 from llmcompress.runtimes import Weight, find_runtime, table

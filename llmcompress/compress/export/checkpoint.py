@@ -12,10 +12,10 @@ from transformers.pytorch_utils import Conv1D
 from llmcompress.compress.shards import index_document, write_shard
 from llmcompress.errors import InputError
 from llmcompress.files import commit_json
+from llmcompress.hub.source import Source
 from llmcompress.kernels.codes import Codes
 from llmcompress.kernels.stored import Layout
 from llmcompress.model.checkpoint import DTYPE_NAMES
-from llmcompress.model.hub import Source
 from llmcompress.model.skeleton import Skeleton
 from llmcompress.preflight.weights import INDEX_NAME, SINGLE_NAME
 from llmcompress.runtime.adapter import AdaptedReader, reader_of

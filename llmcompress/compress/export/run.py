@@ -19,8 +19,8 @@ from llmcompress.compress.verify import read_record
 from llmcompress.errors import InputError
 from llmcompress.files import commit_bytes, commit_json
 from llmcompress.hub.card import CARD_NAME, PICTURE_NAME
+from llmcompress.hub.source import Source
 from llmcompress.model.checkpoint import folder_bytes
-from llmcompress.model.hub import Source
 from llmcompress.model.integrity import digest_source, scan
 from llmcompress.model.skeleton import Skeleton
 from llmcompress.plugins import find

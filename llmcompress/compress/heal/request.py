@@ -9,7 +9,7 @@ from pathlib import Path
 from llmcompress.compress.heal.lora import LoraOptions
 from llmcompress.compress.heal.places import Places
 from llmcompress.compress.heal.training import Schedule
-from llmcompress.model.hub import Source
+from llmcompress.hub.source import Source
 from llmcompress.model.text import Batches, TextRequest
 
 LORA, NORMS = "lora", "norms"

@@ -24,8 +24,8 @@ from llmcompress.compress.scoring import SCORERS, Measured, run_scorers
 from llmcompress.compress.statistics import mean, standard_error, upper_bound
 from llmcompress.errors import InputError
 from llmcompress.files import commit_bytes, commit_json
+from llmcompress.hub.source import Source
 from llmcompress.model.checkpoint import folder_bytes
-from llmcompress.model.hub import Source
 from llmcompress.model.text import Batches
 from llmcompress.plugins import find
 from llmcompress.recipes import Recipe

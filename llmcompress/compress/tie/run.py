@@ -26,8 +26,8 @@ from llmcompress.compress.tie.write import Writing, check_tied, write_tied
 from llmcompress.compress.verify import probe_of, require, verify
 from llmcompress.errors import InputError
 from llmcompress.files import commit_bytes, commit_json
+from llmcompress.hub.source import Source
 from llmcompress.model.checkpoint import folder_bytes
-from llmcompress.model.hub import Source
 from llmcompress.model.text import Batches
 from llmcompress.recipes import Recipe
 from llmcompress.runtime.skipping import SkipRecord
