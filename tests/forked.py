@@ -10,6 +10,7 @@ import importlib
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -17,6 +18,7 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 POLL_SECONDS = 0.005
 NOTHING: Mapping[str, str] = {}
@@ -40,8 +42,14 @@ class Forker:
         *,
         changes: Mapping[str, str] | None = None,
         timeout: float = 240,
+        ranks: int = 1,
+        call: str = "",
     ) -> subprocess.CompletedProcess[str]:
-        """One run, as `subprocess.run` would tell it, killed after `timeout` seconds."""
+        """One run, as `subprocess.run` would tell it, killed after `timeout` seconds.
+
+        ranks  how many processes make it together; what they say comes one after the other
+        call   `module:function` to be called, without arguments, in place of the program
+        """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         with tempfile.TemporaryDirectory() as place:
@@ -51,11 +59,19 @@ class Forker:
                 "folder": str(folder),
                 "changes": dict(changes or {}),
             }
-            request |= {"timeout": timeout, **said}
+            request |= {"timeout": timeout, "ranks": ranks, "call": call, **said}
             print(json.dumps(request), file=self._process.stdin, flush=True)
             status = json.loads(self._process.stdout.readline())
-            out, err = (Path(path).read_text(encoding="utf-8", errors="replace") for path in said.values())
+            out, err = (
+                "".join(Path(f"{path}{n or ''}").read_text(encoding="utf-8", errors="replace") for n in range(ranks))
+                for path in said.values()
+            )
         return subprocess.CompletedProcess([*map(str, words)], status, out, err)
+
+    def children(self) -> list[int]:
+        """The process ids of the run that is going on, in the order of its processes."""
+        pid = self._process.pid
+        return sorted(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
 
     def close(self) -> None:
         """End it."""
@@ -83,6 +99,9 @@ def child(request: dict[str, object]) -> int:
     sys.argv = ["llmcompress", *words]
     from llmcompress.cli import main
 
+    if request["call"]:
+        module, _, name = str(request["call"]).partition(":")
+        return int(getattr(importlib.import_module(module), name)() or 0)
     try:
         main()
     except SystemExit as end:
@@ -121,6 +140,27 @@ def ended(pid: int, timeout: float) -> int:
         time.sleep(POLL_SECONDS)
 
 
+def together(request: dict[str, Any]) -> int:
+    """The exit status of one run of several processes, once all have ended: the first that is not 0.
+
+    What process n says goes to files of its own, `out` and `err` with n after them.
+    """
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    size = request["ranks"]
+    shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    requests = [
+        request
+        | {"changes": request["changes"] | shared | {"RANK": str(rank)}}
+        | ({key: f"{request[key]}{rank}" for key in ("out", "err")} if rank else {})
+        for rank in range(size)
+    ]
+    pids = [begin(one) for one in requests]
+    statuses = [ended(pid, request["timeout"]) for pid in pids]
+    return next((status for status in statuses if status), 0)
+
+
 def serve() -> None:
     """Import what takes long, then answer."""
     for name in IMPORTED:
@@ -129,7 +169,8 @@ def serve() -> None:
     os.dup2(2, 1)
     for line in sys.stdin:
         request = json.loads(line)
-        print(ended(begin(request), request["timeout"]), file=talk, flush=True)
+        print(together(request) if request["ranks"] > 1 else ended(begin(request), request["timeout"]), file=talk)
+        talk.flush()
 
 
 if __name__ == "__main__":

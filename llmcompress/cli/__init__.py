@@ -10,6 +10,7 @@ import click
 
 from llmcompress import __version__
 from llmcompress.cli.bench import bench_command
+from llmcompress.cli.crew import leave_word, several, silent
 from llmcompress.cli.export import export_command
 from llmcompress.cli.gate import gate_command
 from llmcompress.cli.heal import heal_command
@@ -23,8 +24,9 @@ from llmcompress.cli.report import report_command
 from llmcompress.cli.rewrite import rewrite_command
 from llmcompress.cli.say import tell_bug, tell_error
 from llmcompress.cli.scoring import score_command
+from llmcompress.cli.trouble import exit_code, understood
 from llmcompress.cli.tune import tune_command
-from llmcompress.errors import CompressError, Interrupted, MachineError, Stopped, out_of_memory
+from llmcompress.errors import CompressError, InputError, Stopped
 
 COMMANDS = (
     quantize_command,
@@ -46,14 +48,13 @@ COMMANDS = (
     tune_command,
 )
 
-INSTALLED_WITH = {"torch": ("PyTorch", "torch")} | {
-    name: (name, name) for name in ("accelerate", "huggingface_hub", "numpy", "safetensors", "scipy", "transformers")
-}
+CREWED = ("quantize", "score", "eval")  # several processes can share them
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="llmcompress")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Make a Hugging Face language model small, and prove what was lost.
 
     \b
@@ -63,6 +64,9 @@ def cli() -> None:
     Exit codes: 0 done or gate passed, 1 gate failed, 2 your input, 3 the machine (work kept), 4 gate undecided,
     5 a bug, 6 output in use, 130/143 interrupted.
     """
+    if several() and context.invoked_subcommand not in CREWED:
+        words = ", ".join(CREWED)
+        raise InputError(f"{context.invoked_subcommand} runs in one process", f"several can share {words}")
 
 
 for command in COMMANDS:
@@ -94,45 +98,22 @@ class _Manners:
 
     @staticmethod
     def _answer(error: BaseException) -> int:
+        if isinstance(error, click.exceptions.Exit):
+            return int(error.exit_code)
+        leave_word(error)
+        if silent(error):
+            return exit_code(error)
         if isinstance(error, click.ClickException):
             error.show()
             return 2
-        if isinstance(error, click.exceptions.Exit):
-            return int(error.exit_code)
-        error = _understood(error)
+        error = understood(error)
         if isinstance(error, CompressError) and type(error) is not CompressError:
             tell_error(error)
             if os.environ.get("LLMCOMPRESS_DEBUG"):
                 tell_bug(error)
         else:
             tell_bug(error)
-        return error.exit_code if isinstance(error, CompressError) else 5
-
-
-def _understood(error: BaseException) -> BaseException:
-    """What a user can act on in place of what Python and torch raise; the rest as it is."""
-    if isinstance(error, Stopped):
-        return Interrupted(error.signal_number)
-    if isinstance(error, click.Abort | KeyboardInterrupt):
-        return Interrupted(signal.SIGINT)
-    if out_of_memory(error):
-        hint = "`quantize --max-memory SIZE` takes less; else --set calibration.batch_size=1"
-        return MachineError("out of memory; finished blocks are kept", hint)
-    if _device_failed(error):
-        hint = "run the same command again to go on, on another device if it fails again (--device)"
-        return MachineError(f"the device failed: {str(error).splitlines()[0][:160]}", hint)
-    if isinstance(error, ModuleNotFoundError) and error.name in INSTALLED_WITH:
-        title, package = INSTALLED_WITH[error.name]
-        return MachineError(f"{title} is not installed", f"pip install {package}")
-    if isinstance(error, OSError):
-        return MachineError(str(error), "check the disk and its permissions; finished work is kept")
-    return error
-
-
-def _device_failed(error: BaseException) -> bool:
-    """Whether it is what torch raises where a GPU is lost or a kernel fails; by its name, as torch is not imported."""
-    names = {kind.__name__ for kind in type(error).__mro__}
-    return "AcceleratorError" in names or (isinstance(error, RuntimeError) and str(error).startswith("CUDA error"))
+        return exit_code(error)
 
 
 def main(arguments: list[str] | None = None) -> Any:

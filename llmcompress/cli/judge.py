@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from llmcompress.cli.crew import crewed, rank
 from llmcompress.cli.figures import lines_of
 from llmcompress.cli.options import (
     MEMORY,
@@ -64,6 +65,7 @@ def verify_command(output: str, device: str | None, speaker: Speaker) -> None:
 @click.option("--device", default=None, help="cpu or cuda. Default: cpu.")
 @MEMORY
 @trusting
+@crewed
 @speaking
 @tracking
 def eval_command(model: str, ref: str, output: Path | None, speaker: Speaker, **flags: Any) -> None:
@@ -77,6 +79,8 @@ def eval_command(model: str, ref: str, output: Path | None, speaker: Speaker, **
 
     speaker.talk(f"comparing {request.model.name} with {request.reference.name} ...")
     report = with_half(lambda size: run_eval(replace(request, batch_size=size)), request.batch_size, speaker)
+    if rank():
+        return
     if flags["skip_voids"]:
         from llmcompress.eval.skipping import with_voids
 
@@ -100,6 +104,7 @@ def _track(tracker: Tracker, report: Any) -> None:
 def _request(model: str, ref: str, flags: dict[str, Any]) -> Any:
     sources = find_model(model, packed=True), find_model(ref, packed=True)
     from llmcompress.eval.run import EvalRequest
+    from llmcompress.model.crew import ALONE
     from llmcompress.model.text import TextRequest
 
     text = TextRequest(flags["data"], flags["samples"], flags["sequence_length"], flags["seed"], "evaluation")
@@ -108,4 +113,5 @@ def _request(model: str, ref: str, flags: dict[str, Any]) -> Any:
         *sources, text, flags["batch_size"], pick_device(flags["device"]), command_line(),
         sweep=flags["sweep"], speed=flags["speed"], tasks=tasks, task_limit=flags["task_limit"],
         max_memory=memory_of(flags["max_memory"]),
+        crew=flags["crew"] or ALONE,
     )  # fmt: skip

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import click
 
+from llmcompress.cli.crew import rank, several
 from llmcompress.cli.say import Speaker, open_log
 from llmcompress.errors import InputError, MachineError, out_of_memory
 from llmcompress.files import ALLOW_EXTERNAL, ALLOW_NONFINITE
@@ -33,8 +34,10 @@ def speaking(function: Command) -> Command:
     @click.option("--log-file", type=click.Path(dir_okay=False, path_type=Path), help="Write a log here.")
     @wraps(function)
     def with_speaker(*args: Any, as_json: bool, quiet: bool, verbose: bool, log_file: Path | None, **rest: Any) -> Any:
-        open_log(log_file)
-        return function(*args, speaker=Speaker(json=as_json, quiet=quiet, verbose=verbose), **rest)
+        first = rank() == 0  # of several processes only one speaks
+        open_log(log_file if first else None)
+        speaker = Speaker(json=as_json, quiet=quiet or not first, verbose=verbose, silent=not first)
+        return function(*args, speaker=speaker, **rest)
 
     return with_speaker
 
@@ -65,11 +68,11 @@ def _allowing(wanted: dict[str, bool]) -> Iterator[None]:
 
 
 def with_half(call: Callable[[int], Answer], batch_size: int, speaker: Speaker) -> Answer:
-    """What `call` answers for a batch size; for half of it where memory runs out the first time."""
+    """What `call` answers for a batch size; for half of it where memory runs out the first time, and it is alone."""
     try:
         return call(batch_size)
     except (MemoryError, RuntimeError) as error:
-        if batch_size < 2 or not out_of_memory(error):
+        if batch_size < 2 or several() or not out_of_memory(error):
             raise
     gc.collect()
     speaker.talk(f"warning: memory ran out: again with batches of {batch_size // 2}; last bits may differ")
@@ -175,4 +178,6 @@ def pick_device(device: str | None) -> str:
         raise InputError(f"--device {device}: no CUDA device here", "leave --device out to use the CPU")
     if kind not in ("cpu", "cuda"):
         raise InputError(f"--device {device}: not supported", "use cpu or cuda")
+    if device == "cuda" and "LOCAL_RANK" in os.environ:  # a GPU for each process of this machine
+        return f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
     return device or "cpu"

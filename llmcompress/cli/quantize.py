@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from llmcompress.cli.crew import crewed, rank
 from llmcompress.cli.options import (
     MEMORY,
     RUNTIME,
@@ -59,6 +60,7 @@ def default_output(model: str, budget: str) -> Path:
 @click.option("--restart", is_flag=True, help="Discard an unfinished run instead of going on with it.")
 @push_options
 @trusting
+@crewed
 @speaking
 @tracking
 def quantize_command(model: str, budget: str, output: Path | None, speaker: Speaker, **flags: Any) -> None:
@@ -67,17 +69,18 @@ def quantize_command(model: str, budget: str, output: Path | None, speaker: Spea
     MODEL is a directory, org/name[@revision], a short name (`llmcompress list models`), or demo.
     The same command goes on where an interrupted run stopped.
     """
-    check_target(flags["repository"], flags["public"])
+    if rank() == 0:
+        check_target(flags["repository"], flags["public"])
     request = _request(model, budget, output, flags)
     if request.source.repository:
         speaker.talk(f"{request.source.repository} at {request.source.revision}")
     check_original(flags["repository"], request.source.repository)
-    if flags["dry_run"]:
+    if flags["dry_run"] and rank() == 0:
         _dry_run(request, speaker)
-    else:
+    elif not flags["dry_run"]:
         flags["tracker"].start(request.output.name, _facts(request))
         told = _run(request, speaker, flags["tracker"])
-        repository = flags["repository"]
+        repository = None if rank() else flags["repository"]
         sent = None if repository is None else pushed(request.output, repository, flags["public"], speaker)
         _tell_result(request, told, sent=sent, speaker=speaker)
 
@@ -104,8 +107,10 @@ def _request(model: str, budget: str, output: Path | None, flags: dict[str, Any]
 
     source = find_model(model)
     target = output or default_output(source.name, budget)
-    check_output(target, source.path, force=True)
+    if rank() == 0:
+        check_output(target, source.path, force=True)
     from llmcompress.compress.run import QuantizeRequest
+    from llmcompress.model.crew import ALONE
 
     return QuantizeRequest(
         source=source,
@@ -118,6 +123,7 @@ def _request(model: str, budget: str, output: Path | None, flags: dict[str, Any]
         restart=flags["restart"],
         scores=scores,
         max_memory=memory,
+        crew=flags["crew"] or ALONE,
     )
 
 

@@ -22,10 +22,10 @@ LOG.addHandler(logging.NullHandler())
 
 
 class Speaker:
-    """Writes for one command. `quiet` silences talk; `json` leaves only the document on stdout."""
+    """Writes for one command. `quiet` silences talk, `silent` results too; `json` leaves one document on stdout."""
 
-    def __init__(self, *, json: bool, quiet: bool, verbose: bool) -> None:
-        self.json = json
+    def __init__(self, *, json: bool, quiet: bool, verbose: bool, silent: bool = False) -> None:
+        self.json, self.silent = json, silent
         self.quiet = quiet
         self.verbose = verbose
         plain: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False, "soft_wrap": True}
@@ -40,6 +40,8 @@ class Speaker:
 
     def result(self, document: Any, lines: Iterable[str] = ()) -> None:
         """The answer: the document with --json, otherwise the lines."""
+        if self.silent:
+            return
         if self.json:
             click.echo(to_json(document), nl=False)
             return
@@ -48,7 +50,7 @@ class Speaker:
 
     def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         """A table on stdout; silent with --json."""
-        if self.json:
+        if self.json or self.silent:
             return
         table = Table(title=one_line(title) or None, box=None, pad_edge=False, title_justify="left")
         for place, column in enumerate(columns):
@@ -111,7 +113,11 @@ def open_log(path: Path | None) -> None:
 def command_line() -> str:
     """The command as typed, paths reduced to their last part, for a model card."""
     words = ["llmcompress"]
-    for word in sys.argv[1:]:
+    given = iter(sys.argv[1:])
+    for word in given:
+        if word == "--nproc" or word.startswith("--nproc="):  # changes nothing about the result
+            next(given if word == "--nproc" else iter(()), None)
+            continue
         flag, equals, value = word.partition("=")
         plain = value if equals else word
         short = (

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from llmcompress.cli.crew import crewed, rank
 from llmcompress.cli.drawing import say_lines, say_table, terminal_bars, write_pictures
 from llmcompress.cli.options import (
     MEMORY,
@@ -38,6 +39,7 @@ PICTURES = click.option(
 @recipe_options
 @MEMORY
 @trusting
+@crewed
 @speaking
 def score_command(model: str, output: Path | None, scorers: tuple[str, ...], speaker: Speaker, **flags: Any) -> None:
     """Score the linears of MODEL: what each candidate width is expected to cost.
@@ -47,6 +49,8 @@ def score_command(model: str, output: Path | None, scorers: tuple[str, ...], spe
     check_place(output)
     recipe = read_recipe(flags["recipe"], flags["changes"], flags["calibration"], flags["seed"])
     found = _score(model, recipe, flags, speaker, scorers)
+    if rank():
+        return
     if output is not None:
         write_json(output, found, speaker)
     if flags["pictures"] is not None:
@@ -69,6 +73,7 @@ def _score(model: str, recipe: Any, flags: dict[str, Any], speaker: Speaker, sco
         find(SCORERS, name)
     from llmcompress.compress.memory import kept_to, score_stages
     from llmcompress.compress.pipeline import Opened, score_file
+    from llmcompress.model.crew import ALONE
 
     def fit(opened: Opened, recipe: Any, reads: bool) -> Any:
         recipe, said = kept_to(opened, recipe, limit, lambda r: score_stages(opened, r, names, reads=reads))
@@ -77,8 +82,10 @@ def _score(model: str, recipe: Any, flags: dict[str, Any], speaker: Speaker, sco
         return recipe
 
     speaker.talk(f"scoring {source.name} with {', '.join(names)} ...")
-    where, size = pick_device(flags["device"]), recipe.calibration.batch_size
-    return with_half(lambda n: score_file(source, batches_of(recipe, n), where, names, fit=fit), size, speaker)
+    where, size, crew = pick_device(flags["device"]), recipe.calibration.batch_size, flags["crew"] or ALONE
+    return with_half(
+        lambda n: score_file(source, batches_of(recipe, n), where, names, fit=fit, crew=crew), size, speaker
+    )
 
 
 def write_json(output: Path, value: Any, speaker: Speaker) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Self
 
 import click
 
+from llmcompress.cli.crew import rank
 from llmcompress.cli.say import Speaker
 from llmcompress.errors import InputError, MachineError
 
@@ -132,12 +133,12 @@ class _Doubt:
 
 
 def tracking(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add --log-to, and hand the command a Tracker. Goes below `speaking`."""
+    """Add --log-to, and hand the command a Tracker: to the first of several processes. Goes below `speaking`."""
 
     @click.option("--log-to", metavar="LIBRARY[:PROJECT]", help="Send numbers to wandb, mlflow or trackio.")
     @wraps(function)
     def with_tracker(*args: Any, log_to: str | None, speaker: Speaker, **rest: Any) -> Any:
-        with Tracker(log_to, speaker) as tracker:
+        with Tracker(None if rank() else log_to, speaker) as tracker:
             return function(*args, speaker=speaker, tracker=tracker, **rest)
 
     return with_tracker

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from safetensors import safe_open
@@ -21,6 +22,8 @@ from llmcompress.compress.rounds import BlockRounds, Method, Rounded, Streams, r
 from llmcompress.compress.shards import ShardMap, write_shard
 from llmcompress.errors import InputError
 from llmcompress.model.checkpoint import DTYPE_NAMES, TORCH_DTYPES
+from llmcompress.model.crew import ALONE, Crew
+from llmcompress.model.shares import Share
 from llmcompress.model.skeleton import Skeleton
 from llmcompress.model.stream import BlockCall, BlockStream
 from llmcompress.plugins import find
@@ -51,6 +54,16 @@ class ApplyJob:
     hints: Hints = field(default_factory=Hints)
 
     @property
+    def crew(self) -> Crew:
+        """The processes that carry it out."""
+        return self.skeleton.crew
+
+    @property
+    def share(self) -> Share:
+        """This process's part of the batches. Learning goes from one batch to another, and needs them all."""
+        return Share(len(self.batches), ALONE if self.method.learners else self.crew)
+
+    @property
     def method(self) -> Method:
         """How the plan rounds."""
         dtype = TORCH_DTYPES[self.shards.scale_dtype]
@@ -65,12 +78,15 @@ class ApplyJob:
 
 @dataclass
 class Chain:
-    """Hidden states of every batch, the probe last, and how the model calls its blocks with them.
+    """Hidden states of every batch of this process, the probe last, and how the model calls its blocks with them.
 
-    `full` are those of the batches under the full-precision model, empty where it does not run beside.
+    `tokens` are its batches, of all of which they are a `share`. `full` are the batches' hidden states under the
+    full-precision model, empty where it does not run beside.
     """
 
     stream: BlockStream
+    share: Share
+    tokens: list[Tensor]
     hidden: list[Tensor]
     full: list[Tensor]
     calls: list[list[BlockCall]]
@@ -86,13 +102,14 @@ class Chain:
         else:
             self.end()
         self.hidden[-1] = self.stream.run_block(index, self.hidden[-1], self.calls[-1][index])
-        if not all(bool(x.abs().amax().isfinite()) for x in (*self.hidden, *self.full) if x.numel()):
+        finite = all(bool(x.abs().amax().isfinite()) for x in (*self.hidden, *self.full) if x.numel())
+        if not self.share.crew.agreed(finite):
             raise InputError(f"{rounds.info.name}: what leaves it is NaN or infinite on calibration text", OVERFLOWS)
 
     @torch.no_grad()
     def catch_up(self, done: Sequence[BlockTrace]) -> None:
-        """Run the full-precision model, where it runs beside, through blocks that are finished."""
-        for info in done if self.full else ():
+        """Run the full-precision model through blocks that are finished."""
+        for info in done:
             block = self.stream.skeleton.load_block(info.index)
             for place, hidden in enumerate(self.full):
                 left = self.stream.run_block(info.index, hidden, self.calls[place][info.index])
@@ -108,9 +125,10 @@ class Chain:
         batches = len(self.calls) - 1
         calls = [call[index] for call in self.calls[:batches]]
         learns, last = bool(job.method.learners), index + 1 == len(job.trace.blocks)
-        logits = logits_reader(self.stream, job.batches) if learns and last else None
+        logits = logits_reader(self.stream, self.tokens) if learns and last else None
         leads = learns or index + 1 < len(job.parts)
-        return Streams(self.hidden[:batches], list(self.full) or None, calls, leads, logits, self.stream.keep)
+        full = list(self.full) if job.method.compares else None
+        return Streams(self.hidden[:batches], full, calls, leads, logits, self.stream.keep, self.share)
 
 
 def apply(job: ApplyJob, journal: Journal) -> Iterator[BlockOutcome]:
@@ -118,11 +136,10 @@ def apply(job: ApplyJob, journal: Journal) -> Iterator[BlockOutcome]:
 
     Finished steps are not repeated: their outcomes are yielded marked `resumed`.
     """
-    done = journal.committed()
-    journal.prepare()
+    done: list[CommitRecord] = job.crew.first(lambda: _found(journal), CommitRecord)
     previous = done[-1].digest() if done else ""
     if not done:
-        previous = _commit_rest(job, journal)
+        previous = job.crew.first(lambda: _commit_rest(job, journal))
     for record in done[1:]:
         if record.outcome is not None:
             yield record.outcome.model_copy(update={"resumed": True})
@@ -131,15 +148,17 @@ def apply(job: ApplyJob, journal: Journal) -> Iterator[BlockOutcome]:
         return
     chain = start_chain(job)
     if first:
-        saved = _regrouped([*load_hidden(journal, first, job.skeleton.device)], job.batches)
-        chain.hidden = [chain.stream.keep(x) for x in saved]
-        chain.catch_up(job.trace.blocks[:first])
+        chain.hidden = [chain.stream.keep(x) for x in _resumed(job, chain.share, journal, first)]
+        if chain.full:
+            chain.catch_up(job.trace.blocks[:first])
     for step, part in enumerate(job.parts[first:], first + 1):
         if isinstance(part, BlockTrace):
             outcome, shard_digest = quantize_block(job, chain, part, journal)
         else:
             outcome, shard_digest = quantize_head(job, chain, part, journal)
-        hidden_digest = save_hidden(journal, step, chain.hidden)
+        states = [*chain.share.gathered(chain.hidden[:-1]), chain.hidden[-1]]
+        hidden_digest = job.crew.first(partial(save_hidden, journal, step, states))
+        del states
         record = CommitRecord(
             step=step,
             shard=outcome.shard,
@@ -148,19 +167,37 @@ def apply(job: ApplyJob, journal: Journal) -> Iterator[BlockOutcome]:
             previous=previous,
             outcome=outcome,
         )
-        journal.commit(record)
+        job.crew.first(partial(journal.commit, record))
         previous = record.digest()
         yield outcome
 
 
 def start_chain(job: ApplyJob) -> Chain:
     """Enter the model with every batch and the probe."""
-    stream = BlockStream(job.skeleton)
-    hidden, calls = stream.start([*job.batches, job.probe])
+    stream, share = BlockStream(job.skeleton), job.share
+    tokens = share.of(job.batches)
+    hidden, calls = stream.start([*tokens, job.probe])
     job.skeleton.free_rest()
     job.skeleton.free(job.skeleton.blocks[0])
     full = list(hidden[:-1]) if job.method.compares else []
-    return Chain(stream, hidden, full, calls)
+    return Chain(stream, share, tokens, hidden, full, calls)
+
+
+def _found(journal: Journal) -> list[CommitRecord]:
+    """What an unfinished run has left, once temporary files are gone."""
+    done = journal.committed()
+    journal.prepare()
+    return done
+
+
+def _resumed(job: ApplyJob, share: Share, journal: Journal, step: int) -> Iterator[Tensor]:
+    """The hidden states kept with a step, of this process's batches and the probe; process 0 has the file."""
+    states = _regrouped(journal, step, job) if job.crew.rank == 0 else None
+    for place in range(share.count + 1):
+        own = {} if states is None else {"state": next(states)}
+        state = job.crew.spread(own)["state"]
+        if place == share.count or place in share.places:
+            yield state
 
 
 def finished_logits(job: ApplyJob, journal: Journal) -> Tensor:
@@ -200,14 +237,23 @@ def load_hidden(journal: Journal, step: int, device: torch.device, first: int = 
             yield found.get_tensor(name).to(device)
 
 
-def _regrouped(hidden: list[Tensor], batches: list[Tensor]) -> list[Tensor]:
-    """Hidden states, the probe's last, in the batches of this run, where those of the run before were larger."""
-    *rows, probe = hidden
-    if len(rows) == len(batches):
-        return hidden
-    if not rows or not rows[0].numel():
-        return [*(torch.empty(0) for _ in batches), probe]
-    return [*torch.split(torch.cat(rows), [len(batch) for batch in batches]), probe]
+def _regrouped(journal: Journal, step: int, job: ApplyJob) -> Iterator[Tensor]:
+    """Hidden states kept with a step, in the batches of this run, where those of the run before were larger."""
+    states = load_hidden(journal, step, job.skeleton.device)
+    if _kept_states(journal, step) == len(job.batches) + 1:
+        yield from states
+        return
+    *rows, probe = states
+    if not rows[0].numel():
+        yield from (torch.empty(0) for _ in job.batches)
+    else:
+        yield from torch.split(torch.cat(rows), [len(batch) for batch in job.batches])
+    yield probe
+
+
+def _kept_states(journal: Journal, step: int) -> int:
+    with safe_open(journal.hidden_path(step), "pt") as found:
+        return len(found.keys())
 
 
 def quantize_block(job: ApplyJob, chain: Chain, info: BlockTrace, journal: Journal) -> tuple[BlockOutcome, str]:
@@ -233,7 +279,7 @@ def quantize_block(job: ApplyJob, chain: Chain, info: BlockTrace, journal: Journ
         packed[ATTENTION] |= tensors_of(stem, rounds.attention[name], job.method.dtype)
     rounds.close()
     job.skeleton.free(block)
-    shard, digest = _write_shard(job, info.index + 1, packed, journal)
+    shard, digest = job.crew.first(partial(_write_shard, job, info.index + 1, packed, journal))
     seconds = time.monotonic() - began
     return (
         BlockOutcome(
@@ -253,7 +299,8 @@ def quantize_head(job: ApplyJob, chain: Chain, head: LinearInfo, journal: Journa
     job.skeleton.load_exit()
     module = job.skeleton.model.get_submodule(head.name)
     target = module.weight
-    seen = head_input(module, chain.stream, job.batches, chain.hidden[:-1], chain.full or None)
+    full = chain.full if job.method.compares else None
+    seen = head_input(module, chain.stream, chain.tokens, chain.hidden[:-1], full, share=chain.share)
     rounded = round_head(job.method, head, target.detach(), job.plan.specs[head.name], seen)
     codes = rounded.result.codes
     target.copy_(codes.dequantize())
@@ -262,8 +309,8 @@ def quantize_head(job: ApplyJob, chain: Chain, head: LinearInfo, journal: Journa
     chain.hidden[-1] = probe
     job.skeleton.free_rest()
     step = len(job.parts)
-    packed = exporter_for(job.plan, job.trace).packed_tensors(head, codes)
-    shard, digest = _write_shard(job, step, {head.tensor: packed}, journal)
+    packed = {head.tensor: exporter_for(job.plan, job.trace).packed_tensors(head, codes)}
+    shard, digest = job.crew.first(partial(_write_shard, job, step, packed, journal))
     fallbacks = tuple(Fallback(where=head.name, reason=note) for note in rounded.result.fallbacks)
     seconds = time.monotonic() - began
     outcome = BlockOutcome(

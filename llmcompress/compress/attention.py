@@ -14,6 +14,7 @@ from llmcompress.errors import InputError
 from llmcompress.kernels.inputs import InputQuantizer
 from llmcompress.kernels.softmax import choose_scale
 from llmcompress.kernels.stored import Layout
+from llmcompress.model.shares import Share
 from llmcompress.model.skeleton import Skeleton
 from llmcompress.runtime.attention import (
     WATCH,
@@ -47,11 +48,17 @@ def _thin(tensor: Tensor) -> Tensor:
 
 
 def round_attention(
-    block: nn.Module, runs: Iterable[Callable[[], Any]], *, options: QuantizerOptions, dtype: torch.dtype
+    block: nn.Module,
+    runs: Iterable[Callable[[], Any]],
+    *,
+    options: QuantizerOptions,
+    dtype: torch.dtype,
+    share: Share | None = None,
 ) -> dict[str, AttentionRounding]:
     """Let the attention of a block round what `options` say, under scales from `runs`, forwards of it.
 
-    `dtype` is that of stored scales. Returns what was found by the attention module's name inside the block.
+    `dtype` is that of stored scales; with a `share`, `runs` are of this process's batches alone. Returns what was
+    found by the attention module's name inside the block.
     """
     found: dict[str, AttentionRounding] = {}
     todo = list(runs)
@@ -62,6 +69,8 @@ def round_attention(
             with suppress(Enough), torch.no_grad():
                 run()
         forget([module])
+        if share is not None:
+            seen.keys, seen.values, seen.weights = map(share.all, (seen.keys, seen.values, seen.weights))
         if not seen.keys:
             raise InputError(f"{name}: no calibration text reached this attention", "leave quantize.kv_cache at none")
         found[name] = _rounding(seen, options, dtype, name)

@@ -116,7 +116,8 @@ class Exchanger:
             single[0]: shrunk(row.tolist())
             for single, row in zip(singles, self._differences(places, singles, first), strict=True)
         }
-        steps = self._proposed(places, gains)
+        crew = self.job.skeleton.crew
+        steps = [tuple(map(tuple, step)) for step in crew.first(lambda: self._proposed(places, gains))]
         if not steps:
             return places, None
         measured = [(mean(row), standard_error(row)) for row in self._differences(places, steps, second).tolist()]

@@ -46,7 +46,7 @@ class GramJudge:
     """
 
     def __init__(self, variants: int, *, size: int = SKETCH, seed: int = 0) -> None:
-        self.sketches = torch.zeros(variants, size, dtype=torch.float32)
+        self.table = torch.zeros(variants, size, dtype=torch.float32)
         self.seed = seed
         self.tokens: dict[int, int] = {}
         self._drawn: tuple[int, Tensor, Tensor] = (-1, torch.empty(0), torch.empty(0))
@@ -55,7 +55,7 @@ class GramJudge:
         """Bucket and sign of every coordinate of a batch, the same for all variants."""
         if self._drawn[0] != place:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + place)
-            bucket = torch.randint(self.sketches.shape[1], (count,), generator=generator)
+            bucket = torch.randint(self.table.shape[1], (count,), generator=generator)
             sign = torch.randint(2, (count,), generator=generator).float().mul_(2).sub_(1)
             self._drawn = (place, bucket, sign)
         return self._drawn[1:]
@@ -65,11 +65,11 @@ class GramJudge:
         vectors = error_vectors(p.flatten(0, 1), q.flatten(0, 1)).cpu()
         self.tokens[place] = len(vectors)
         bucket, sign = self._draw(place, vectors.numel())
-        self.sketches[variant].index_add_(0, bucket, vectors.flatten() * sign)
+        self.table[variant].index_add_(0, bucket, vectors.flatten() * sign)
 
     def gram(self) -> NDArray[numpy.float64]:
         """`G` of all variants, nats per token."""
-        found = self.sketches.double().numpy()
+        found = self.table.double().numpy()
         product: NDArray[numpy.float64] = found @ found.T / sum(self.tokens.values())
         return product
 

@@ -11,7 +11,8 @@ from llmcompress.compress.learning import Logits
 from llmcompress.compress.measuring import Change, Changes, MeasureJob, changed_weight
 from llmcompress.compress.observe import InputSums, Reading
 from llmcompress.compress.rounding import Seen
-from llmcompress.compress.rounds import aim
+from llmcompress.compress.targets import aim
+from llmcompress.model.shares import Share
 from llmcompress.model.stream import BlockStream
 
 LOGITS = 1 << 24  # of one batch at a time, while the last block is learned
@@ -23,13 +24,18 @@ def head_input(
     tokens: Sequence[Tensor],
     hidden: Sequence[Tensor],
     full: Sequence[Tensor] | None = None,
+    *,
+    share: Share | None = None,
 ) -> Seen | None:
     """What the head reads; None without tokens. The rest of the model must be loaded.
+
+    With a `share`, the rest are those of this process's batches, and what is read is that of all.
 
     `hidden` are the states `(batch, tokens, hidden)` that left the last block, `full` those of the full-precision
     model, where the two are to be compared.
     """
-    sums = InputSums()
+    share = share or Share(len(tokens))
+    sums = InputSums(share)
     read: list[Tensor] = []
     handle = head.register_forward_pre_hook(lambda _, args: read.append(args[0].detach().flatten(0, -2).float()))
     try:
@@ -41,7 +47,7 @@ def head_input(
             read.clear()
     finally:
         handle.remove()
-    return sums.means()[0] if sums.tokens else None
+    return sums.means()[0] if share.count else None
 
 
 def logits_reader(stream: BlockStream, tokens: Sequence[Tensor]) -> Logits:
@@ -68,16 +74,26 @@ class HeadView:
         tokens: Sequence[Tensor],
         hidden: Sequence[Tensor],
         full: Sequence[Tensor] | None = None,
+        *,
+        share: Share | None = None,
     ) -> None:
         self._job, self._stream, self._tokens, self._hidden, self._full = job, stream, tokens, hidden, full
+        self._share = share
         self._cache: dict[Change, Tensor] = {}
         self._seen: Seen | None = None
         self._looked = False
 
+    def look(self, changes: Changes) -> None:
+        """See what the head reads, where a change will ask for it: every process at the same time."""
+        info = self._job.trace.head
+        change = None if info is None else changes.get(info.name)
+        if info is not None and change is not None:
+            self._weight(self._job.skeleton.model.get_submodule(info.name), change)
+
     def _weight(self, head: nn.Module, change: Change) -> Tensor:
         if change not in self._cache:
             if self._job.quantizer.NEEDS_HESSIAN and not self._looked:
-                self._seen = head_input(head, self._stream, self._tokens, self._hidden, self._full)
+                self._seen = head_input(head, self._stream, self._tokens, self._hidden, self._full, share=self._share)
                 self._looked = True
             weight: Tensor = head.weight.detach().clone()  # type: ignore[operator]
             seen = self._seen

@@ -74,7 +74,8 @@ class _Joint:
 
         def measure(sets: Sequence[Drop]) -> Tensor:
             removals = list(map(units.removal, sets))
-            return removal_damage(opened.skeleton, removals, text, memory_bytes=memory, halves=units.halves).kld
+            found = removal_damage(opened.skeleton, removals, text, memory_bytes=memory, halves=units.halves)
+            return opened.skeleton.crew.spread({"kld": found.kld})["kld"]  # all search alike, whatever machine it is
 
         blocks = len(units.units)
         singles = measure([frozenset({block}) for block in range(blocks)]).mean(1).tolist()
@@ -99,7 +100,11 @@ class _Joint:
         if budget.kind == "linears":
             budget = replace(budget, amount=budget.amount * _weights(opened, ()) / _weights(opened, gone))
         ground = Ground(planner.recipe.plan.group_size, file_bytes, candidates)  # type: ignore[arg-type]
-        return spend_by(planner.program(), opened.trace, planner.scores, budget, ground=ground)
+        program = planner.program()
+        solved: BitAllocation = opened.skeleton.crew.first(
+            lambda: spend_by(program, opened.trace, planner.scores, budget, ground=ground), BitAllocation
+        )
+        return solved
 
     def plans(self) -> list[tuple[Drop, float, BitAllocation]]:
         """The plan that drops nothing, where it fits, then the best of the others by expected damage."""
@@ -176,7 +181,7 @@ def reopen_dropped(opened: Opened, recipe: Recipe, folder: Path, budget: Budget)
     """The model without the dropped blocks, and the budget in what it means for the weights that are left."""
     source, device = replace(opened.source, path=folder), str(opened.skeleton.device)
     found = open_model(source, recipe, device, whole_file=budget.whole_file)
-    found.skeleton.shelf = opened.skeleton.shelf
+    found.skeleton.shelf, found.skeleton.crew = opened.skeleton.shelf, opened.skeleton.crew
     before, after = (_weights(model, ()) for model in (opened, found))
     if budget.kind == "file":
         before, after = opened.trace.parameters, found.trace.parameters

@@ -37,7 +37,7 @@ def factors_of(error: Tensor, hessian: Tensor | None, rank: int, dtype: torch.dt
     return up.contiguous(), down.to(dtype).contiguous()
 
 
-def quantized(
+def corrected(
     quantizer: ModuleType,
     requests: Sequence[Request],
     seen: Seen | None,
@@ -48,7 +48,7 @@ def quantized(
     """What a quantizer makes of linears that read one input, with the corrections that their formats have.
 
     Where calibration showed nothing of the input, as of an expert that no token was routed to, it goes without: mostly
-    that is rounding to nearest. It is recorded.
+    that is rounding to nearest. It is recorded. What it works out from `seen` alone stays there for the next call.
     """
     unseen = seen is not None and quantizer.NEEDS_HESSIAN and seen.nothing
     seen = None if unseen else seen
@@ -63,4 +63,19 @@ def quantized(
             up, down = factors_of(error, hessian, rank, dtype)
             result = replace(result, codes=replace(result.codes, up=up, down=down))
         found.append(result)
+    return found
+
+
+def quantized(
+    quantizer: ModuleType,
+    requests: Sequence[Request],
+    seen: Seen | None,
+    *,
+    options: QuantizerOptions,
+    dtype: torch.dtype,
+) -> list[Quantized]:
+    """`corrected`, and nothing stays."""
+    found = corrected(quantizer, requests, seen, options=options, dtype=dtype)
+    if seen is not None:
+        seen.known.clear()
     return found

@@ -6,17 +6,19 @@ side: one as it will be stored, fed with what the stored model gives it, and one
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llmcompress.compress.rounding import Seen
+from llmcompress.model.shares import OrderedSums, Share
 from llmcompress.model.stream import linear_modules
 from llmcompress.types import BlockTrace, LinearInfo
 
 STRIPE = 128  # rows of a Hessian added at a time, up to its diagonal: it is symmetric
+TOKENS, HESSIAN, DRIFT, TERM = "tokens", "hessian ", "drift", "term "  # names of sums
 
 
 def local_name(block: BlockTrace, linear: LinearInfo) -> str:
@@ -150,44 +152,80 @@ class GroupWatch:
 class InputSums:
     """Running sums over tokens of everything that is asked about one group; `whole` as in its watch."""
 
-    def __init__(self, *, whole: bool = False) -> None:
-        self.tokens, self.whole = 0, whole
-        self._lower: Tensor | None = None  # of the Hessian; what is above the diagonal stays unfinished
-        self._drift: Tensor | None = None
-        self._terms: dict[str, Tensor] = {}
+    def __init__(self, share: Share | None = None, *, whole: bool = False) -> None:
+        self.whole, self._sums = whole, OrderedSums(share or Share(0))
 
     def add(self, stored: Reading, full: Reading | None = None) -> None:
         """One batch, in the stored model and, where it is run, in the full-precision one."""
         x = stored.inputs
-        self.tokens += len(x)
-        if self._lower is None:
-            self._lower = torch.zeros(x.shape[1], x.shape[1], device=x.device)
-        for start in range(0, x.shape[1], STRIPE):
-            stop = start + STRIPE
-            self._lower[start:stop, :stop].addmm_(x[:, start:stop].T, x[:, :stop])
-        if full is None:
-            return
-        if not self.whole:
-            self._drift = _grown(self._drift, full.inputs - x, x)
-        for name, stream in stored.streams.items():
-            self._terms[name] = _grown(self._terms.get(name), full.streams[name] - stream, x)
+        _put_inputs(self._sums, "", x)
+        if full is not None:
+            if not self.whole:
+                self._sums.put(DRIFT, (full.inputs - x).T @ x)
+            for name, stream in stored.streams.items():
+                self._sums.put(TERM + name, (full.streams[name] - stream).T @ x)
+        self._sums.close_batch()
 
     def means(self) -> tuple[Seen, dict[str, Tensor]]:
         """What was seen, and for every linear that writes to a stream its term `(rows, columns)`, see `Targets.of`.
 
-        Both are taken out of here.
+        Both are taken out of here, and are the same on every process that shares the text.
         """
-        if self._lower is None:
-            raise ValueError("nothing was added")
-        count, found = max(self.tokens, 1), self._lower
-        for start in range(0, len(found), STRIPE):  # in place: of a wide input nothing in a run is larger
-            stop = start + STRIPE
-            found[start:stop, start:stop] = _mirrored(found[start:stop, start:stop])
-            found[start:stop, stop:] = found[stop:, start:stop].T
-        drift = None if self._drift is None else self._drift.div_(count)
-        terms = {name: total.div_(count) for name, total in self._terms.items()}
-        self._lower, self._drift, self._terms = None, None, {}
-        return Seen(found.div_(count), self.tokens, drift), terms
+        totals = self._sums.take()
+        seen = _seen(totals, "")
+        count = max(seen.tokens, 1)
+        drift = None if DRIFT not in totals else totals.pop(DRIFT).div_(count)
+        terms = {name: total.div_(count) for name, total in _taken(totals, TERM).items()}
+        return replace(seen, drift=drift), terms
+
+
+class GroupSums:
+    """The same for all shared-input groups of a block at once, or for some, of what they read alone."""
+
+    def __init__(self, share: Share | None = None, only: Collection[int] | None = None) -> None:
+        self._sums, self._only = OrderedSums(share or Share(0)), only
+
+    def see(self, number: int, inputs: Tensor) -> None:
+        """The input `(tokens, columns)` of a group; for `watching_inputs`."""
+        if self._only is None or number in self._only:
+            _put_inputs(self._sums, f"{number} ", inputs.float())
+
+    def close_batch(self) -> None:
+        """All groups have been seen for a batch; an expert that no token reached may not have been."""
+        self._sums.close_batch()
+
+    def means(self) -> dict[int, Seen]:
+        """What was seen, by group; taken out of here, and the same on every process that shares the text."""
+        totals = self._sums.take()
+        numbers = [int(name.partition(" ")[0]) for name in totals if name.endswith(f" {TOKENS}")]
+        return {number: _seen(totals, f"{number} ") for number in numbers}
+
+
+def _put_inputs(sums: OrderedSums, prefix: str, x: Tensor) -> None:
+    """Add `x^T x` up to its diagonal, in stripes, and the number of tokens."""
+    sums.put(prefix + TOKENS, torch.tensor([len(x)]))
+    for start in range(0, x.shape[1], STRIPE):
+        stop = start + STRIPE
+        sums.put(f"{prefix}{HESSIAN}{start}", x[:, start:stop].T @ x[:, :stop])
+
+
+def _seen(totals: dict[str, Tensor], prefix: str) -> Seen:
+    """The mean of what sums hold, which is taken out of them: of a wide input nothing in a run is larger."""
+    if prefix + TOKENS not in totals:
+        raise ValueError("nothing was added")
+    tokens = int(totals.pop(prefix + TOKENS))
+    stripes = {int(start): total for start, total in _taken(totals, prefix + HESSIAN).items()}
+    columns = max(start + len(total) for start, total in stripes.items())
+    found = stripes[0].new_empty(columns, columns)
+    for start in sorted(stripes, reverse=True):  # the longest first: each is gone before all rows are there
+        total = stripes.pop(start)
+        found[start : start + len(total), : total.shape[1]] = total
+        del total
+    for start in range(0, columns, STRIPE):
+        stop = start + STRIPE
+        found[start:stop, start:stop] = _mirrored(found[start:stop, start:stop])
+        found[start:stop, stop:] = found[stop:, start:stop].T
+    return Seen(found.div_(max(tokens, 1)), tokens)
 
 
 def _mirrored(square: Tensor) -> Tensor:
@@ -196,18 +234,9 @@ def _mirrored(square: Tensor) -> Tensor:
     return lower + lower.tril(-1).T
 
 
-def _grown(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
-    return left.T @ right if total is None else total.addmm_(left.T, right)
-
-
-def summing(sums: dict[int, InputSums], only: Collection[int] | None = None) -> Callable[[int, Tensor], None]:
-    """For `watching_inputs`: adds the inputs of each shared-input group, or of some, to sums of its own."""
-
-    def see(number: int, inputs: Tensor) -> None:
-        if only is None or number in only:
-            sums.setdefault(number, InputSums()).add(Reading(inputs.float(), {}))
-
-    return see
+def _taken(totals: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    names = [name for name in totals if name.startswith(prefix)]
+    return {name.removeprefix(prefix): totals.pop(name) for name in names}
 
 
 def seen_by(found: Seen, linear: LinearInfo) -> Seen:
@@ -216,15 +245,21 @@ def seen_by(found: Seen, linear: LinearInfo) -> Seen:
 
 
 def collect_hessians(
-    block: nn.Module, info: BlockTrace, runs: Sequence[Callable[[], Any]], *, only: Collection[int] | None = None
+    block: nn.Module,
+    info: BlockTrace,
+    runs: Sequence[Callable[[], Any]],
+    share: Share | None = None,
+    *,
+    only: Collection[int] | None = None,
 ) -> dict[int, Seen]:
-    """Mean of `x x^T` over all tokens for each shared-input group, or for some; `runs` run the block, a batch each."""
-    sums: dict[int, InputSums] = {}
-    with torch.no_grad(), watching_inputs(block, info, summing(sums, only)):
+    """Mean of `x x^T` over all tokens for each shared-input group, or for some; `runs` run the block, a batch each.
+
+    With a `share`, `runs` are those of this process's batches, and the means are over all of them.
+    """
+    sums = GroupSums(share, only)
+    with torch.no_grad(), watching_inputs(block, info, sums.see):
         for run in runs:
             run()
-    return {
-        number: seen_by(sums[number].means()[0], members[0])
-        for number, members in groups_of(info).items()
-        if number in sums
-    }
+            sums.close_batch()
+    groups = groups_of(info)
+    return {number: seen_by(found, groups[number][0]) for number, found in sums.means().items()}

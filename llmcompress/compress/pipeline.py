@@ -23,6 +23,7 @@ from llmcompress.compress.scoring import SCORERS, ScoreJob, run_scorers
 from llmcompress.compress.shards import ShardMap, shard_map
 from llmcompress.hub.source import Source
 from llmcompress.model.checkpoint import TORCH_DTYPES, folder_bytes
+from llmcompress.model.crew import ALONE, Crew
 from llmcompress.model.integrity import digest_source, nonfinite, scan
 from llmcompress.model.skeleton import Skeleton
 from llmcompress.model.text import Batches, TextRequest, load_tokenizer, sample_tokens, token_batches
@@ -60,8 +61,9 @@ class Opened:
     nonfinite: tuple[str, ...] = ()
 
     def digest(self) -> str:
-        """sha256 over shard digests and config; scans the weights for NaN on the way."""
-        return digest_source(scan(self.skeleton.files), self.skeleton.files.config)
+        """sha256 over shard digests and config; scans the weights for NaN on the way. Process 0 does, for all."""
+        files = self.skeleton.files
+        return str(self.skeleton.crew.first(lambda: digest_source(scan(files), files.config)))
 
 
 def open_model(source: Source, recipe: Recipe, device: str, *, whole_file: bool = False) -> Opened:
@@ -115,7 +117,9 @@ def text_request(opened: Opened, recipe: Recipe) -> TextRequest:
 
 def calibration(opened: Opened, recipe: Recipe) -> Batches:
     """The calibration tokens of a run. Raises InputError where the text is missing or too short."""
-    return read_text(text_request(opened, recipe), opened.skeleton)
+    found = read_text(text_request(opened, recipe), opened.skeleton)
+    opened.skeleton.crew.same(found.digest, "calibration text")
+    return found
 
 
 def read_text(request: TextRequest, skeleton: Skeleton) -> Batches:
@@ -257,7 +261,7 @@ def reopen(opened: Opened, recipe: Recipe, folder: Path, *, whole_file: bool) ->
     """The model as a rewrite left it in `folder`."""
     source, device = replace(opened.source, path=folder), str(opened.skeleton.device)
     found = open_model(source, recipe, device, whole_file=whole_file)
-    found.skeleton.shelf = opened.skeleton.shelf
+    found.skeleton.shelf, found.skeleton.crew = opened.skeleton.shelf, opened.skeleton.crew
     return replace(found, rewriting=read_rewriting(folder), hints=Hints.read(folder))
 
 
@@ -305,7 +309,7 @@ def request_of(opened: Opened, recipe: Recipe, batches: Batches, model_digest: s
         "recipe": recipe.digest(),
         "calibration tokens": batches.digest,
         "budget": budget.text,
-        "algorithm": "2",
+        "algorithm": "3",
     }
 
 
@@ -316,12 +320,14 @@ def score_file(
     scorers: Sequence[str] = (),
     *,
     fit: Callable[[Opened, Recipe, bool], Recipe] | None = None,
+    crew: Crew = ALONE,
 ) -> ScoreFile:
     """Open a model and score it with the recipe's scorer, or with those named. Raises InputError.
 
     `fit` makes the recipe keep to a limit of memory, and is told whether text is read.
     """
     opened = open_model(source, recipe, device)
+    opened.skeleton.join(crew)
     names = tuple(scorers) or (recipe.scorer,)
     wants = bool(recipe.rewrite.methods) or any(find(SCORERS, name).NEEDS_DATA for name in names)
     recipe = fit(opened, recipe, wants) if fit is not None else recipe

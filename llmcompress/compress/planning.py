@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -82,8 +83,10 @@ class Planner:
     def allocate(self, scores: Scores, budget: Budget, program: Program = integer_program) -> BitAllocation:
         """Spend the budget on scores. Raises InputError when it is too small."""
         ground = Ground(self.recipe.plan.group_size, self.opened.shards.file_bytes, self.opened.candidates)
+        solve = partial(spend_by, program, self.opened.trace, scores, budget, ground=ground)
         with advising(self.recipe.plan.runtime):
-            return spend_by(program, self.opened.trace, scores, budget, ground=ground)
+            solved: BitAllocation = self.opened.skeleton.crew.first(solve, BitAllocation)  # it has a time limit
+        return solved
 
     def program(self) -> Program:
         """The program of the recipe. Measures the interactions of units where it needs them."""

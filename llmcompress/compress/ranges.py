@@ -10,6 +10,7 @@ from llmcompress.compress.grid import stored_scale
 from llmcompress.compress.rewriting.clipping import ActivationQuantizer, grid_thresholds, range_quantizer
 from llmcompress.errors import InputError
 from llmcompress.kernels.inputs import FLOAT8_MAX, InputQuantizer
+from llmcompress.model.shares import Share
 from llmcompress.types import InputSpec, QuantizerOptions
 
 SAMPLE = 1 << 17  # values that the grid search looks at
@@ -20,11 +21,13 @@ class InputRanges:
     """How the inputs of linears are rounded: from text, or as a rewriting of the model has already settled it.
 
     known  by linear; taken where its bits are those asked for and its zero-point can be stored
+    share  of which batches the inputs are this process's part; None where they are all
     """
 
     options: QuantizerOptions
     dtype: torch.dtype
     known: Mapping[str, ActivationQuantizer] = field(default_factory=dict)
+    share: Share | None = None
 
     def find(self, spec: InputSpec, linear: str, inputs: Iterable[Tensor]) -> InputQuantizer:
         """The quantizer of one input that linears share; `linear` is the first of them.
@@ -35,7 +38,8 @@ class InputRanges:
             return InputQuantizer(spec)
         settled = self.known.get(linear)
         if settled is None or not _fits(settled, spec):
-            settled = calibrated(spec, inputs, clip=self.options.input_clip == "grid", where=linear)
+            clip = self.options.input_clip == "grid"
+            settled = calibrated(spec, inputs, clip=clip, where=linear, share=self.share)
         scale = stored_scale(settled.scale.reshape(1).float(), self.dtype)
         if spec.symmetric:
             return InputQuantizer(spec, scale)
@@ -48,8 +52,12 @@ def _fits(quantizer: ActivationQuantizer, spec: InputSpec) -> bool:
     return spec.kind == "int" and quantizer.bits == spec.bits and (central or not spec.symmetric)
 
 
-def calibrated(spec: InputSpec, inputs: Iterable[Tensor], *, clip: bool, where: str) -> ActivationQuantizer:
+def calibrated(
+    spec: InputSpec, inputs: Iterable[Tensor], *, clip: bool, where: str, share: Share | None = None
+) -> ActivationQuantizer:
     """The range of all values, or with `clip` the part of it that gives the least squared error on a sample of them.
+
+    With a `share`, `inputs` are those of this process's batches, and the range is that of all.
 
     Raises InputError where no text, or nothing finite, reached the linear.
     """
@@ -59,6 +67,8 @@ def calibrated(spec: InputSpec, inputs: Iterable[Tensor], *, clip: bool, where: 
         high.append(batch.max())
         samples.append(batch.flatten())
         samples[-1] = samples[-1][:: max(len(samples[-1]) // SAMPLE, 1)].clone()
+    if share is not None:
+        low, high, samples = map(share.all, (low, high, samples))
     if not low or not all(bool(torch.isfinite(end)) for end in (*low, *high)):
         raise InputError(f"{where}: no range of inputs could be measured", "calibrate on text that the model can read")
     ends = torch.stack([torch.stack(low).min(), torch.stack(high).max()])

@@ -14,8 +14,10 @@ from llmcompress.compress.kept import seal, sealed, unchanged
 from llmcompress.compress.pipeline import Opened, reopen, rewrite_job, score
 from llmcompress.compress.rewrite import rewrite
 from llmcompress.compress.rewriting.hints import NAME as HINTS
+from llmcompress.compress.together import kept, seen_by_all
 from llmcompress.errors import InputError
 from llmcompress.files import file_digest
+from llmcompress.model.crew import Crew
 from llmcompress.model.text import Batches
 from llmcompress.recipes import Recipe
 from llmcompress.types import Dropping, Noun
@@ -51,15 +53,21 @@ class Halved(Noun):
     batch_size: int
 
 
-def once(journal: Journal, name: str, make: Callable[[Path], object]) -> tuple[Path, bool]:
+def once(crew: Crew, journal: Journal, name: str, make: Callable[[Path], object]) -> tuple[Path, bool]:
     """A checkpoint of this name in the state of a run, made where it is not there or damaged; whether it was there."""
     folder, record = journal.state / name, journal.state / f"made-{name}.json"
-    if folder.is_dir() and sealed(record, Made) == Made.of(folder):
-        return folder, True
-    shutil.rmtree(folder, ignore_errors=True)
-    make(folder)
-    seal(record, Made.of(folder))
-    return folder, False
+
+    def there() -> bool:
+        if folder.is_dir() and sealed(record, Made) == Made.of(folder):
+            return True
+        shutil.rmtree(folder, ignore_errors=True)
+        make(folder)
+        seal(record, Made.of(folder))
+        return False
+
+    found: bool = crew.first(there)
+    seen_by_all(crew, folder)
+    return folder, found
 
 
 @contextmanager
@@ -81,7 +89,7 @@ def rewritten_once(recipe: Recipe, whole_file: bool, journal: Journal, *, opened
         for _ in rewrite(rewrite_job(opened, recipe, batches), folder):
             pass
 
-    folder, found = once(journal, REWRITTEN, make)
+    folder, found = once(opened.skeleton.crew, journal, REWRITTEN, make)
     with blaming_damage(found):
         return reopen(opened, recipe, folder, whole_file=whole_file)
 
@@ -90,15 +98,16 @@ def dropping_once(
     recipe: Recipe, budget: Budget, journal: Journal, *, opened: Opened, batches: Batches, digest: str
 ) -> Dropping:
     """Which blocks this run drops, decided once."""
-    path = journal.state / DROPPING_NAME
-    if (known := sealed(path, Dropping)) is not None:
-        return known
-    scores = score(opened, recipe, batches, digest)
-    found = decide_dropping(opened, recipe, batches, scores, budget)
-    if not found.dropped and not recipe.rewrite.methods:
-        seal(journal.state / SCORES_NAME, scores)
-    seal(path, found)
-    return found
+    crew = opened.skeleton.crew
+
+    def decide() -> Dropping:
+        scores = score(opened, recipe, batches, digest)
+        found = decide_dropping(opened, recipe, batches, scores, budget)
+        if not found.dropped and not recipe.rewrite.methods:
+            crew.first(partial(seal, journal.state / SCORES_NAME, scores))
+        return found
+
+    return kept(crew, journal.state / DROPPING_NAME, Dropping, decide)
 
 
 def dropped_once(
@@ -107,17 +116,18 @@ def dropped_once(
     """The model without dropped blocks, a checkpoint in the state of this run, made once; and its budget."""
     if not dropping.dropped:
         return opened, budget
-    folder, found = once(journal, DROPPED, partial(write_dropped, opened, dropping, seed=recipe.seed))
+    write = partial(write_dropped, opened, dropping, seed=recipe.seed)
+    folder, found = once(opened.skeleton.crew, journal, DROPPED, write)
     with blaming_damage(found):
         return reopen_dropped(opened, recipe, folder, budget)
 
 
 def made_digest(journal: Journal, opened: Opened) -> str:
     """The digest of the weights a run made for itself. Raises InputError where they are no longer what they were."""
-    path = journal.state / WEIGHTS_NAME
-    with blaming_damage(path.is_file()):
+    crew, path = opened.skeleton.crew, journal.state / WEIGHTS_NAME
+    with blaming_damage(crew.first(path.is_file)):
         weights = Weights(found=opened.digest())
-    if not unchanged(path, weights):
+    if not crew.first(partial(unchanged, path, weights)):
         raise InputError(DAMAGED, "pass --restart to discard it")
     return weights.found
 
@@ -131,9 +141,9 @@ def halve(journal: Journal, recipe: Recipe) -> bool:
     return True
 
 
-def as_halved(journal: Journal, recipe: Recipe) -> Recipe:
+def as_halved(crew: Crew, journal: Journal, recipe: Recipe) -> Recipe:
     """The recipe with the batches that were noted, as it is where none were."""
-    found = sealed(journal.state / HALVED_NAME, Halved)
+    found = crew.first(lambda: sealed(journal.state / HALVED_NAME, Halved), Halved)
     if found is None:
         return recipe
     part = recipe.calibration.model_copy(update={"batch_size": found.batch_size})

@@ -8,8 +8,9 @@ All requests of one call read the same input, so whatever depends on the input a
 order of columns) is worked out once for all linears of a group and for all formats of each.
 """
 
-from dataclasses import dataclass, replace
-from typing import Self
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -26,11 +27,19 @@ class Seen:
     tokens   how many tokens; 0 where it is not known
     drift    (columns, columns)  mean of `(x' - x) x^T`, `x'` being what the full-precision model reads there;
              None where it was not measured, or is already part of the weights asked for
+    known    what was worked out from the Hessian and is needed again, see `once`
     """
 
     hessian: Tensor
     tokens: int = 0
     drift: Tensor | None = None
+    known: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What `make` gives, worked out at its first call with this key: linears of one input come in several parts."""
+        if key not in self.known:
+            self.known[key] = make()
+        return self.known[key]
 
     @property
     def finite(self) -> bool:
@@ -54,7 +63,7 @@ class Seen:
         share = self.hessian.diagonal().mean() * (len(self.hessian) / self.tokens)
         hessian = self.hessian.clone()
         hessian.diagonal().add_(share)
-        return replace(self, hessian=hessian)
+        return replace(self, hessian=hessian, known={})
 
     @property
     def importance(self) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress.compress.attention import round_attention
+from llmcompress.compress.dealing import dealt
 from llmcompress.compress.grid import proxy_loss
 from llmcompress.compress.learning import Learned, Lesson, Logits, learn_block
 from llmcompress.compress.lowrank import quantized
@@ -31,8 +32,10 @@ from llmcompress.compress.replay import Keep, Replay, call_block, in_memory
 from llmcompress.compress.rewriting.hints import Hints
 from llmcompress.compress.rounding import Quantized, Request, Seen
 from llmcompress.compress.routed import Routed, rows_of
-from llmcompress.compress.targets import Targets
+from llmcompress.compress.targets import aim
 from llmcompress.kernels.inputs import InputQuantizer
+from llmcompress.model.crew import Crew
+from llmcompress.model.shares import Share
 from llmcompress.model.stream import BlockCall
 from llmcompress.runtime.attention import AttentionRounding, attention_modules, forget
 from llmcompress.runtime.inputs import attach, attach_stored, detach
@@ -80,6 +83,7 @@ class Streams:
     leads   whether anything reads what leaves the block at hand
     logits  what they become, where the block at hand is the last and is to be learned
     keep    where they wait, see `BlockStream.keep`
+    share   of which batches these are this process's part; None where they are all
     """
 
     stored: Sequence[Tensor]
@@ -88,6 +92,7 @@ class Streams:
     leads: bool = True
     logits: Logits | None = None
     keep: Keep = in_memory
+    share: Share | None = None
 
 
 @dataclass(frozen=True)
@@ -128,7 +133,8 @@ class BlockRounds:
         self.method, self.info, self.specs, self.streams = method, info, specs, streams
         groups = [[x for x in members if x.name in specs] for members in groups_of(info).values()]
         self.groups = [members for members in groups if members]
-        self.looks = bool(method.quantizer.NEEDS_HESSIAN and streams.stored)
+        self.share = streams.share or Share(len(streams.calls))
+        self.looks = bool(method.quantizer.NEEDS_HESSIAN and self.share.count)
         self.stored = Replay(block, info, streams.keep)
         compares = self.looks and streams.full is not None
         self.full = Replay(copy.deepcopy(block), info, streams.keep) if compares else None
@@ -147,8 +153,8 @@ class BlockRounds:
         rounded: list[Rounded] = []
         for place, members in enumerate(self.groups):
             pairs = [(x, self.specs[x.name]) for x in members]
-            looks = [known.pop(place) if place in known else self._look(place)]
-            found = _round_group(self.method, self.stored.block, self.info, members=pairs, looks=looks)
+            looks, crew = [known.pop(place) if place in known else self._look(place)], self.share.crew
+            found = _round_group(self.method, self.stored.block, self.info, members=pairs, looks=looks, crew=crew)
             if not self.method.learners:
                 found = [x.settled(measure=self.method.learns) for x in found]
             rounded += found
@@ -174,7 +180,7 @@ class BlockRounds:
         spec = self.specs[members[0].name].inputs
         if spec is None:
             return
-        ranges = InputRanges(self.method.options, self.method.dtype, self.method.hints.quantizers)
+        ranges = InputRanges(self.method.options, self.method.dtype, self.method.hints.quantizers, self.share)
         found = ranges.find(spec, members[0].name, self._inputs(group))
         for linear in members:
             self.quantizers[linear.name] = found
@@ -186,7 +192,7 @@ class BlockRounds:
         if options.rounds_attention:
             pairs = zip(streams.stored, streams.calls, strict=True)
             runs = [partial(call_block, block, hidden, call) for hidden, call in pairs]
-            self.attention = round_attention(block, runs, options=options, dtype=self.method.dtype)
+            self.attention = round_attention(block, runs, options=options, dtype=self.method.dtype, share=self.share)
 
     def _inputs(self, group: int) -> Iterator[Tensor]:
         """What the linears of a group read in the stored model, `(tokens, columns)` of each batch."""
@@ -205,7 +211,7 @@ class BlockRounds:
             return self._look_routed(group)
         whole = self.full is not None and self.method.options.target == "residual"
         watch = GroupWatch(self.info, self.groups[group], whole=whole)
-        sums, streams = InputSums(whole=watch.whole), self.streams
+        sums, streams = InputSums(self.share, whole=watch.whole), self.streams
         coming = {x.name for members in self.groups[group + 1 :] for x in members}
         final = self._final(group)
         settled = self._settled(group + 1)
@@ -229,7 +235,7 @@ class BlockRounds:
 
     def _look_routed(self, group: int) -> Look:
         """What the linears of an expert read of the tokens that the stored model routes to it."""
-        linear, sums, streams = self.groups[group][0], InputSums(), self.streams
+        linear, sums, streams = self.groups[group][0], InputSums(self.share), self.streams
         for place, call in enumerate(streams.calls):
             with self.stored.on(place, self._final(group)):
                 run = partial(call_block, self.stored.block, streams.stored[place], call)
@@ -284,6 +290,7 @@ def _round_group(
     *,
     members: Sequence[tuple[LinearInfo, LinearSpec]],
     looks: list[Look | None],
+    crew: Crew,
 ) -> list[Rounded]:
     """Round a group by the one look at it, which is taken out of `looks`, so that it can be let go piece by piece."""
     own = torch.contiguous_format  # a copy: what is installed goes where the weight is
@@ -296,7 +303,7 @@ def _round_group(
         wanted[place] = wanted[place] if weight_of(block, info, linear).any() else torch.zeros_like(wanted[place])
     wanted = [method.hints.clamped(linear.name, weight) for weight, (linear, _) in zip(wanted, members, strict=True)]
     requests = [Request(weight, spec) for weight, (_, spec) in zip(wanted, members, strict=True)]
-    results = quantized(method.quantizer, requests, seen, options=method.options, dtype=method.dtype)
+    results = dealt(crew, method.quantizer, requests, seen, options=method.options, dtype=method.dtype)
     found = []
     for (linear, _), weight, result in zip(members, wanted, results, strict=True):
         install_weight(block, info, linear, result.codes.dequantize())
@@ -336,15 +343,3 @@ def round_head(method: Method, head: LinearInfo, weight: Tensor, spec: LinearSpe
     requests = [Request(wanted, spec)]
     (result,) = quantized(method.quantizer, requests, seen, options=method.options, dtype=method.dtype)
     return Rounded(head, wanted, result, seen)
-
-
-def aim(
-    options: QuantizerOptions, seen: Seen, weights: Sequence[Tensor], terms: Sequence[Tensor | None]
-) -> tuple[list[Tensor], Seen]:
-    """The weights to round in place of the original ones, and what is left for the quantizer to know."""
-    known = terms if options.target == "residual" else [None] * len(weights)
-    if options.target in ("layer", "gptaq") or (seen.drift is None and all(term is None for term in known)):
-        return list(weights), seen
-    targets = Targets(seen, options.damp, options.alpha)
-    found = [targets.of(weight, term) for weight, term in zip(weights, known, strict=True)]
-    return found, replace(seen, drift=None)

@@ -3,7 +3,9 @@
 import gc
 import platform
 from collections.abc import Generator, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,11 +17,9 @@ from llmcompress.compress.apply import ApplyJob, apply, finished_logits
 from llmcompress.compress.card import write_card
 from llmcompress.compress.forecast import Forecast, check_disk, fitted
 from llmcompress.compress.journal import Journal, check_output
-from llmcompress.compress.kept import seal, sealed
+from llmcompress.compress.kept import sealed
 from llmcompress.compress.output import (
-    RECORD_NAME,
     Origin,
-    RunRecord,
     Story,
     drop_strays,
     write_record,
@@ -49,11 +49,13 @@ from llmcompress.compress.remade import (
 )
 from llmcompress.compress.reuse import expected, reuse
 from llmcompress.compress.shards import outside_linears
+from llmcompress.compress.together import begun, kept, publish, published_before, verified_before
 from llmcompress.compress.verify import Check, probe_of, require, verify
 from llmcompress.errors import InputError, out_of_memory
 from llmcompress.files import commit_bytes
 from llmcompress.hub.source import Source
 from llmcompress.model.checkpoint import folder_bytes
+from llmcompress.model.crew import ALONE, Crew
 from llmcompress.model.shelf import Shelf
 from llmcompress.model.text import Batches
 from llmcompress.recipes import Recipe
@@ -67,7 +69,7 @@ PLAN_NAME = "plan.json"
 class QuantizeRequest:
     """Everything `quantize` was told. `command` is printed in the model card; `scores` are taken instead of scoring.
 
-    `max_memory` is in bytes, see `fitted`.
+    `max_memory` is in bytes, see `fitted`. `crew` are the processes that do it together, each with the same request.
     """
 
     source: Source
@@ -80,6 +82,7 @@ class QuantizeRequest:
     restart: bool = False
     scores: ScoreFile | None = None
     max_memory: int | None = None
+    crew: Crew = ALONE
 
 
 @dataclass(frozen=True)
@@ -141,14 +144,14 @@ def quantize(request: QuantizeRequest) -> Iterator[Event]:
     Raises InputError before anything is written when the input is at fault, MachineError with finished
     blocks kept when the machine is, BusyError when another run holds the output.
     """
-    journal = Journal(request.output)
-    published = None if request.force else journal.published_request()
-    check_output(request.output, request.source.path, request.force or published is not None)
+    journal, crew = Journal(request.output), request.crew
+    published = crew.first(partial(published_before, journal, request.source.path, request.force))
     yield "opening"
     opened = open_model(request.source, request.recipe, request.device, whole_file=request.budget.whole_file)
+    opened.skeleton.join(crew)
     scored = request.scores is not None
     recipe, needed = fitted(opened, request.recipe, request.budget, limit=request.max_memory, scored=scored)
-    check_disk(needed, request.output)
+    crew.first(partial(check_disk, needed, request.output))
     yield needed
     if opened.nonfinite:
         yield Warned(f"NaN or infinity, kept as it is, in {', '.join(opened.nonfinite[:8])}")
@@ -165,27 +168,30 @@ def quantize(request: QuantizeRequest) -> Iterator[Event]:
     asked = request_of(opened, request.recipe, batches, digest, request.budget)
     if request.scores is not None:
         asked["scores"] = request.scores.digest()
-    with journal.locked():
-        opened.skeleton.shelf = Shelf(journal.state, everything=needed.spilled)
+    with ExitStack() as stack:
+        crew.first(lambda: stack.enter_context(journal.locked()))
+        folder = journal.state if journal.state.is_dir() else None  # of a machine that shares no files with the first
+        opened.skeleton.shelf = Shelf(folder, everything=needed.spilled)
         if published == asked:
-            record = RunRecord.parse((request.output / RECORD_NAME).read_bytes(), RECORD_NAME)
-            checks = require(verify(request.output, request.device))
-            journal.clear()
-            yield Finished(record.plan, checks, folder_bytes(request.output))
+            yield Finished(*verified_before(crew, journal, request.device), folder_bytes(request.output))
             return
-        check_output(request.output, request.source.path, request.force)
+        crew.first(partial(check_output, request.output, request.source.path, request.force))
         yield from _twice(request, journal, opened, batches=batches, asked=asked)
 
 
 def _twice(
     request: QuantizeRequest, journal: Journal, opened: Opened, *, batches: Batches, asked: dict[str, str]
 ) -> Iterator[Event]:
-    """The run; once more with half the batch, from the last finished block on, where memory ran out."""
+    """The run; once more with half the batch, from the last finished block on, where memory ran out.
+
+    Several processes end instead: where one of them has none left, the others are in the midst of a sum.
+    """
     try:
         yield from _locked(request, journal, opened, batches=batches, asked=asked)
         return
     except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error) or not batches.tokens.numel() or not halve(journal, request.recipe):
+        alone = request.crew.size == 1 and batches.tokens.numel()
+        if not out_of_memory(error) or not alone or not halve(journal, request.recipe):
             raise
     gc.collect()
     shelf = opened.skeleton.shelf  # what was opened is half changed
@@ -198,14 +204,11 @@ def _begun(
     request: QuantizeRequest, journal: Journal, asked: dict[str, str]
 ) -> Generator[Warned, None, tuple[bool, QuantizeRequest]]:
     """Whether an unfinished run is gone on with, and the request as that run had to change it."""
-    if request.restart:
-        journal.discard()
-    going_on = journal.begin(asked)
-    if not going_on:
-        journal.record_request(asked, environment())
-    elif changed := journal.changed_environment(environment()):
+    crew = request.crew
+    going_on, changed = crew.first(partial(begun, journal, asked, environment(), restart=request.restart))
+    if changed:
         yield Warned(f"going on with another {', '.join(changed)}: the result may differ in its last bits")
-    recipe = as_halved(journal, request.recipe)
+    recipe = as_halved(crew, journal, request.recipe)
     if recipe != request.recipe:
         yield Warned(f"memory ran out: batches of {recipe.calibration.batch_size}; last bits may differ")
         request = replace(request, recipe=recipe)
@@ -253,10 +256,9 @@ def _locked(
     outcomes = yield from _applied(job, journal)
     yield "verifying"
     story = _story(request, opened, plan, text_digest=batches.text_digest, asked=asked)
-    checks = _close(request, journal, job, opened, story, outcomes=outcomes)
-    size = folder_bytes(journal.partial)
-    journal.publish(request.force)
-    yield Finished(plan, checks, size)
+    checks: list[Check] = []
+    request.crew.first(lambda: checks.extend(_close(request, journal, job, opened, story, outcomes=outcomes)))
+    yield Finished(plan, tuple(checks), request.crew.first(partial(publish, journal, request.force)))
 
 
 def _applied(job: ApplyJob, journal: Journal) -> Generator[BlockOutcome, None, tuple[BlockOutcome, ...]]:
@@ -270,16 +272,19 @@ def _applied(job: ApplyJob, journal: Journal) -> Generator[BlockOutcome, None, t
 
 def _plan(request: QuantizeRequest, journal: Journal, opened: Opened, *, batches: Batches, digest: str) -> Plan:
     """The plan of this run, or what its state already holds of it. `digest` is that of what is quantized."""
-    stored, planned = journal.state / SCORES_NAME, journal.state / PLAN_NAME
-    plan, scores = sealed(planned, Plan), sealed(stored, Scores)
-    if plan is not None and scores is not None:
-        return plan
-    if scores is None:
-        scores = _given(request, batches, digest) or score(opened, request.recipe, batches, digest)
-        seal(stored, scores)
-    plan = make_plan(opened, request.recipe, batches, scores, request.budget)
-    seal(planned, plan)
-    return plan
+    crew, stored, planned = request.crew, journal.state / SCORES_NAME, journal.state / PLAN_NAME
+
+    def clear() -> None:
+        """A plan goes with the scores that it was made from."""
+        if sealed(stored, Scores) is None:
+            planned.unlink(missing_ok=True)
+
+    def scored() -> Scores:
+        return _given(request, batches, digest) or score(opened, request.recipe, batches, digest)
+
+    crew.first(clear)
+    scores = kept(crew, stored, Scores, scored)
+    return kept(crew, planned, Plan, lambda: make_plan(opened, request.recipe, batches, scores, request.budget))
 
 
 def _given(request: QuantizeRequest, batches: Batches, digest: str) -> Scores | None:
@@ -325,7 +330,7 @@ def _close(
         scores = sealed(journal.state / SCORES_NAME, Scores)
         if scores is None:
             raise InputError("the scores of the unfinished run are damaged", "pass --restart to discard it")
-        kept = as_score_file(opened, request.recipe, (scores,))
-        commit_bytes(journal.partial / SCORES_NAME, kept.model_dump_json().encode(), b"\n")
+        found = as_score_file(opened, request.recipe, (scores,))
+        commit_bytes(journal.partial / SCORES_NAME, found.model_dump_json().encode(), b"\n")
     write_record(journal.partial, story, __version__, outcomes, probe_of(job.probe, logits))
     return require(verify(journal.partial, request.device))

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress.compress.candidates import candidates_for as candidates_for
+from llmcompress.compress.dealing import dealt
 from llmcompress.compress.grid import gaussian_distortion
-from llmcompress.compress.lowrank import quantized
 from llmcompress.compress.rounding import Request, Seen
+from llmcompress.model.shares import Share
 from llmcompress.model.skeleton import Skeleton
 from llmcompress.model.stream import BlockStream
 from llmcompress.model.text import Batches
@@ -58,8 +59,14 @@ class ScoreJob:
         return self.skeleton.shelf.everything
 
     def stream(self) -> tuple[BlockStream, list[Tensor]]:
-        """A fresh stream and the token batches to send through it."""
+        """A fresh stream and the token batches to send through it: all of them, in every process."""
         return BlockStream(self.skeleton), self.batches.split(self.batch_size)
+
+    def shared(self) -> tuple[BlockStream, list[Tensor], Share]:
+        """A fresh stream, this process's part of the batches, and which part that is."""
+        stream, tokens = self.stream()
+        share = Share(len(tokens), self.skeleton.crew)
+        return stream, share.of(tokens), share
 
 
 @dataclass(frozen=True)
@@ -76,10 +83,15 @@ class Observer:
     For each block, in order: `open` before it runs (put hooks there, or look at its weights), `see` for every
     batch with the hidden states `(batch, tokens, hidden)` around the block, `close` after the last batch.
     Data-free observers get `open` and `close` only.
+
+    SHARES  whether it can put together what it sees in several processes; then `share` says of which batches that is
     """
+
+    SHARES = False
 
     def __init__(self, job: ScoreJob) -> None:
         self.job = job
+        self.share = Share(len(job.batches.split(job.batch_size)))
 
     def open(self, block: nn.Module, info: BlockTrace) -> AbstractContextManager[object]:
         """Enter a loaded block; the context is left after its last batch."""
@@ -110,10 +122,14 @@ def run_scorers(names: Sequence[str], job: ScoreJob) -> dict[str, Measured]:
 
 def _watch(job: ScoreJob, observers: list[tuple[Observer, bool]], *, data: bool) -> None:
     """Send the batches through the blocks once, under the eyes of all observers."""
+    seeing = [observer for observer, wants in observers if wants]
     stream, tokens = job.stream()
+    if all(observer.SHARES for observer in seeing):
+        stream, tokens, share = job.shared()
+        for observer in seeing:
+            observer.share = share
     hidden, calls = stream.start(tokens) if data else ([], [])
     job.skeleton.free_rest()
-    seeing = [observer for observer, wants in observers if wants]
     for info in job.trace.blocks:
         block = job.skeleton.load_block(info.index)
         with ExitStack() as stack:
@@ -144,7 +160,8 @@ def rounding_errors(
     """
     asked = [(name, spec) for name in weights for spec in job.candidates[name]]
     requests = [Request(weights[name], spec) for name, spec in asked]
-    results = quantized(job.quantizer, requests, seen, options=job.rounding, dtype=job.scale_dtype)
+    crew = job.skeleton.crew
+    results = dealt(crew, job.quantizer, requests, seen, options=job.rounding, dtype=job.scale_dtype)
     for (name, spec), result in zip(asked, results, strict=True):
         yield name, spec, result.codes.dequantize() - weights[name]
 

@@ -4,6 +4,7 @@ Methods that begin from its answer use it as well.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -41,16 +42,22 @@ def round_with_feedback(
     found: dict[int, Quantized] = {}
     for size in sorted({r.spec.group_size for r in requests}):
         places = [place for place, r in enumerate(requests) if r.spec.group_size == size]
-        order = column_order(seen.hessian.diagonal(), options.order, size)
-        factor, notes = inverse_factor(seen.hessian, order, options.damp)
-        if factor is None:
+        work, notes = seen.once((size, options, dtype), partial(_work_of, seen, size, options, dtype))
+        if work is None:
             found |= {place: nearest(requests[place], options, dtype, notes[0]) for place in places}
             continue
-        work = _Work(seen, factor, options, dtype)
         for batch in _batches(requests, places):
             codes = work.round([requests[place] for place in batch])
             found |= {place: Quantized(found, notes) for place, found in zip(batch, codes, strict=True)}
     return [found[place] for place in range(len(requests))]
+
+
+def _work_of(
+    seen: Seen, size: int, options: QuantizerOptions, dtype: torch.dtype
+) -> tuple["_Work | None", tuple[str, ...]]:
+    order = column_order(seen.hessian.diagonal(), options.order, size)
+    factor, notes = inverse_factor(seen.hessian, order, options.damp)
+    return None if factor is None else _Work(seen, factor, options, dtype), notes
 
 
 def _batches(requests: Sequence[Request], places: Sequence[int]) -> list[list[int]]:

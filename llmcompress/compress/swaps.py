@@ -27,7 +27,9 @@ FLOAT_BYTES = 4
 
 
 class Judge(Protocol):
-    """Looks at the log-probabilities of every variant."""
+    """Looks at the log-probabilities of every variant; what it found of variant `i` is row `i` of its table."""
+
+    table: Tensor
 
     def see(self, variant: int, place: int, p: Tensor, q: Tensor) -> None:
         """Batch `place` `(batch, tokens, vocabulary)` at full precision and under a variant; variant 0 is the base."""
@@ -40,11 +42,11 @@ class KldJudge:
         self._starts = [0]
         for tokens in batches:
             self._starts.append(self._starts[-1] + len(tokens))
-        self.found = torch.zeros(variants, self._starts[-1], dtype=torch.float64)
+        self.table = torch.zeros(variants, self._starts[-1], dtype=torch.float64)
 
     def see(self, variant: int, place: int, p: Tensor, q: Tensor) -> None:
         """Add one batch of one variant."""
-        self.found[variant, self._starts[place] : self._starts[place + 1]] = sequence_kld(p, q).cpu()
+        self.table[variant, self._starts[place] : self._starts[place + 1]] = sequence_kld(p, q).cpu()
 
 
 @dataclass
@@ -74,20 +76,22 @@ def measure_swaps(
     """KL divergence from the full-precision model, float64 `(1 + variants, sequences)`; row 0 is the base."""
     judge = KldJudge(1 + len(variants), text.judging)
     run_swaps(job, base, variants, text=text, memory_bytes=memory_bytes, judge=judge)
-    return judge.found
+    return judge.table
 
 
 def run_swaps(
     job: MeasureJob, base: Changes, variants: Sequence[Changes], *, text: Text, memory_bytes: int, judge: Judge
 ) -> None:
-    """Show `judge` the base and every variant."""
+    """Show `judge` the base and every variant. Processes take variants in turn, and the tables of all become one."""
     place = {linear.name: info.index for info in job.trace.blocks for linear in info.linears}
     blocks = len(job.trace.blocks)
 
     def first(number: int) -> int:
         return min((place.get(name, blocks) for name in variants[number]), default=blocks)
 
-    order = sorted(range(len(variants)), key=first)
+    crew = job.skeleton.crew
+    every = sorted(range(len(variants)), key=first)
+    order = every[crew.rank :: crew.size]
     width = int(job.skeleton.config.get_text_config().hidden_size)
     each = sum(tokens.numel() for tokens in text.judging) * width * FLOAT_BYTES
     size = max(memory_bytes // max(each, 1) - 2, 1)
@@ -96,6 +100,9 @@ def run_swaps(
         if start == 0:
             chains.insert(0, _Chain(0, {}))
         _Pass(job, base, chains, text).run(judge)
+    for rank in range(crew.size if crew.size > 1 else 0):
+        rows = [0] * (rank == 0) + [number + 1 for number in every[rank :: crew.size]]
+        judge.table[rows] = crew.spread({"rows": judge.table[rows]}, rank)["rows"]
 
 
 class _Pass:

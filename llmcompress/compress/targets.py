@@ -7,11 +7,15 @@ to a stream `r` that carries errors of its own, `E (r' - r) x^T` joins `W C` (Lo
 `alpha`: they are learned from the calibration text, and fit it the better the fewer tokens it has.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from llmcompress.compress.feedback import dampings, factorise
 from llmcompress.compress.rounding import Seen
+from llmcompress.types import QuantizerOptions
 
 PLENTY, ENOUGH = 30, 8  # tokens per column
 ALPHAS = (0.75, 0.5, 0.25)
@@ -66,3 +70,15 @@ class Targets:
                 part = slice(start, start + STRIPE)
                 cross[:, part] = wide @ self.seen.drift[:, part].double()
         return cross if term is None else cross.add_(term)
+
+
+def aim(
+    options: QuantizerOptions, seen: Seen, weights: Sequence[Tensor], terms: Sequence[Tensor | None]
+) -> tuple[list[Tensor], Seen]:
+    """The weights to round in place of the original ones, and what is left for the quantizer to know."""
+    known = terms if options.target == "residual" else [None] * len(weights)
+    if options.target in ("layer", "gptaq") or (seen.drift is None and all(term is None for term in known)):
+        return list(weights), seen
+    targets = Targets(seen, options.damp, options.alpha)
+    found = [targets.of(weight, term) for weight, term in zip(weights, known, strict=True)]
+    return found, replace(seen, drift=None)

@@ -14,6 +14,7 @@ from llmcompress.compress.head import HeadView, logits_reader
 from llmcompress.compress.learning import Logits
 from llmcompress.compress.measuring import DamageSums, MeasureJob, Text, slices
 from llmcompress.compress.rounds import BlockRounds, Streams
+from llmcompress.model.shares import Share
 from llmcompress.model.stream import BlockCall, BlockStream
 from llmcompress.types import BitAllocation, BlockTrace, LinearSpec
 
@@ -63,9 +64,13 @@ class _Walk:
     """Allocations on their way through the blocks, and beside them the full-precision models they aim at."""
 
     def __init__(self, job: MeasureJob, text: Text, drops: Sequence[frozenset[int]]) -> None:
-        self.job, self.text, self.cut = job, text, len(text.calibration)
+        crew = job.skeleton.crew
+        self.shares = Share(len(text.calibration), crew), Share(len(text.judging), crew)
+        self.job = job
+        self.text = Text(self.shares[0].of(text.calibration), self.shares[1].of(text.judging))
+        self.cut = len(self.text.calibration)
         self.stream = BlockStream(job.skeleton)
-        full, self.calls = self.stream.start([*text.calibration, *text.judging])
+        full, self.calls = self.stream.start([*self.text.calibration, *self.text.judging])
         job.skeleton.free_rest()
         self.aims = {drop: list(full) for drop in (frozenset[int](), *drops)}
 
@@ -93,7 +98,7 @@ class _Walk:
         block, hidden, cut = self.job.skeleton.load_block(info.index), way.hidden, self.cut
         here = [call[info.index] for call in self.calls[:cut]]
         full = self.aims[way.drop][:cut] if self.job.method.compares else None
-        streams = Streams(hidden[:cut], full, here, logits=logits, keep=self.stream.keep)
+        streams = Streams(hidden[:cut], full, here, logits=logits, keep=self.stream.keep, share=self.shares[0])
         rounds = BlockRounds(self.job.method, block, info, way.specs, streams)
         for _ in rounds.rounded():
             pass
@@ -102,10 +107,26 @@ class _Walk:
         rounds.close()
         return rounds
 
+    @torch.no_grad()
     def damage(self, way: _Way) -> tuple[Tensor, Tensor]:
         """KL divergence and rise of the loss by sequence; the rest of the model must be loaded."""
         reference = [*self.aims[way.drop][: self.cut], *self.aims[frozenset()][self.cut :]]
-        return _damage(self.job, self.stream, self.text, reference=reference, hidden=way.hidden, specs=way.specs)
+        cut = self.cut
+        compared = reference[:cut] if self.job.method.compares else None
+        head = HeadView(self.job, self.stream, self.text.calibration, way.hidden[:cut], compared, share=self.shares[0])
+        head.look(way.specs)
+        klds, dnlls = [], []
+        vocabulary = int(self.job.skeleton.config.get_text_config().vocab_size)
+        for tokens, left, right in zip(self.text.judging, reference[cut:], way.hidden[cut:], strict=True):
+            sums = DamageSums(tokens)
+            for part in slices(tokens, vocabulary):
+                p = torch.log_softmax(self.stream.leave(tokens[:, part], left[:, part]), -1)
+                with head.as_in(way.specs):
+                    q = torch.log_softmax(self.stream.leave(tokens[:, part], right[:, part]), -1)
+                sums.add(part, p, q)
+            klds.append(sums.kld)
+            dnlls.append(sums.dnll)
+        return torch.cat(self.shares[1].all(klds)), torch.cat(self.shares[1].all(dnlls))
 
 
 @torch.no_grad()
@@ -114,27 +135,3 @@ def _advance(
 ) -> None:
     for place in range(first, len(calls)):
         hidden[place] = stream.keep(stream.run_block(index, hidden[place], calls[place][index]))
-
-
-@torch.no_grad()
-def _damage(
-    job: MeasureJob,
-    stream: BlockStream,
-    text: Text,
-    *,
-    reference: list[Tensor],
-    hidden: list[Tensor],
-    specs: Mapping[str, LinearSpec],
-) -> tuple[Tensor, Tensor]:
-    cut = len(text.calibration)
-    compared = reference[:cut] if job.method.compares else None
-    head = HeadView(job, stream, text.calibration, hidden[:cut], compared)
-    vocabulary = int(job.skeleton.config.get_text_config().vocab_size)
-    found = [DamageSums(tokens) for tokens in text.judging]
-    for sums, tokens, left, right in zip(found, text.judging, reference[cut:], hidden[cut:], strict=True):
-        for part in slices(tokens, vocabulary):
-            p = torch.log_softmax(stream.leave(tokens[:, part], left[:, part]), -1)
-            with head.as_in(specs):
-                q = torch.log_softmax(stream.leave(tokens[:, part], right[:, part]), -1)
-            sums.add(part, p, q)
-    return torch.cat([sums.kld for sums in found]), torch.cat([sums.dnll for sums in found])

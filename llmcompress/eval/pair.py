@@ -9,6 +9,7 @@ from torch import Tensor
 
 from llmcompress.eval.facts import BlockCost, BlockError
 from llmcompress.eval.report import number
+from llmcompress.model.shares import Share
 from llmcompress.model.skeleton import Skeleton
 from llmcompress.model.stream import BlockCall, BlockStream
 
@@ -30,11 +31,16 @@ class Pair:
 
     @torch.no_grad()
     def logits(self, batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Logits of reference and candidate for each batch of token ids. Raises InputError where the stream does."""
+        """Logits of reference and candidate for each batch of token ids. Raises InputError where the stream does.
+
+        Where processes share the batches, for each of those that are this one's; `trajectory` is of all.
+        """
+        share = Share(len(batches), self.streams[0].skeleton.crew)
+        batches = share.of(batches)
         started = [self._start(stream, batches) for stream in self.streams]
         hidden = [states for states, _ in started]
         depths = [len(stream.skeleton.blocks) for stream in self.streams]
-        found = [_distance(-1, *hidden)]
+        found = [_distance(-1, share, *hidden)]
         for index in range(max(depths)):
             taken: list[float | None] = [None, None]
             for side, (stream, depth, (states, calls)) in enumerate(zip(self.streams, depths, started, strict=True)):
@@ -43,7 +49,7 @@ class Pair:
                     stream.pass_block(index, states, calls)
                     taken[side] = time.perf_counter() - begun
             self.costs += (_cost(index, *taken),)
-            found.append(_distance(index, *hidden))
+            found.append(_distance(index, share, *hidden))
         entered = found[0].relative_error
         if depths[0] == depths[1] and entered is not None and entered <= OTHER_BASIS:
             self.trajectory = tuple(found)
@@ -72,14 +78,22 @@ def _cost(block: int, reference: float | None, candidate: float | None) -> Block
     return BlockCost(block=block, reference_seconds=reference, candidate_seconds=candidate, resident_bytes=resident)
 
 
-def _distance(block: int, reference: Sequence[Tensor], candidate: Sequence[Tensor]) -> BlockError:
-    errors = cosines = tokens = 0.0
-    for left, right in zip(reference, candidate, strict=True):
-        if left.shape != right.shape:
+def _distance(block: int, share: Share, reference: Sequence[Tensor], candidate: Sequence[Tensor]) -> BlockError:
+    sums = torch.zeros(3, dtype=torch.float64)
+    for part in share.all(list(map(_differences, reference, candidate))):
+        if not len(part):
             return BlockError(block=block, relative_error=None, cosine=None)
-        p, q = left.double(), right.double()
-        size = p.norm(dim=-1).clamp_min(1e-30)
-        errors += float(((q - p).norm(dim=-1) / size).sum())
-        cosines += float(((p * q).sum(-1) / size / q.norm(dim=-1).clamp_min(1e-30)).sum())
-        tokens += size.numel()
+        sums += part
+    errors, cosines, tokens = sums.tolist()
     return BlockError(block=block, relative_error=number(errors / tokens), cosine=number(cosines / tokens))
+
+
+def _differences(reference: Tensor, candidate: Tensor) -> Tensor:
+    """Sums over tokens of relative error and cosine, and their number; nothing where shapes differ."""
+    if reference.shape != candidate.shape:
+        return torch.empty(0, dtype=torch.float64)
+    p, q = reference.double(), candidate.double()
+    size = p.norm(dim=-1).clamp_min(1e-30)
+    error = float(((q - p).norm(dim=-1) / size).sum())
+    cosine = float(((p * q).sum(-1) / size / q.norm(dim=-1).clamp_min(1e-30)).sum())
+    return torch.tensor([error, cosine, size.numel()], dtype=torch.float64)

@@ -2,7 +2,7 @@
 
 import datetime
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ import transformers
 from torch import Tensor
 
 from llmcompress.errors import InputError
-from llmcompress.eval.fidelity import SequenceFidelity
 from llmcompress.eval.needs import keep_to
 from llmcompress.eval.pair import Pair
 from llmcompress.eval.report import (
@@ -32,7 +31,9 @@ from llmcompress.eval.tokens import Tally
 from llmcompress.files import commit_bytes, read_json, to_json
 from llmcompress.hub.source import Source
 from llmcompress.model.checkpoint import folder_bytes
+from llmcompress.model.crew import ALONE, Crew
 from llmcompress.model.integrity import digest_source, scan
+from llmcompress.model.shares import Share
 from llmcompress.model.skeleton import Skeleton
 from llmcompress.model.text import (
     Batches,
@@ -57,6 +58,7 @@ class EvalRequest:
     speed       also tokens per second of both
     max_memory  bytes that comparing them keeps to: not sweep, speed and tasks, for which a model is whole
     tasks       of lm-evaluation-harness, each `NAME` or `NAME=FILE`; `task_limit` documents of each, or all
+    crew        the processes that do it together, each with the same request
     """
 
     model: Source
@@ -70,34 +72,36 @@ class EvalRequest:
     tasks: tuple[str, ...] = ()
     task_limit: int | None = None
     max_memory: int | None = None
+    crew: Crew = ALONE
 
 
 def run_eval(request: EvalRequest) -> EvalReport:
     """Compare `model` with `reference`, both streamed a block at a time; sweep, speed and tasks load each as a whole.
 
+    The report of process 0 is whole: it alone does what a model is loaded as a whole for.
+
     Raises InputError when their vocabularies or tokenizers differ, when the text was the one the model was calibrated
     on, or when tasks cannot be run.
     """
-    candidate, reference = (
-        Skeleton.open(source.path, request.device, decode=reader_of(source.path))
-        for source in (request.model, request.reference)
-    )
+    candidate, reference = (_opened(request, source) for source in (request.model, request.reference))
     digest = _common_tokenizer(request)
     text = _fitted(request.text, reference)
     size = keep_to(reference, candidate, text, batch_size=request.batch_size, limit=request.max_memory)
     record = _record(request.model.path)
     batches = token_batches(text, request.reference.path)
+    request.crew.same(batches.digest, "evaluation text")
     if any(same_text(str(part.get("calibration_text_digest")), batches) for part in (record, *_healing(record))):
         raise InputError(
             f"{batches.source} is the text the model was calibrated on", "evaluate on other text: --data FILE"
         )
-    scored = _scored(request)
+    scored = _by_first(request, lambda: _scored(request))
     pair, tally = Pair(reference, candidate), Tally(TEMPERATURES if request.sweep else ())
-    sequences: list[SequenceFidelity] = []
     tokens = batches.split(size)
-    for (left, right), rows in zip(pair.logits(tokens), tokens, strict=True):
-        sequences += tally.add(left, right, rows)
-    whole = _run_whole(request, batches.tokens, tally)
+    share = Share(len(tokens), request.crew)
+    for (left, right), place in zip(pair.logits(tokens), share.places, strict=True):
+        tally.add(left, right, tokens[place], first=place * size)
+    sequences = tally.together(share)
+    whole = _by_first(request, lambda: _run_whole(request, batches.tokens, tally))
     return EvalReport(
         model=_facts(request.model, candidate),
         ref=_facts(request.reference, reference),
@@ -116,6 +120,19 @@ def run_eval(request: EvalRequest) -> EvalReport:
         **whole,
         **scored,
     )
+
+
+def _opened(request: EvalRequest, source: Source) -> Skeleton:
+    skeleton = Skeleton.open(source.path, request.device, decode=reader_of(source.path))
+    skeleton.join(request.crew)
+    return skeleton
+
+
+def _by_first(request: EvalRequest, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Fields of the report that only process 0 fills; where it fails all do."""
+    found: dict[str, Any] = {}
+    request.crew.first(lambda: found.update(make()))
+    return found
 
 
 def _common_tokenizer(request: EvalRequest) -> str:
@@ -171,7 +188,7 @@ def _healing(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _facts(source: Source, skeleton: Skeleton) -> ModelFacts:
-    digest = digest_source(scan(skeleton.files), skeleton.files.config)
+    digest = skeleton.crew.first(lambda: digest_source(scan(skeleton.files), skeleton.files.config))
     return ModelFacts(name=source.name, model_digest=digest, revision=source.revision)
 
 

@@ -21,6 +21,7 @@ from llmcompress.eval.facts import (
 )
 from llmcompress.eval.fidelity import SequenceFidelity, TokenFidelity, by_token, of_sequence
 from llmcompress.eval.report import estimate, number
+from llmcompress.model.shares import Share
 
 TOPS = (10, 50, 100)
 QUANTILES = (0.5, 0.9, 0.95, 0.99, 0.999)
@@ -38,26 +39,63 @@ class Tally:
         self._temperatures = tuple(temperatures)
         self._tops: tuple[int, ...] = ()
         self._found: list[TokenFidelity] = []
+        self._batches: list[int] = []  # how many sequences each has
         self._following: list[Tensor] = []
         self._worst: list[tuple[float, WorstToken, Tensor]] = []
 
-    def add(self, reference: Tensor, candidate: Tensor, tokens: Tensor) -> list[SequenceFidelity]:
-        """Compare logits `(batch, tokens, vocabulary)` on token ids `(batch, tokens)`; raises what `compare` raises."""
+    def add(
+        self, reference: Tensor, candidate: Tensor, tokens: Tensor, *, first: int | None = None
+    ) -> list[SequenceFidelity]:
+        """Compare logits `(batch, tokens, vocabulary)` on token ids `(batch, tokens)`; raises what `compare` raises.
+
+        `first` is the number of the first sequence among all, where others are compared elsewhere.
+        """
+        first = len(self._found) if first is None else first
         self._tops = tuple(k for k in TOPS if k < reference.shape[-1])
         found = by_token(reference, candidate, tokens, tops=self._tops, temperatures=self._temperatures)
         for row, figures in enumerate(found):
-            self._keep_worst(figures, reference[row], candidate[row], tokens=tokens[row].cpu())
+            self._keep_worst(figures, reference[row], candidate[row], tokens=tokens[row].cpu(), sequence=first + row)
             self._found.append(figures)
             self._following.append(tokens[row, 1:].cpu())
+        self._batches.append(len(found))
         return [of_sequence(figures) for figures in found]
 
-    def _keep_worst(self, found: TokenFidelity, reference: Tensor, candidate: Tensor, *, tokens: Tensor) -> None:
+    def together(self, share: Share) -> list[SequenceFidelity]:
+        """Take in what other processes found on their batches, in order; the figures of all sequences."""
+        if share.crew.size > 1:
+            self._tops = tuple(int(k) for k in share.crew.spread({"tops": torch.tensor(self._tops)})["tops"])
+            self._following = _shared(share, self._batches, self._following)
+            parts = {
+                name: _shared(share, self._batches, [getattr(x, name) for x in self._found])
+                for name in TokenFidelity.__dataclass_fields__
+            }
+            self._found = [TokenFidelity(*fields) for fields in zip(*parts.values(), strict=True)]
+            self._share_worst(share)
+        return [of_sequence(figures) for figures in self._found]
+
+    def _share_worst(self, share: Share) -> None:
+        every = []
+        for rank in range(share.crew.size):
+            own = [place.model_dump_json().encode() for _, place, _ in self._worst]
+            tensors = {f"{i}": torch.frombuffer(bytearray(words), dtype=torch.uint8) for i, words in enumerate(own)}
+            tensors |= {f"{i} tokens": tokens for i, (_, _, tokens) in enumerate(self._worst)}
+            tensors["badness"] = torch.tensor([badness for badness, _, _ in self._worst], dtype=torch.float64)
+            heard = share.crew.spread(tensors, rank)
+            for i, badness in enumerate(heard["badness"].tolist()):
+                place = WorstToken.parse(heard[str(i)].numpy().tobytes(), "another process")
+                every.append((badness, place, heard[f"{i} tokens"]))
+        every.sort(key=lambda entry: (-entry[0], entry[1].sequence, entry[1].position))
+        self._worst = every[:WORST]
+
+    def _keep_worst(
+        self, found: TokenFidelity, reference: Tensor, candidate: Tensor, *, tokens: Tensor, sequence: int
+    ) -> None:
         badness = torch.nan_to_num(found.kld, nan=torch.inf)
         for position in badness.argsort(descending=True, stable=True)[:WORST].tolist():
             if len(self._worst) == WORST and float(badness[position]) <= self._worst[-1][0]:
                 return
             place = WorstToken(
-                sequence=len(self._found), position=position, before="", following=None,
+                sequence=sequence, position=position, before="", following=None,
                 kld=number(float(found.kld[position])),
                 reference=_choices(reference[position]), candidate=_choices(candidate[position]),
             )  # fmt: skip
@@ -93,6 +131,13 @@ class Tally:
         overlap = torch.cat([found.overlap[index] for found in self._found])
         klds = [float(found.restricted[index].mean()) for found in self._found]
         return TopTokens(k=k, overlap=float(overlap.mean()), kld=estimate(klds, kind="kl"))
+
+
+def _shared(share: Share, batches: Sequence[int], mine: Sequence[Tensor]) -> list[Tensor]:
+    """A tensor for each sequence of all batches, from those of this process's batches."""
+    rest = iter(mine)
+    stacked = [torch.stack([next(rest) for _ in range(count)]) for count in batches]
+    return [one for batch in share.all(stacked) for one in batch.unbind()]
 
 
 def _choices(logits: Tensor) -> tuple[Choice, ...]:

@@ -28,6 +28,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from llmcompress.errors import InputError
 from llmcompress.experts import Experts, conversions_of, split_experts
 from llmcompress.model.checkpoint import CheckpointReader, RoundingReader, TensorReader
+from llmcompress.model.crew import ALONE, Crew
 from llmcompress.model.heap import give_back, map_large_tensors
 from llmcompress.model.shelf import Shelf
 from llmcompress.plugins import nearest
@@ -96,7 +97,8 @@ class Skeleton:
 
     `blocks[i]` is the i-th decoder block, on meta until `load_block(i)`; everything outside the
     blocks is loaded by `load_rest()`, what tokens enter and leave by alone by `load_entrance()` and `load_exit()`.
-    Weights are float32 on `device`, without gradients. Hidden states wait on `shelf`.
+    Weights are float32 on `device`, without gradients. Hidden states wait on `shelf`. `crew` are the
+    processes that run it together.
     """
 
     def __init__(self, files: SourceFiles, reader: TensorReader, device: str = "cpu") -> None:
@@ -105,7 +107,7 @@ class Skeleton:
         self.files = files
         self.reader = reader
         self.device = torch.device(device)
-        self.shelf = Shelf()
+        self.shelf, self.crew = Shelf(), ALONE
         self.config = read_config(files)
         with init_empty_weights(include_buffers=False), _explained():
             self.model = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
@@ -213,6 +215,12 @@ class Skeleton:
         start = self.blocks_name + "."
         inside = {name for name, module in self.names.module_of.items() if module.startswith(start)}
         return tuple(name for name in self.reader.names() if name not in inside)
+
+    def join(self, crew: Crew) -> None:
+        """Be run by several processes together, this one's part of it on this skeleton's device."""
+        self.crew = crew
+        if crew.size > 1:
+            crew.device = self.device
 
     def load_block(self, index: int) -> nn.Module:
         """Fill block `index` and return it. Raises InputError when a tensor is missing or misshapen."""

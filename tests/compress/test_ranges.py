@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llmcompress.compress.lowrank import quantized
+from llmcompress.compress.dealing import dealt
 from llmcompress.compress.ranges import InputRanges, calibrated
 from llmcompress.compress.rewriting.clipping import ActivationQuantizer
 from llmcompress.compress.rewriting.hints import Hints
@@ -128,11 +128,11 @@ def test_a_block_is_rounded_on_rounded_inputs(llama: Path, sequential: bool, mon
     rounds = BlockRounds(method, block, info, specs, Streams(hidden, None, [call[0] for call in calls]))
     hessians = []  # of each group; they are let go of once its codes are final
 
-    def watched(quantizer: Any, requests: Any, seen: Any, **more: Any) -> Any:
+    def watched(crew: Any, quantizer: Any, requests: Any, seen: Any, **more: Any) -> Any:
         hessians.append(seen.hessian.clone())
-        return quantized(quantizer, requests, seen, **more)
+        return dealt(crew, quantizer, requests, seen, **more)
 
-    monkeypatch.setattr("llmcompress.compress.rounds.quantized", watched)
+    monkeypatch.setattr("llmcompress.compress.rounds.dealt", watched)
     rounded = {x.linear.name: x for x in rounds.rounded()}
     assert set(rounded) == set(specs)
     one = rounded[first]

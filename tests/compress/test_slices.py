@@ -36,7 +36,7 @@ def test_gradients_of_parts_are_those_of_the_whole(labels: str, llama: Path) -> 
     hidden = stream.start([tokens])[0][0] * 30
 
     def gradient(*parts: slice) -> torch.Tensor:
-        drawn = torch.Generator().manual_seed(5)
+        drawn = [torch.Generator().manual_seed(5)]
         return output_gradient(stream, tokens, hidden, drawn, labels=labels, parts=parts)
 
     whole = gradient(slice(None))

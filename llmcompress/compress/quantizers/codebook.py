@@ -35,7 +35,7 @@ def quantize(
     notes: tuple[str, ...] = ("calibration inputs are not finite: k-means alone instead",)
     if seen is not None and seen.finite:
         order = column_order(seen.hessian.diagonal(), "plain" if options.order == "plain" else "act", 1)
-        factor, notes = inverse_factor(seen.hessian, order, options.damp)
+        factor, notes = seen.once("factor", lambda: inverse_factor(seen.hessian, order, options.damp))
     return [Quantized(codebook_codes(r.weight, r.spec, factor), notes) for r in requests]
 
 

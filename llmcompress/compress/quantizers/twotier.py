@@ -50,7 +50,7 @@ def quantize(
     if seen is None or not seen.finite:
         return [_alone(r, options, dtype, "calibration inputs are not finite: rounded instead") for r in requests]
     plain = torch.arange(len(seen.hessian), device=seen.hessian.device)
-    factor, notes = inverse_factor(seen.hessian, plain, options.damp)
+    factor, notes = seen.once("factor", lambda: inverse_factor(seen.hessian, plain, options.damp))
     if factor is None:
         return [_alone(r, options, dtype, notes[0]) for r in requests]
     inverse = factor.upper.double().square().sum(0).float()

@@ -13,6 +13,7 @@ Memory is one block, or one group of its linears: a forward stores the hidden st
 the blocks are visited last to first, each run again with gradients.
 """
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -26,6 +27,7 @@ from llmcompress.compress.measuring import slices
 from llmcompress.compress.observe import collect_hessians, groups_of, module_of, weight_of
 from llmcompress.compress.rounding import Seen
 from llmcompress.compress.scoring import Measured, ScoreJob, rounding_errors
+from llmcompress.model.shares import OrderedSums, Share
 from llmcompress.model.stream import BlockCall, BlockStream
 from llmcompress.types import BlockTrace, Candidate, LayerScore, LinearInfo, LinearSpec, Unit
 
@@ -40,14 +42,14 @@ def output_gradient(
     stream: BlockStream,
     tokens: Tensor,
     hidden: Tensor,
-    generator: torch.Generator,
+    generators: Sequence[torch.Generator],
     *,
     labels: str = "model",
     parts: Sequence[slice] = (slice(None),),
 ) -> Tensor:
     """Gradient, with respect to the last hidden states, of the summed loss of drawn labels or of the next tokens.
 
-    `parts` of the positions have their logits one after the other.
+    `generators` draw the labels, one for each sequence; `parts` of the positions have their logits one after the other.
     """
     found = []
     for part in parts:
@@ -61,18 +63,34 @@ def output_gradient(
             else:
                 logits = logits.flatten(0, 1)
                 with torch.no_grad():
-                    chosen = torch.multinomial(torch.softmax(logits, -1).cpu(), 1, generator=generator).flatten()
+                    chances = torch.softmax(logits, -1).cpu().view(len(tokens), -1, logits.shape[-1])
+                    pairs = zip(chances, generators, strict=True)
+                    chosen = torch.cat([torch.multinomial(x, 1, generator=each).flatten() for x, each in pairs])
             loss = nn.functional.cross_entropy(logits, chosen.to(logits.device), reduction="sum")
         found.append(torch.autograd.grad(loss, leaf)[0])
     return torch.cat(found, 1)
 
 
+def seed_of(seed: int, draw: int, sequence: int) -> int:
+    """The seed of the labels of one sequence: they are the same whoever draws them, and whatever batch it is in."""
+    words = f"{seed} labels {draw} {sequence}".encode()
+    return int.from_bytes(hashlib.sha256(words).digest()[:8], "little") >> 1
+
+
 class Sums:
     """The squares, by linear for `sum` and by fused unit otherwise, and width."""
 
-    def __init__(self, linears: Mapping[str, LinearInfo], errors: Errors, reduce: str) -> None:
+    def __init__(
+        self, linears: Mapping[str, LinearInfo], errors: Errors, reduce: str, share: Share | None = None
+    ) -> None:
         self.linears, self.errors, self.reduce = linears, errors, reduce
-        self.found: dict[tuple[str, int], float] = {}
+        self._keys = {
+            (name if reduce == "sum" else linears[name].unit, spec.bits): None
+            for name, specs in errors.items()
+            for spec, _ in specs
+        }
+        self._sums = OrderedSums(share or Share(0))
+        self._squares: dict[tuple[str, int], float] = {}  # of the batch at hand
         self.shape = (1, 1)  # sequences and tokens of the batch at hand
         self._open: dict[tuple[str, int], Tensor] = {}
 
@@ -94,7 +112,7 @@ class Sums:
             if self.reduce == "sum":
                 key = (name, spec.bits)
                 total = sum(float(part.square_().sum(dtype=torch.float64)) for part in parts)
-                self.found[key] = self.found.get(key, 0.0) + total
+                self._squares[key] = self._squares.get(key, 0.0) + total
                 continue
             key = (self.linears[name].unit, spec.bits)
             dots = torch.cat([part.sum(1, dtype=torch.float64) for part in parts])
@@ -107,11 +125,20 @@ class Sums:
     def settle(self) -> None:
         """Square what was added since the last time: every linear of a unit has been seen for a batch."""
         for key, dots in self._open.items():
-            self.found[key] = self.found.get(key, 0.0) + float(dots.square().sum())
+            self._squares[key] = self._squares.get(key, 0.0) + float(dots.square().sum())
+        squares = [self._squares.get(key, 0.0) for key in self._keys]
+        self._sums.put("squares", torch.tensor(squares, dtype=torch.float64))
+        self._sums.close_batch()
         self._open.clear()
+        self._squares.clear()
 
     def layers(self, count: int) -> list[LayerScore]:
-        """Damages per token, `1/2 found / count`; a unit's is shared among its linears by weight count."""
+        """Damages per token, `1/2 found / count`; a unit's is shared among its linears by weight count.
+
+        The same on every process that shares the text.
+        """
+        squares = self._sums.take().get("squares")  # none where nothing was to be scored
+        found = dict(zip(self._keys, [] if squares is None else squares.tolist(), strict=True))
         weights: dict[str, int] = {}
         for name in self.errors:
             weights[self.linears[name].unit] = weights.get(self.linears[name].unit, 0) + self.linears[name].weights
@@ -120,8 +147,7 @@ class Sums:
             linear = self.linears[name]
             key, share = (name, 1.0) if self.reduce == "sum" else (linear.unit, linear.weights / weights[linear.unit])
             candidates = tuple(
-                Candidate(spec=spec, damage=0.5 * share * self.found.get((key, spec.bits), 0.0) / count)
-                for spec, _ in specs
+                Candidate(spec=spec, damage=0.5 * share * found[key, spec.bits] / count) for spec, _ in specs
             )
             layers.append(LayerScore(linear=name, candidates=candidates))
         return layers
@@ -153,7 +179,7 @@ class _Backward:
 
     def __init__(self, job: ScoreJob) -> None:
         self.job, self.options = job, job.options.fisher
-        self.stream, self.tokens = job.stream()
+        self.stream, self.tokens, self.share = job.shared()
         self.hidden, self.calls = self.stream.start(self.tokens)
         job.skeleton.free_rest()
         self.entering: list[list[Tensor]] = []
@@ -176,7 +202,6 @@ class _Backward:
 
     def head(self) -> list[LayerScore]:
         """Gradients entering the last block's output, and the head's own score where it has candidates."""
-        generator = torch.Generator().manual_seed(self.job.seed)
         self.job.skeleton.load_exit()
         info, errors, modules = self.job.trace.head, Errors(), dict[str, nn.Module]()
         if info is not None and info.name in self.job.candidates:
@@ -184,24 +209,32 @@ class _Backward:
             weight: Tensor = module.weight
             seen = None
             if self.job.quantizer.NEEDS_HESSIAN:
-                seen = head_input(module, self.stream, self.tokens, self.hidden)
+                seen = head_input(module, self.stream, self.tokens, self.hidden, share=self.share)
             errors = _errors(self.job, {info.name: weight.detach().clone()}, seen)
             modules[info.name] = module
-        sums = Sums({} if info is None else {info.name: info}, errors, self.options.reduce)
+        sums = Sums({} if info is None else {info.name: info}, errors, self.options.reduce, self.share)
         vocabulary = int(self.job.skeleton.config.get_text_config().vocab_size)
         parts = [[slice(None)] if modules else slices(tokens, vocabulary) for tokens in self.tokens]
-        for _ in range(self.options.draws):
+        for draw in range(self.options.draws):
             found = []
-            for place, (tokens, state) in enumerate(zip(self.tokens, self.hidden, strict=True)):
+            rows = zip(self.share.places, self.tokens, self.hidden, parts, strict=True)
+            for place, tokens, state, part in rows:
+                drawers = self._drawers(draw, place, len(tokens))
                 with _measuring(modules, sums, state):
                     gradient = output_gradient(
-                        self.stream, tokens, state, generator, labels=self.options.labels, parts=parts[place]
+                        self.stream, tokens, state, drawers, labels=self.options.labels, parts=part
                     )
                 found.append(self.stream.keep(gradient))
                 sums.settle()
             self.gradients.append(found)
         self.job.skeleton.free_rest()
         return sums.layers(self.count)
+
+    def _drawers(self, draw: int, place: int, count: int) -> list[torch.Generator]:
+        """What draws the labels of the sequences of a batch."""
+        first = place * self.job.batch_size
+        seeds = [seed_of(self.job.seed, draw, first + row) for row in range(count)]
+        return [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def block(self, info: BlockTrace) -> list[LayerScore]:
         """Scores of one block, and the gradients carried to the one before it.
@@ -222,13 +255,13 @@ class _Backward:
         known: dict[int, Seen] = {}
         if self.job.quantizer.NEEDS_HESSIAN:
             runs = [partial(self._run, info, h, c) for h, c in zip(entering, self.calls, strict=True)]
-            known = collect_hessians(block, info, runs, only=part)
+            known = collect_hessians(block, info, runs, self.share, only=part)
         members = [x for x in info.linears if x.shared_input in part and x.name in self.job.candidates]
         linears, errors = {x.name: x for x in members}, Errors()
         for group in part:
             weights = {x.name: weight_of(block, info, x).contiguous() for x in members if x.shared_input == group}
             errors |= _errors(self.job, weights, known.pop(group, None))
-        sums = Sums(linears, errors, self.options.reduce)
+        sums = Sums(linears, errors, self.options.reduce, self.share)
         modules = {x.name: module_of(block, info, x) for x in members}
         for gradients in self.gradients if members or last else ():
             for place, call in enumerate(self.calls):

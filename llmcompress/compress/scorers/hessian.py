@@ -5,10 +5,10 @@ Local to the linear: it does not know how much the model's output depends on it.
 
 from contextlib import AbstractContextManager
 
-from torch import nn
+from torch import Tensor, nn
 
 from llmcompress.compress.grid import proxy_loss
-from llmcompress.compress.observe import InputSums, groups_of, seen_by, summing, watching_inputs, weight_of
+from llmcompress.compress.observe import GroupSums, groups_of, seen_by, watching_inputs, weight_of
 from llmcompress.compress.scoring import Measured, Observer, ScoreJob, rounding_errors
 from llmcompress.types import BlockTrace, Candidate, LayerScore, Unit
 
@@ -19,23 +19,28 @@ NEEDS_DATA = True
 class _ProxyLoss(Observer):
     """Sums `x x^T` while a block runs, then rounds its linears."""
 
+    SHARES = True
+
     def __init__(self, job: ScoreJob) -> None:
         super().__init__(job)
         self.layers: list[LayerScore] = []
 
     def open(self, block: nn.Module, info: BlockTrace) -> AbstractContextManager[object]:
-        self.sums: dict[int, InputSums] = {}
-        return watching_inputs(block, info, summing(self.sums))
+        self.sums = GroupSums(self.share)
+        return watching_inputs(block, info, self.sums.see)
+
+    def see(self, info: BlockTrace, entering: Tensor, leaving: Tensor) -> None:
+        self.sums.close_batch()
 
     def close(self, block: nn.Module, info: BlockTrace) -> None:
-        most = max((sums.tokens for sums in self.sums.values()), default=0)
+        seen = self.sums.means()
+        most = max((mean.tokens for mean in seen.values()), default=0)
         found: dict[str, list[Candidate]] = {x.name: [] for x in info.linears if x.name in self.job.candidates}
         for number, members in groups_of(info).items():
             weights = {x.name: weight_of(block, info, x).contiguous() for x in members if x.name in found}
-            sums = self.sums[number]
-            mean, _ = sums.means()
+            mean = seen.pop(number)
             known = seen_by(mean, members[0])
-            share = sums.tokens / max(most, 1)  # of an expert's input: a mean over the tokens routed there
+            share = mean.tokens / max(most, 1)  # of an expert's input: a mean over the tokens routed there
             for name, spec, error in rounding_errors(self.job, weights, known):
                 loss = proxy_loss(weights[name], weights[name] + error, mean.hessian) * share
                 found[name].append(Candidate(spec=spec, damage=max(loss, 0.0)))

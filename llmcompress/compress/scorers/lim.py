@@ -7,7 +7,7 @@ out position 0, whose huge norm in attention-sink models hides the rest.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmcompress.compress.scoring import Measured, Observer, ScoreJob, layers_from_blocks
 from llmcompress.types import BlockTrace, Series, Unit
@@ -38,6 +38,8 @@ def modification(entering: Tensor, leaving: Tensor, *, mode: str = "token", skip
 class _Modification(Observer):
     """Keeps the mean LIM of each block."""
 
+    SHARES = True
+
     def __init__(self, job: ScoreJob) -> None:
         super().__init__(job)
         self.found: dict[int, list[Tensor]] = {}
@@ -46,6 +48,9 @@ class _Modification(Observer):
         options = self.job.options.lim
         values = modification(entering, leaving, mode=options.mode, skip_first=options.skip_first)
         self.found.setdefault(info.index, []).append(values)
+
+    def close(self, block: nn.Module, info: BlockTrace) -> None:
+        self.found[info.index] = self.share.all(self.found.get(info.index, []))
 
     def finish(self) -> Measured:
         lim = tuple(float(torch.cat(self.found[index]).mean()) for index in sorted(self.found))

@@ -1,0 +1,45 @@
+"""What Python, torch and click raise, in words that a user can act on."""
+
+import signal
+
+import click
+
+from llmcompress.errors import CompressError, Interrupted, MachineError, Stopped, out_of_memory
+
+INSTALLED_WITH = {"torch": ("PyTorch", "torch")} | {
+    name: (name, name) for name in ("accelerate", "huggingface_hub", "numpy", "safetensors", "scipy", "transformers")
+}
+
+
+def understood(error: BaseException) -> BaseException:
+    """What a user can act on in place of what Python and torch raise; the rest as it is."""
+    if isinstance(error, Stopped):
+        return Interrupted(error.signal_number)
+    if isinstance(error, click.Abort | KeyboardInterrupt):
+        return Interrupted(signal.SIGINT)
+    if out_of_memory(error):
+        hint = "`quantize --max-memory SIZE` takes less; else --set calibration.batch_size=1"
+        return MachineError("out of memory; finished blocks are kept", hint)
+    if _device_failed(error):
+        hint = "run the same command again to go on, on another device if it fails again (--device)"
+        return MachineError(f"the device failed: {str(error).splitlines()[0][:160]}", hint)
+    if isinstance(error, ModuleNotFoundError) and error.name in INSTALLED_WITH:
+        title, package = INSTALLED_WITH[error.name]
+        return MachineError(f"{title} is not installed", f"pip install {package}")
+    if isinstance(error, OSError):
+        return MachineError(str(error), "check the disk and its permissions; finished work is kept")
+    return error
+
+
+def _device_failed(error: BaseException) -> bool:
+    """Whether it is what torch raises where a GPU is lost or a kernel fails; by its name, as torch is not imported."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return "AcceleratorError" in names or (isinstance(error, RuntimeError) and str(error).startswith("CUDA error"))
+
+
+def exit_code(error: BaseException) -> int:
+    """The code that a program ended by an error exits with."""
+    if isinstance(error, click.ClickException):
+        return 2
+    error = understood(error)
+    return error.exit_code if isinstance(error, CompressError) else 5

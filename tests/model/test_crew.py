@@ -1,0 +1,42 @@
+"""Processes that work together: what one of them would find, all find, and none waits for one that is gone."""
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from llmcompress.model.crew import ALONE
+from tests.forked import Forker
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_what_is_shared_is_what_one_has(forker: Forker, tmp_path: Path, ranks: int) -> None:
+    found = forker.run((), tmp_path, ranks=ranks, call="tests.crew_cases:work", timeout=60)
+    assert found.returncode == 0, found.stderr
+
+
+def test_a_process_that_fails_says_why_to_the_others(forker: Forker, tmp_path: Path) -> None:
+    found = forker.run((), tmp_path, ranks=3, call="tests.crew_cases:failing", timeout=60)
+    assert found.returncode == 2, found.stderr
+
+
+def test_a_process_that_does_not_answer_ends_the_others(forker: Forker, tmp_path: Path) -> None:
+    def end_the_stopped() -> None:
+        time.sleep(8)
+        for pid in forker.children():
+            os.kill(pid, signal.SIGKILL)
+
+    began = time.monotonic()
+    thread = threading.Thread(target=end_the_stopped)
+    thread.start()
+    found = forker.run((), tmp_path, ranks=2, call="tests.crew_cases:stopped", timeout=60)
+    thread.join()
+    assert found.returncode == 3, found.stderr
+    assert time.monotonic() - began < 30
+
+
+def test_work_is_dealt_by_cost() -> None:
+    assert ALONE.deal([1, 2, 3]) == [0, 0, 0]
