@@ -64,7 +64,8 @@ def train(model: Any, original: Any, text: Sequence[Tensor], *, steps: int, rate
         tokens = text[step % len(text)]
         with torch.no_grad():
             p = torch.log_softmax(original(tokens, use_cache=False).logits, -1)
-        loss = sequence_kld(p, torch.log_softmax(model(tokens, use_cache=False).logits, -1)).mean()
+        q = torch.log_softmax(model(tokens, use_cache=False).logits, -1)
+        loss = nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(-1).mean()
         optimizer.zero_grad()
         loss.backward()
         for group in optimizer.param_groups:

@@ -15,6 +15,7 @@ from llmcompress.compress.kept import seal, sealed, unchanged
 from llmcompress.compress.remade import once
 from llmcompress.errors import BusyError, InputError, Stopped
 from llmcompress.files import commit_bytes
+from llmcompress.model.crew import ALONE
 
 ASKED = {"model": "a", "recipe": "b"}
 
@@ -140,12 +141,12 @@ def test_a_checkpoint_of_the_run_is_made_once_and_again_where_it_is_damaged(tmp_
         (folder / "config.json").write_text("{}")
 
     journal.state.mkdir()
-    assert once(journal, "rewritten", make) == (journal.state / "rewritten", False)
-    assert once(journal, "rewritten", make) == (journal.state / "rewritten", True)
+    assert once(ALONE, journal, "rewritten", make) == (journal.state / "rewritten", False)
+    assert once(ALONE, journal, "rewritten", make) == (journal.state / "rewritten", True)
     (journal.state / "rewritten" / "config.json").write_text("{ }")
-    assert once(journal, "rewritten", make)[1] is False
+    assert once(ALONE, journal, "rewritten", make)[1] is False
     (journal.state / "made-rewritten.json").unlink()
-    assert once(journal, "rewritten", make)[1] is False
+    assert once(ALONE, journal, "rewritten", make)[1] is False
     assert len(made) == 3
 
 

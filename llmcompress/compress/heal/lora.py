@@ -4,6 +4,7 @@ Where the file holds plain weights, the adapters are added to them; where it hol
 layout of peft.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ class LoraOptions:
 
 def peft_library() -> Any:
     """The library. Raises InputError naming the extra where it is missing."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a kernel that nothing here uses
     try:
         import peft  # lazy: an extra, and seconds to import
     except ImportError:
