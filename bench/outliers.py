@@ -27,7 +27,8 @@ from llmcompress.compress.rewriting.sites import norm_sites
 from llmcompress.compress.rewriting.work import Call, Subject, working
 from llmcompress.eval.fidelity import SequenceFidelity, compare
 from llmcompress.hub.source import resolve
-from llmcompress.model.skeleton import find_blocks, quiet_transformers
+from llmcompress.model.config import quiet_transformers
+from llmcompress.model.skeleton import find_blocks
 from llmcompress.model.stream import linear_modules
 from llmcompress.model.text import TextRequest, token_batches
 from llmcompress.options import ReparamOptions

@@ -5,18 +5,15 @@ naming goes through transformers' own conversion, and a parameter left on meta i
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-import transformers
 from accelerate import init_empty_weights
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
@@ -27,16 +24,16 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from llmcompress.errors import InputError
 from llmcompress.experts import Experts, conversions_of, split_experts
+from llmcompress.model.ahead import Direction, ReadAhead
 from llmcompress.model.checkpoint import CheckpointReader, RoundingReader, TensorReader
+from llmcompress.model.config import explained, quiet_transformers, read_config
 from llmcompress.model.crew import ALONE, Crew
 from llmcompress.model.heap import give_back, map_large_tensors
 from llmcompress.model.shelf import Shelf
-from llmcompress.plugins import nearest
 from llmcompress.preflight import SourceFiles, check_source
 
 Decode = Callable[[TensorReader, Mapping[str, Any]], TensorReader]
 
-SENSELESS = (ValueError, TypeError, ArithmeticError, AttributeError, LookupError, AssertionError)
 HARMLESS = re.compile(r"(attn|attention)\.(masked_)?bias$|rotary_emb\.inv_freq$|position_ids$")
 
 
@@ -47,35 +44,6 @@ class NameMap:
     module_of: Mapping[str, str]  # tensor name in the file -> parameter name in the model
     converted: frozenset[str]  # tensor names that are merged or split on their way
     ignored: frozenset[str]
-
-
-def quiet_transformers() -> None:
-    """Silence transformers' own progress bars and chatter: the command line has its own."""
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-
-
-@contextmanager
-def _explained() -> Iterator[None]:
-    """Turns what transformers raises for a config.json that makes no sense into InputError."""
-    try:
-        yield
-    except (*SENSELESS, StrictDataclassError) as error:
-        words = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        hint = "compare it with the config.json of the published model"
-        raise InputError(f"config.json: no model can be made of it: {words}", hint) from None
-
-
-def read_config(files: SourceFiles) -> Any:
-    """The transformers config of a source, without any quantization section. Raises InputError."""
-    known = tuple(transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-    model_type = str(files.config.get("model_type"))
-    if model_type not in known:
-        raise InputError(f"config.json: no causal language model of type {model_type!r}", nearest(model_type, known))
-    plain = {key: value for key, value in files.config.items() if key != "quantization_config"}
-    plain.pop("model_type")
-    with _explained():
-        return AutoConfig.for_model(model_type, **plain)
 
 
 def find_blocks(model: nn.Module, count: int) -> tuple[str, nn.ModuleList]:
@@ -108,8 +76,9 @@ class Skeleton:
         self.reader = reader
         self.device = torch.device(device)
         self.shelf, self.crew = Shelf(), ALONE
+        self._direction, self.ahead = Direction(), ReadAhead()
         self.config = read_config(files)
-        with init_empty_weights(include_buffers=False), _explained():
+        with init_empty_weights(include_buffers=False), explained():
             self.model = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
         split_experts(self.model, reader.names())
         for module in self.model.modules():
@@ -223,9 +192,16 @@ class Skeleton:
             crew.device = self.device
 
     def load_block(self, index: int) -> nn.Module:
-        """Fill block `index` and return it. Raises InputError when a tensor is missing or misshapen."""
+        """Fill block `index` and return it, the next one being read meanwhile.
+
+        Raises InputError when a tensor is missing or misshapen.
+        """
         self._fill(self.block_tensors(index))
         self._check_filled(self.blocks[index], self.block_name(index))
+        following = self._direction.after(index)
+        if following is not None and 0 <= following < len(self.blocks):
+            tensors = self.files.tensors
+            self.ahead.begin(tensors[name] for name in self.block_tensors(following) if name in tensors)
         if isinstance(self.reader, RoundingReader):
             for name in self.block_tensors(index):
                 module = self.names.module_of[name].rpartition(".")[0]
