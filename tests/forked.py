@@ -99,8 +99,8 @@ def child(request: dict[str, object]) -> int:
     sys.argv = ["llmcompress", *words]
     from llmcompress.cli import main
 
-    if request["call"]:
-        module, _, name = str(request["call"]).partition(":")
+    if call := request.get("call"):
+        module, _, name = str(call).partition(":")
         return int(getattr(importlib.import_module(module), name)() or 0)
     try:
         main()
