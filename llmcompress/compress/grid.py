@@ -6,12 +6,13 @@ plain symmetric quantization wastes.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from llmcompress.kernels import fourbit
+from llmcompress.kernels import fourbit, native_grid
 from llmcompress.kernels.codes import Codes as Codes
 from llmcompress.spec import HIGH_BITS
 from llmcompress.types import LinearSpec
@@ -33,6 +34,7 @@ ASYMMETRIC_DISTORTION = {  # the same with zero-points and scales that span each
 TABLE_DISTORTION = {"nf4": 0.00843, "fp4": 0.01483, "fp8": 0.00068}
 LLOYD_MAX_DISTORTION = (0.1175, 0.03455, 0.0095, 0.0025, 0.00064, 0.000163, 0.0000412)  # at 2, 3, ... 8 bits
 TABLE_BLOCK = 64  # weights that share a scale in the layout of bitsandbytes
+LANES = 16  # running sums side by side in a search for scales
 SHIFT_ROWS = 1 << 22  # a search for scales works on chunks of about this many weights
 CACHED_WEIGHTS = 1 << 18  # on the CPU of so many, which stay in a core's own cache
 
@@ -69,15 +71,28 @@ def find_scale(
     returns     (rows, columns / group size)
 
     With `clip` the range is shrunk over `CLIPS` and the shrink of least squared error kept, group by group.
+    Shrinks that lose the same to the last bit: the larger range stays. The C library does the same sums (`lane_sum`).
     """
+    clips = CLIPS if clip else CLIPS[:1]
+    if importance is not None:
+        importance = importance.to(weight.dtype)
+    wanted = native_grid.Wanted(spec.bits, spec.group_size, dtype, clips)
+    found = native_grid.find_steps(weight, wanted, importance)
+    return find_scale_plainly(weight, spec, dtype, clips=clips, importance=importance) if found is None else found
+
+
+def find_scale_plainly(
+    weight: Tensor, spec: LinearSpec, dtype: torch.dtype, *, clips: Sequence[float], importance: Tensor | None
+) -> Tensor:
+    """`find_scale` in torch, for any device: what the C library is held against."""
     rows, columns = weight.shape
     size = spec.group_size
     step = _rows_at_once(weight)
-    weights = None if importance is None else importance.to(weight.dtype).view(1, columns // size, size)
+    weights = None if importance is None else importance.view(1, columns // size, size)
     parts = []
     for start in range(0, rows, step):
         groups = weight[start : start + step].view(-1, columns // size, size)
-        parts.append(_search(groups, spec.bits, dtype, clips=CLIPS if clip else CLIPS[:1], importance=weights))
+        parts.append(_search(groups, spec.bits, dtype, clips=clips, importance=weights))
     return torch.cat(parts)
 
 
@@ -85,8 +100,26 @@ def _rows_at_once(weight: Tensor) -> int:
     return max((CACHED_WEIGHTS if weight.device.type == "cpu" else SHIFT_ROWS) // weight.shape[1], 1)
 
 
+def lane_sum(values: Tensor) -> Tensor:
+    """Sum over the last dimension in an order that does not depend on who adds.
+
+    Value `i` goes to lane `i % 16`, each lane adds one after the other, then halves of the lanes are added up.
+    """
+    short = -values.shape[-1] % LANES
+    padded = torch.nn.functional.pad(values, (0, short)) if short else values
+    first, *others = padded.reshape(*padded.shape[:-1], -1, LANES).unbind(-2)
+    total: Tensor = first.clone()
+    for other in others:
+        total += other
+    width = LANES
+    while width > 1:
+        width //= 2
+        total = total[..., :width] + total[..., width:]
+    return total[..., 0]
+
+
 def _search(
-    groups: Tensor, bits: int, dtype: torch.dtype, *, clips: tuple[float, ...], importance: Tensor | None
+    groups: Tensor, bits: int, dtype: torch.dtype, *, clips: Sequence[float], importance: Tensor | None
 ) -> Tensor:
     full = full_range_scale(groups, bits)
     best = stored_scale(full, dtype)
@@ -98,8 +131,9 @@ def _search(
     for shrink in clips:
         scale = stored_scale(full * shrink, dtype)
         wide = scale.to(groups.dtype)[..., None]
-        torch.div(groups, wide, out=error).round_().clamp_(-half, half - 1).mul_(wide).sub_(groups).square_()
-        loss = (error if importance is None else error.mul_(importance)).sum(-1)
+        torch.mul(groups, wide.reciprocal(), out=error).round_().clamp_(-half, half - 1)
+        error.mul_(wide).sub_(groups).square_()
+        loss = lane_sum(error if importance is None else error.mul_(importance))
         better = loss < lowest
         best = torch.where(better, scale, best)
         lowest = torch.where(better, loss, lowest)
@@ -113,13 +147,29 @@ def expand_scale(scale: Tensor, columns: int) -> Tensor:
 
 def round_weight(weight: Tensor, scale: Tensor, spec: LinearSpec) -> Codes:
     """Round every weight to its nearest code, with scales as stored."""
+    codes = native_grid.nearest_codes(weight, scale, spec.bits)
+    return Codes(round_plainly(weight, scale, spec.bits) if codes is None else codes, scale, spec)
+
+
+def round_plainly(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """The codes of `round_weight` in torch, for any device."""
     columns = weight.shape[1]
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     step = _rows_at_once(weight)
     for start in range(0, len(weight), step):
         part = slice(start, start + step)
-        codes[part] = round_to_grid(weight[part], expand_scale(scale[part], columns), spec.bits).to(torch.uint8)
-    return Codes(codes, scale, spec)
+        codes[part] = round_to_grid(weight[part], expand_scale(scale[part], columns), bits).to(torch.uint8)
+    return codes
+
+
+def squared_errors(weight: Tensor, codes: Codes) -> tuple[float, float]:
+    """Squared error of `codes` against the weight `(rows, columns)` they were to be, and the square of the weight."""
+    plain = codes.spec.kind in ("int", "int8") and codes.high is None and codes.correction() is None
+    sums = native_grid.squared_errors(weight, codes.codes, codes.scale, codes.spec.bits) if plain else None
+    if sums is None:
+        return float(codes.dequantize().sub_(weight).square_().sum()), float(weight.square().sum())
+    error, whole = sums.sum(0).tolist()
+    return error, whole
 
 
 def table_format(kind: Literal["nf4", "fp4"], bits: int, columns: int, *, double: bool) -> LinearSpec | None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from llmcompress.compress.attention import round_attention
 from llmcompress.compress.dealing import dealt
-from llmcompress.compress.grid import proxy_loss
+from llmcompress.compress.grid import proxy_loss, squared_errors
 from llmcompress.compress.learning import Learned, Lesson, Logits, learn_block
 from llmcompress.compress.lowrank import quantized
 from llmcompress.compress.observe import (
@@ -113,10 +113,10 @@ class Rounded:
         """Error of the linear's output against what was asked for, and that of an output of zeros."""
         if self.known is not None:
             return self.known
-        wanted, stored = self.wanted, self.result.codes.dequantize()
+        wanted = self.wanted
         if self.seen is None:
-            return float(stored.sub_(wanted).square_().sum()), float(wanted.square().sum())
-        hessian = self.seen.hessian
+            return squared_errors(wanted, self.result.codes)
+        stored, hessian = self.result.codes.dequantize(), self.seen.hessian
         return proxy_loss(wanted, stored, hessian), proxy_loss(torch.zeros_like(wanted), wanted, hessian)
 
     def settled(self, *, measure: bool) -> "Rounded":

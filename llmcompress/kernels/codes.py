@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from llmcompress.kernels import fourbit, reference
+from llmcompress.kernels import fourbit, reference, words
 from llmcompress.kernels.inputs import FLOAT8, InputQuantizer
 from llmcompress.spec import FOUR_BIT, LinearSpec
 
@@ -58,4 +58,4 @@ class Codes:
             return reference.dequantize_zeros(self.codes, self.scale, self.zero, spec.bits)
         if self.high is not None:
             return reference.dequantize_tiers(self.codes, self.scale, self.high, spec.bits)
-        return reference.dequantize(self.codes, self.scale, spec.bits)
+        return words.dequantize(self.codes, self.scale, spec.bits)

@@ -17,7 +17,8 @@ from pathlib import Path
 from llmcompress.files import cache_folder, own_folder
 
 SOURCES = Path(__file__).parent / "native"
-FLAGS = ("-O2", "-ftree-vectorize", "-std=gnu11", "-fno-math-errno", "-fPIC", "-shared")
+# nothing is contracted: the searches of grid.c have the bits of torch's own operations
+FLAGS = ("-O2", "-ftree-vectorize", "-std=gnu11", "-fno-math-errno", "-ffp-contract=off", "-fPIC", "-shared")
 LIBRARIES = ("-lpthread", "-lm")
 COMPILERS = ("cc", "gcc", "clang")
 SECONDS = 120
@@ -46,7 +47,7 @@ def build(program: str, folder: Path) -> Path:
         handle, aside = tempfile.mkstemp(suffix=".so", dir=folder)
         os.close(handle)
         try:
-            words = [program, *FLAGS, str(SOURCES / "linear.c"), "-o", aside, *LIBRARIES]
+            words = [program, *FLAGS, *map(str, sorted(SOURCES.glob("*.c"))), "-o", aside, *LIBRARIES]
             subprocess.run(words, check=True, capture_output=True, timeout=SECONDS)
             Path(aside).replace(library)  # whole or not at all, also when two compile at once
         finally:
@@ -63,8 +64,8 @@ def library() -> tuple[ctypes.CDLL | None, str]:
     else:
         try:
             found = ctypes.CDLL(str(build(program, cache_folder("native"))))
-            found.llmcompress_linear.argtypes = (ctypes.c_char_p,)
-            found.llmcompress_linear.restype = ctypes.c_int
+            for entry in (found.llmcompress_linear, found.llmcompress_grid):
+                entry.argtypes, entry.restype = (ctypes.c_char_p,), ctypes.c_int
         except (OSError, subprocess.SubprocessError) as error:
             why = f"{Path(program).name} did not compile it: {type(error).__name__}"
         else:

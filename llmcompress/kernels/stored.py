@@ -26,7 +26,7 @@ from torch import Tensor
 
 from llmcompress.errors import InputError
 from llmcompress.files import parse_json
-from llmcompress.kernels import fourbit, reference
+from llmcompress.kernels import fourbit, reference, words
 from llmcompress.kernels.codes import Codes
 from llmcompress.kernels.inputs import FLOAT8, InputQuantizer
 from llmcompress.spec import DOUBLE_BLOCK, FOUR_BIT, HIGH_BITS, PER_ROW, STATE_BYTES, InputSpec, LinearSpec
@@ -127,10 +127,10 @@ def tensors_of(stem: str, codes: Codes) -> dict[str, Tensor]:
         found = {WEIGHT: _bytes_of(codes), SCALE: codes.scale}
     else:
         low = codes.codes if codes.high is None else codes.codes[:, ~codes.high]
-        found = {PACKED: reference.pack(low, spec.bits), SCALE: codes.scale, ZERO: codes.zero}
+        found = {PACKED: words.pack(low, spec.bits), SCALE: codes.scale, ZERO: codes.zero}
         found |= {CODEBOOK: codes.codebook, SHAPE: shape, UP: codes.up, DOWN: codes.down}
     if codes.high is not None:
-        found[PACKED_HIGH] = reference.pack(codes.codes[:, codes.high], spec.bits + HIGH_BITS)
+        found[PACKED_HIGH] = words.pack(codes.codes[:, codes.high], spec.bits + HIGH_BITS)
         bits = numpy.packbits(codes.high.cpu().numpy(), bitorder="little")
         found[HIGH] = torch.from_numpy(bits)
     if codes.inputs is not None:
@@ -234,10 +234,10 @@ def _weight_codes(stem: str, spec: LinearSpec, read: Read) -> Codes:
         if int(high.sum()) != spec.high_columns(columns):
             raise InputError(f"{stem}{HIGH}: not {spec.high_columns(columns)} columns", "the file is damaged")
         codes = torch.empty((rows, columns), dtype=torch.uint8, device=packed.device)
-        codes[:, ~high] = reference.unpack(packed, spec.bits, columns - int(high.sum()))
-        codes[:, high] = reference.unpack(tensors[PACKED_HIGH], spec.bits + HIGH_BITS, int(high.sum()))
+        codes[:, ~high] = words.unpack(packed, spec.bits, columns - int(high.sum()))
+        codes[:, high] = words.unpack(tensors[PACKED_HIGH], spec.bits + HIGH_BITS, int(high.sum()))
     else:
-        codes = reference.unpack(packed, spec.bits, columns)
+        codes = words.unpack(packed, spec.bits, columns)
     scale = tensors.get(SCALE, torch.empty((rows, 0)))
     found = Codes(codes, scale, spec, zero=tensors.get(ZERO), codebook=tensors.get(CODEBOOK), high=high)
     return replace(found, up=tensors.get(UP), down=tensors.get(DOWN))

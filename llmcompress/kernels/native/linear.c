@@ -2,8 +2,8 @@
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <math.h>
-#include <pthread.h>
 #include "job.h"
+#include "team.h"
 #include "scalar.h"
 #include "blocks.h"
 #if defined(__x86_64__)
@@ -102,27 +102,6 @@ static void rows_some(void *data) {
     free(scratch);
 }
 
-static void *thread_main(void *data) {
-    rows_some(data);
-    return NULL;
-}
-
-typedef void (*Team)(void (*)(void *), void *, unsigned, unsigned);
-
-/* On the threads torch already has; on some of our own where it has none that we can call. */
-static void together(const Job *job, void (*some)(void *), Work *work, int64_t threads) {
-    pthread_t others[64];
-    int started = 0;
-    if (threads > 1 && job->team) {
-        ((Team)job->team)(some, work, (unsigned)threads, 0);
-        return;
-    }
-    if (some == rows_some)
-        while (started < threads - 1 && started < 64 && !pthread_create(&others[started], NULL, thread_main, work)) started++;
-    some(work);
-    while (started) pthread_join(others[--started], NULL);
-}
-
 /* 0, or 1 where memory ran out; `out` is then not complete. */
 int llmcompress_linear(const Job *job) {
     Work work = {.job = job};
@@ -141,8 +120,8 @@ int llmcompress_linear(const Job *job) {
     float *after = (float *)(memory + inputs * 2);
     work.x = (Inputs){(float *)memory, (int16_t *)memory, after + blocks * LANES, after};
     int64_t threads = job->rows * job->columns * job->tokens < 1 << 17 ? 1 : job->threads;
-    together(job, spread_some, &work, job->tokens > 7 ? threads : 1);
-    together(job, rows_some, &work, threads);
+    together(job->team, spread_some, &work, job->team && job->tokens > 7 ? threads : 1);
+    together(job->team, rows_some, &work, threads);
     free(memory);
     return (int)atomic_load(&work.failed);
 }

@@ -32,7 +32,7 @@ from llmcompress.compress.export.checkpoint import (
 )
 from llmcompress.errors import InputError
 from llmcompress.files import commit_json, read_json
-from llmcompress.kernels import reference
+from llmcompress.kernels import words
 from llmcompress.kernels.codes import Codes
 from llmcompress.model.checkpoint import TensorReader
 from llmcompress.model.skeleton import Decode
@@ -120,8 +120,8 @@ def tensors_of(codes: Codes, *, version: int) -> dict[str, Tensor]:
     said = zeros - (2 - version)
     size = columns // codes.scale.shape[1]
     return {
-        ".qweight": reference.pack(codes.codes, bits).T.contiguous(),
-        ".qzeros": reference.pack(said.T.contiguous(), bits),
+        ".qweight": words.pack(codes.codes, bits).T.contiguous(),
+        ".qzeros": words.pack(said.T.contiguous(), bits),
         ".scales": codes.scale.T.contiguous(),
         ".g_idx": torch.arange(columns, dtype=torch.int32) // size,
     }
@@ -201,8 +201,8 @@ class GptqReader:
         packed, packed_zeros, scales, group = (self._base.read(stem + part) for part in PARTS)
         columns, rows = len(group), scales.shape[1]
         bits = packed.shape[0] * WORD_BITS // columns
-        codes = reference.unpack(packed.T.contiguous(), bits, columns).T.int()
-        zeros = reference.unpack(packed_zeros, bits, rows).int() + self._first
+        codes = words.unpack(packed.T.contiguous(), bits, columns).T.int()
+        zeros = words.unpack(packed_zeros, bits, rows).int() + self._first
         return ((codes - zeros[group]).float() * scales.float()[group]).T.contiguous()
 
 

@@ -1,0 +1,182 @@
+/* Scales, codes and weights of symmetric integers, and codes in words. Bits are those of the torch code beside it
+   (compress/grid.py, kernels/reference.py): float32 throughout, nothing contracted, sums in lanes that are then folded. */
+#include <math.h>
+#include <stdatomic.h>
+#include "job.h"
+#include "lanes.h"
+#include "team.h"
+
+/* Fields have eight bytes each. Everything is contiguous. */
+typedef struct {
+    int64_t task, rows, columns, group, bits;
+    const float *weight;            /* (rows, columns) */
+    const float *importance;        /* (columns,), none negative */
+    const float *shrink;            /* (shrinks,), falling; one: no search */
+    int64_t shrinks;
+    void *scale;                    /* (rows, columns / group) of dtype scale_dtype */
+    int64_t scale_dtype;
+    uint8_t *codes;                 /* (rows, columns) */
+    float *restored;                /* (rows, columns) */
+    double *sums;                   /* (rows, 2) */
+    uint8_t *packed;                /* (rows, stride), stride a multiple of 4 bytes */
+    int64_t stride, threads, level;
+    void *team;
+} Grid;
+
+enum { STEPS = 0, CODES = 1, WEIGHTS = 2, ERRORS = 3, PACK = 4, UNPACK = 5, TASKS = 6 };
+enum { PLAIN = 0, NARROW = 1, WIDE = 2, ROWS_AT_ONCE = 8, FEW = 1 << 16, TRIES = 4 };
+
+static const uint16_t TINY[] = {0, 0x0080, 0x0400};  /* smallest normal numbers, by dtype */
+
+/* A step in the dtype it is stored in; of a group of zeros it is 1, and none becomes 0 or infinite. */
+static inline float as_stored(float step, int64_t dtype) {
+    float most = dtype == F32 ? 3.4028234663852886e38f : dtype == BF16 ? 3.3895313892515355e38f : 65504.0f;
+    float clamped = step > most ? most : step < -most ? -most : step;
+    float found = dtype == F32 ? clamped : dtype == BF16 ? from_bf16(to_bf16(clamped)) : from_f16(to_f16(clamped));
+    if (found != 0.0f) return found;
+    if (step == 0.0f) return 1.0f;
+    return dtype == F32 ? 1.17549435e-38f : dtype == BF16 ? from_bf16(TINY[BF16]) : from_f16(TINY[F16]);
+}
+
+/* Whether the error of the largest weight alone, cut off by this step and all smaller ones, is as large as the lowest
+   loss: sums of what is not negative are no smaller than their parts, so neither this step nor a smaller one can win.
+   Not asked where steps do not fall as ranges shrink, which is so where they are lost to rounding. */
+static inline int hopeless(float peak, float step, float half, float matters, float lowest) {
+    if (!(peak * (1.0f / step) <= -half)) return 0;
+    float nearest = -half * step, apart = nearest - peak;
+    return fabsf(nearest) <= fabsf(peak) && apart * apart * matters >= lowest;
+}
+
+#define V Plain
+#define DO(name) plain_##name
+#define NAME(name) name##_plain
+#define TARGET
+#include "grid.h"
+#undef V
+#undef DO
+#undef NAME
+#undef TARGET
+#if defined(__x86_64__)
+#define V Narrow
+#define DO(name) narrow_##name
+#define NAME(name) name##_narrow
+#define TARGET __attribute__((target("avx2")))
+#include "grid.h"
+#undef V
+#undef DO
+#undef NAME
+#undef TARGET
+#define V Wide
+#define DO(name) wide_##name
+#define NAME(name) name##_wide
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq")))
+#include "grid.h"
+#undef V
+#undef DO
+#undef NAME
+#undef TARGET
+#endif
+
+/* Eight codes, a byte each, next to each other, and back. */
+static inline uint64_t close_up(uint64_t codes, int64_t bits) {
+    uint64_t found = 0, mask = (1u << bits) - 1;
+    for (int i = 0; i < 8; i++) found |= (codes >> (8 * i) & mask) << (bits * i);
+    return found;
+}
+
+static inline uint64_t spread_out(uint64_t dense, int64_t bits) {
+    uint64_t found = 0, mask = (1u << bits) - 1;
+    for (int i = 0; i < 8; i++) found |= (dense >> (bits * i) & mask) << (8 * i);
+    return found;
+}
+
+#define PACKED_ROWS(name, target_attribute, CLOSE, SPREAD)                                       \
+    target_attribute static int row_pack_##name(const Grid *job, int64_t row) {                  \
+        const uint8_t *codes = job->codes + row * job->columns;                                  \
+        uint8_t *to = job->packed + row * job->stride, *end = to + job->stride;                  \
+        int64_t k = 0;                                                                           \
+        uint64_t some;                                                                           \
+        for (; k + 8 <= job->columns && end - to >= 8; k += 8, to += job->bits) {                \
+            memcpy(&some, codes + k, 8);                                                         \
+            some = CLOSE;                                                                        \
+            memcpy(to, &some, 8);                                                                \
+        }                                                                                        \
+        for (; k < job->columns; k += 8) {                                                       \
+            int64_t left = job->columns - k < 8 ? job->columns - k : 8;                          \
+            int64_t bytes = end - to < job->bits ? end - to : job->bits;                         \
+            some = 0;                                                                            \
+            memcpy(&some, codes + k, (size_t)left);                                              \
+            some = CLOSE;                                                                        \
+            memcpy(to, &some, (size_t)bytes);                                                    \
+            to += bytes;                                                                         \
+        }                                                                                        \
+        memset(to, 0, (size_t)(end - to));                                                       \
+        return 0;                                                                                \
+    }                                                                                            \
+    target_attribute static int row_unpack_##name(const Grid *job, int64_t row) {                \
+        const uint8_t *from = job->packed + row * job->stride, *end = from + job->stride;        \
+        uint8_t *codes = job->codes + row * job->columns;                                        \
+        int64_t k = 0;                                                                           \
+        uint64_t some;                                                                           \
+        for (; k + 8 <= job->columns && end - from >= 8; k += 8, from += job->bits) {            \
+            memcpy(&some, from, 8);                                                              \
+            some = SPREAD;                                                                       \
+            memcpy(codes + k, &some, 8);                                                         \
+        }                                                                                        \
+        for (; k < job->columns; k += 8, from += job->bits) {                                    \
+            some = 0;                                                                            \
+            memcpy(&some, from, end - from < job->bits ? (size_t)(end - from) : (size_t)job->bits); \
+            some = SPREAD;                                                                       \
+            memcpy(codes + k, &some, job->columns - k < 8 ? (size_t)(job->columns - k) : 8);     \
+        }                                                                                        \
+        return 0;                                                                                \
+    }
+
+PACKED_ROWS(plain, , close_up(some, job->bits), spread_out(some, job->bits))
+#if defined(__x86_64__)
+#define OCTETS (0x0101010101010101u * ((1u << job->bits) - 1))
+PACKED_ROWS(bmi, __attribute__((target("bmi2"))), _pext_u64(some, OCTETS), _pdep_u64(some, OCTETS))
+#endif
+
+typedef int (*Row)(const Grid *, int64_t);
+
+static Row row_of(const Grid *job) {
+    static const Row plain[TASKS] = {row_steps_plain, row_codes_plain, row_weights_plain,
+                                     row_errors_plain, row_pack_plain, row_unpack_plain};
+    int64_t level = PLAIN;
+#if defined(__x86_64__)
+    static const Row narrow[TASKS] = {row_steps_narrow, row_codes_narrow, row_weights_narrow,
+                                      row_errors_narrow, row_pack_bmi, row_unpack_bmi};
+    static const Row wide[TASKS] = {row_steps_wide, row_codes_wide, row_weights_wide,
+                                    row_errors_wide, row_pack_bmi, row_unpack_bmi};
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2")) level = NARROW;
+    if (level == NARROW && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+        level = WIDE;
+    if (job->level >= 0 && job->level < level) level = job->level;
+    if (level == WIDE) return wide[job->task];
+    if (level == NARROW) return narrow[job->task];
+#endif
+    return plain[job->task];
+}
+
+typedef struct {
+    const Grid *job;
+    Row row;
+    atomic_llong next, strange;
+} Rows;
+
+static void grid_rows(void *data) {
+    Rows *rows = data;
+    for (int64_t first; (first = atomic_fetch_add(&rows->next, ROWS_AT_ONCE)) < rows->job->rows;)
+        for (int64_t row = first; row < first + ROWS_AT_ONCE && row < rows->job->rows; row++)
+            if (rows->row(rows->job, row)) atomic_store(&rows->strange, 1);
+}
+
+/* 0, or 1 where something is not a number; what was written is then to be forgotten. */
+int llmcompress_grid(const Grid *job) {
+    Rows rows = {.job = job, .row = row_of(job)};
+    together(job->team, grid_rows, &rows, job->rows * job->columns < FEW ? 1 : job->threads);
+    return (int)atomic_load(&rows.strange);
+}
