@@ -44,7 +44,7 @@ def weights(draw: st.DrawFn) -> tuple[Tensor, int]:
             weight[row] *= torch.rand(groups * size, generator=generator) < 0.1
         elif kind == "bfloat16":
             weight[row] = weight[row].bfloat16().float()
-    return weight, size
+    return torch.nan_to_num(weight, nan=0.0, posinf=math.inf, neginf=-math.inf), size
 
 
 @given(weights(), st.integers(2, 8), st.sampled_from(list(native_grid.DTYPES)), st.booleans(), st.booleans())
@@ -139,3 +139,39 @@ def test_lanes_add_in_their_order(count: int, seed: int) -> None:
         half = len(lanes) // 2
         lanes = [left + right for left, right in zip(lanes[:half], lanes[half:], strict=True)]
     assert float(lane_sum(values)) == float(lanes[0])
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_last_bit_of_a_sum_decides_alike(weighted: bool) -> None:
+    """Between two weights under which torch chooses different scales lie neighbours that differ in one bit."""
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(300, 40, generator=generator)
+    importance = torch.rand(40, generator=generator) if weighted else None
+    spec, wanted = LinearSpec(bits=3, group_size=40), Wanted(3, 40, torch.bfloat16, CLIPS)
+
+    def steps(moving: Tensor) -> Tensor:
+        weight[:, 0] = moving.view(torch.float32)
+        return find_scale_plainly(weight, spec, torch.bfloat16, clips=CLIPS, importance=importance)
+
+    low, high = torch.full((300,), 0.1).view(torch.int32), torch.full((300,), 1.5).view(torch.int32)
+    first = steps(low)
+    for _ in range(26):
+        middle = low + (high - low) // 2
+        same = (steps(middle) == first)[:, 0]
+        low, high = torch.where(same, middle, low), torch.where(same, high, middle)
+    for apart in range(-12, 13):
+        scale = steps(low + apart)
+        for level in LEVELS:
+            assert same_bits(native_grid.find_steps(weight, wanted, importance, level=level), scale)
+
+
+@pytest.mark.parametrize("dtype", list(native_grid.DTYPES))
+def test_steps_that_are_lost_to_rounding(dtype: torch.dtype) -> None:
+    """Where smaller ranges have no step left, they get the smallest normal number, which is larger."""
+    least = float(torch.finfo(dtype).smallest_normal) * torch.finfo(dtype).eps
+    weight = torch.randn(400, 16, generator=torch.Generator().manual_seed(4)) * torch.linspace(0.2, 40, 400)[:, None]
+    weight *= least
+    for bits in (2, 4, 8):
+        scale = find_scale_plainly(weight, LinearSpec(bits=bits, group_size=16), dtype, clips=CLIPS, importance=None)
+        for level in LEVELS:
+            assert same_bits(native_grid.find_steps(weight, Wanted(bits, 16, dtype, CLIPS), level=level), scale)
