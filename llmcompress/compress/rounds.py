@@ -300,7 +300,8 @@ def _round_group(
         del look
         wanted, seen = aim(method.options, seen, wanted, [terms.get(linear.name) for linear, _ in members])
     for place, (linear, _) in enumerate(members):  # what is zero stays zero: a skipped half of a block corrects nothing
-        wanted[place] = wanted[place] if weight_of(block, info, linear).any() else torch.zeros_like(wanted[place])
+        if not (weight := weight_of(block, info, linear))[:1].any() and not weight.any():
+            wanted[place] = torch.zeros_like(wanted[place])
     wanted = [method.hints.clamped(linear.name, weight) for weight, (linear, _) in zip(wanted, members, strict=True)]
     requests = [Request(weight, spec) for weight, (_, spec) in zip(wanted, members, strict=True)]
     results = dealt(crew, method.quantizer, requests, seen, options=method.options, dtype=method.dtype)

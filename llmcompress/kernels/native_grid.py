@@ -14,8 +14,8 @@ from torch import Tensor
 
 from llmcompress.kernels import compiled
 
-JOB = struct.Struct("@19q")  # the fields of `Grid` in native/grid.c, in their order
-STEPS, CODES, WEIGHTS, ERRORS, PACK, UNPACK = range(6)
+JOB = struct.Struct("@19q2d")  # the fields of `Grid` in native/grid.c, in their order
+STEPS, CODES, WEIGHTS, ERRORS, PACK, UNPACK, MOMENTS, BEYOND = range(8)
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 WORD_BYTES = 4
 BEST = -1
@@ -91,12 +91,38 @@ def unpack(packed: Tensor, bits: int, columns: int, *, level: int = BEST) -> Ten
     return codes if _run(UNPACK, codes.shape, bits, {"codes": codes, "packed": packed}, level=level) else None
 
 
+def moments(weight: Tensor, *, level: int = BEST) -> Tensor | None:
+    """Of each row the mean and the sum of squares about it, float64 `(rows, 2)`; for rows that lie as they are."""
+    return _summed(MOMENTS, weight, level, (0.0, 0.0))
+
+
+def beyond(weight: Tensor, mean: float, deviation: float, *, level: int = BEST) -> Tensor | None:
+    """Of each row how many weights are more than `deviation` above and below `mean`, float64 `(rows, 2)`."""
+    return _summed(BEYOND, weight, level, (mean, deviation))
+
+
+def _summed(task: int, weight: Tensor, level: int, around: tuple[float, float]) -> Tensor | None:
+    if weight.ndim != 2 or not _fits(weight, torch.float32) or not weight.is_contiguous():
+        return None
+    sums = torch.empty((len(weight), 2), dtype=torch.float64)
+    given = {"weight": weight, "sums": sums}
+    return sums if _run(task, weight.shape, 1, given, level=level, around=around) else None
+
+
 def _fits(tensor: Tensor, dtype: torch.dtype) -> bool:
     return tensor.device.type == "cpu" and tensor.dtype == dtype and tensor.numel() > 0
 
 
-def _run(task: int, shape: torch.Size, bits: int, given: Mapping[str, Tensor], *, level: int) -> bool:
-    """Whether a task was done; tensors, contiguous, by the name of their field in the job."""
+def _run(
+    task: int,
+    shape: torch.Size,
+    bits: int,
+    given: Mapping[str, Tensor],
+    *,
+    level: int,
+    around: tuple[float, float] = (0.0, 0.0),
+) -> bool:
+    """Whether a task was done; tensors, contiguous, by their field in the job; `around` is mean and deviation."""
     library, _ = compiled.library()
     scale, packed, shrink = given.get("scale"), given.get("packed"), given.get("shrink")
     if (
@@ -112,6 +138,6 @@ def _run(task: int, shape: torch.Size, bits: int, given: Mapping[str, Tensor], *
         at.get("scale", 0), 0 if scale is None else DTYPES[scale.dtype],
         at.get("codes", 0), at.get("restored", 0), at.get("sums", 0), at.get("packed", 0),
         0 if packed is None else packed.shape[1] * WORD_BYTES,
-        torch.get_num_threads(), level, compiled.team(),
+        torch.get_num_threads(), level, compiled.team(), *around,
     )  # fmt: skip
     return not library.llmcompress_grid(job)

@@ -3,11 +3,14 @@
 import hashlib
 import json
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
 import numpy
+import torch
 from numpy.typing import NDArray
 
 from llmcompress.errors import InputError
@@ -38,8 +41,12 @@ class FileDigest:
 
 
 def scan(files: SourceFiles) -> tuple[FileDigest, ...]:
-    """Digest every shard. Raises InputError naming the file, tensor and index of the first NaN or infinity."""
-    return tuple(_scan_shard(files, name) for name in files.shards)
+    """Digest every shard. Raises InputError naming the file, tensor and index of the first NaN or infinity.
+
+    As many shards at a time as torch has threads.
+    """
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        return tuple(pool.map(partial(_scan_shard, files), files.shards))
 
 
 def _scan_shard(files: SourceFiles, name: str) -> FileDigest:

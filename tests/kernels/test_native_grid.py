@@ -175,3 +175,23 @@ def test_steps_that_are_lost_to_rounding(dtype: torch.dtype) -> None:
         scale = find_scale_plainly(weight, LinearSpec(bits=bits, group_size=16), dtype, clips=CLIPS, importance=None)
         for level in LEVELS:
             assert same_bits(native_grid.find_steps(weight, Wanted(bits, 16, dtype, CLIPS), level=level), scale)
+
+
+@given(st.integers(1, 9), st.integers(1, 40), st.integers(0, 1 << 30), st.sampled_from([0.0, 1e3]))
+@settings(max_examples=60, deadline=None)
+def test_moments_and_counts_are_those_of_float64(rows: int, columns: int, seed: int, shift: float) -> None:
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) + shift
+    exact = weight.double()
+    mean, deviation = float(exact.mean()), float(exact.std(correction=0))
+    apart = exact - mean
+    squares = (exact - exact.mean(1, keepdim=True)).square().sum(1)
+    for level in LEVELS:
+        found, sides = (
+            native_grid.moments(weight, level=level),
+            native_grid.beyond(weight, mean, deviation, level=level),
+        )
+        assert found is not None
+        assert sides is not None
+        assert torch.allclose(found, torch.stack([exact.mean(1), squares], 1), rtol=1e-12, atol=1e-12)
+        assert sides.tolist() == torch.stack([apart > deviation, apart < -deviation], 2).sum(1).tolist()
+    assert native_grid.moments(weight.T) is None or min(weight.shape) == 1

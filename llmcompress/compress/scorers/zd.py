@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from llmcompress.compress.observe import weight_of
 from llmcompress.compress.scoring import Measured, Observer, ScoreJob, layers_from_blocks
+from llmcompress.kernels import native_grid
 from llmcompress.types import BlockTrace, Series, Unit
 
 UNIT: Unit = "unitless"
@@ -34,13 +35,26 @@ def mean_and_deviation(weights: Sequence[Tensor]) -> tuple[float, float]:
     of the squares less the square of the mean, loses nothing where the mean is large.
     """
     count, mean, squares = 0, 0.0, 0.0
-    for part in _parts(weights):
-        variance, centre = torch.var_mean(part, correction=0)
-        here, apart = part.numel(), float(centre) - mean
-        squares += float(variance) * here + apart * apart * count * here / (count + here)
+    for here, centre, spread in _moments(weights):
+        apart = centre - mean
+        squares += spread + apart * apart * count * here / (count + here)
         mean += apart * here / (count + here)
         count += here
     return mean, (squares / count) ** 0.5
+
+
+def _moments(weights: Sequence[Tensor]) -> Iterator[tuple[int, float, float]]:
+    """Count, mean and sum of squares about it of parts of the weights: whole weights in C, else some rows at a time."""
+    for weight in weights:
+        rows = native_grid.moments(weight)
+        if rows is None:
+            for part in _parts([weight]):
+                variance, centre = torch.var_mean(part, correction=0)
+                yield part.numel(), float(centre), float(variance) * part.numel()
+        else:
+            centre = rows[:, 0].mean()
+            spread = rows[:, 1].sum() + weight.shape[1] * (rows[:, 0] - centre).square().sum()
+            yield weight.numel(), float(centre), float(spread)
 
 
 def z_share(weights: Sequence[Tensor], *, two_sided: bool = False) -> float:
@@ -49,11 +63,16 @@ def z_share(weights: Sequence[Tensor], *, two_sided: bool = False) -> float:
     `weights` of any shape and at least one in all; they are gone through twice, in parts.
     """
     mean, deviation = mean_and_deviation(weights)
-    beyond = 0
-    for part in _parts(weights):
-        distance = part - mean
-        beyond += int(((distance.abs() if two_sided else distance) > deviation).sum())
-    return beyond / sum(weight.numel() for weight in weights)
+    above = below = 0
+    for weight in weights:
+        sides = native_grid.beyond(weight, mean, deviation)
+        if sides is None:
+            for part in _parts([weight]):
+                apart = part - mean
+                above, below = above + int((apart > deviation).sum()), below + int((apart < -deviation).sum())
+        else:
+            above, below = above + int(sides[:, 0].sum()), below + int(sides[:, 1].sum())
+    return (above + below * two_sided) / sum(weight.numel() for weight in weights)
 
 
 class _ZScores(Observer):

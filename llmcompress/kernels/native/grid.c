@@ -21,9 +21,10 @@ typedef struct {
     uint8_t *packed;                /* (rows, stride), stride a multiple of 4 bytes */
     int64_t stride, threads, level;
     void *team;
+    double mean, deviation;
 } Grid;
 
-enum { STEPS = 0, CODES = 1, WEIGHTS = 2, ERRORS = 3, PACK = 4, UNPACK = 5, TASKS = 6 };
+enum { STEPS = 0, CODES = 1, WEIGHTS = 2, ERRORS = 3, PACK = 4, UNPACK = 5, MOMENTS = 6, BEYOND = 7, TASKS = 8 };
 enum { PLAIN = 0, NARROW = 1, WIDE = 2, ROWS_AT_ONCE = 8, FEW = 1 << 16, TRIES = 4 };
 
 static const uint16_t TINY[] = {0, 0x0080, 0x0400};  /* smallest normal numbers, by dtype */
@@ -45,6 +46,17 @@ static inline int hopeless(float peak, float step, float half, float matters, fl
     if (!(peak * (1.0f / step) <= -half)) return 0;
     float nearest = -half * step, apart = nearest - peak;
     return fabsf(nearest) <= fabsf(peak) && apart * apart * matters >= lowest;
+}
+
+typedef double Doubles __attribute__((vector_size(64)));
+typedef int64_t Counts __attribute__((vector_size(64)));
+typedef float Eight __attribute__((vector_size(32)));
+#define eight(from) __builtin_convertvector(loaded(from), Doubles)
+
+static inline __attribute__((always_inline)) Eight loaded(const float *from) {
+    Eight x;
+    memcpy(&x, from, sizeof x);
+    return x;
 }
 
 #define V Plain
@@ -142,13 +154,13 @@ typedef int (*Row)(const Grid *, int64_t);
 
 static Row row_of(const Grid *job) {
     static const Row plain[TASKS] = {row_steps_plain, row_codes_plain, row_weights_plain,
-                                     row_errors_plain, row_pack_plain, row_unpack_plain};
+                                     row_errors_plain, row_pack_plain, row_unpack_plain, row_moments_plain, row_beyond_plain};
     int64_t level = PLAIN;
 #if defined(__x86_64__)
     static const Row narrow[TASKS] = {row_steps_narrow, row_codes_narrow, row_weights_narrow,
-                                      row_errors_narrow, row_pack_bmi, row_unpack_bmi};
+                                      row_errors_narrow, row_pack_bmi, row_unpack_bmi, row_moments_narrow, row_beyond_narrow};
     static const Row wide[TASKS] = {row_steps_wide, row_codes_wide, row_weights_wide,
-                                    row_errors_wide, row_pack_bmi, row_unpack_bmi};
+                                    row_errors_wide, row_pack_bmi, row_unpack_bmi, row_moments_wide, row_beyond_wide};
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2")) level = NARROW;
     if (level == NARROW && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -171,3 +171,41 @@ TARGET static int NAME(row_errors)(const Grid *job, int64_t row) {
     job->sums[2 * row] = error, job->sums[2 * row + 1] = whole;
     return 0;
 }
+
+/* Mean of a row, and the sum of squares about it, in float64: eight sums that are added at the end. */
+TARGET static int NAME(row_moments)(const Grid *job, int64_t row) {
+    const float *weight = job->weight + row * job->columns;
+    int64_t whole = job->columns / 8 * 8;
+    Doubles sum = {0}, squares = {0};
+    double mean = 0, square = 0;
+    for (int64_t k = 0; k < whole; k += 8) sum += eight(weight + k);
+    for (int i = 0; i < 8; i++) mean += sum[i];
+    for (int64_t k = whole; k < job->columns; k++) mean += (double)weight[k];
+    mean /= (double)job->columns;
+    for (int64_t k = 0; k < whole; k += 8) {
+        Doubles apart = eight(weight + k) - mean;
+        squares += apart * apart;
+    }
+    for (int i = 0; i < 8; i++) square += squares[i];
+    for (int64_t k = whole; k < job->columns; k++) square += ((double)weight[k] - mean) * ((double)weight[k] - mean);
+    job->sums[2 * row] = mean, job->sums[2 * row + 1] = square;
+    return 0;
+}
+
+/* How many weights of a row lie further above the mean than the deviation, and how many further below. */
+TARGET static int NAME(row_beyond)(const Grid *job, int64_t row) {
+    const float *weight = job->weight + row * job->columns;
+    int64_t whole = job->columns / 8 * 8, above = 0, below = 0;
+    Counts high = {0}, low = {0};
+    for (int64_t k = 0; k < whole; k += 8) {
+        Doubles apart = eight(weight + k) - job->mean;
+        high += apart > job->deviation, low += apart < -job->deviation;  /* what is true is -1 */
+    }
+    for (int i = 0; i < 8; i++) above -= high[i], below -= low[i];
+    for (int64_t k = whole; k < job->columns; k++) {
+        double apart = (double)weight[k] - job->mean;
+        above += apart > job->deviation, below += apart < -job->deviation;
+    }
+    job->sums[2 * row] = (double)above, job->sums[2 * row + 1] = (double)below;
+    return 0;
+}
