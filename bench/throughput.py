@@ -2,10 +2,10 @@
 
     python bench/throughput.py --json bench/results/throughput-fast.json
 
-The model is the generated Llama of `bench/memory.py large` (1.47 GB in bfloat16), or `--model DIRECTORY`. For each number
-of threads, in turn: how long its shards take to be read and hashed (dropped from the cache as far as the system does,
-then again), then the command, by the clock and in processor time, and importing what the command imports, which every
-run pays whatever the size of its model. A share is reading and hashing from the cache over the command.
+The model is the generated Llama of `bench/memory.py large` (1.47 GB in bfloat16), or `--model DIRECTORY`. For each
+number of threads, in turn: how long its shards take to be read and hashed (dropped from the cache as far as the system
+does, then again), then the command, by the clock and in processor time, and importing what the command imports, which
+every run pays whatever the size of its model. A share is reading and hashing from the cache over the command.
 """
 
 import argparse
