@@ -5,7 +5,8 @@
 The model is the generated Llama of `bench/memory.py large` (1.47 GB in bfloat16), or `--model DIRECTORY`. For each
 number of threads, in turn: how long its shards take to be read and hashed (dropped from the cache as far as the system
 does, then again), then the command, by the clock and in processor time, and importing what the command imports, which
-every run pays whatever the size of its model. A share is reading and hashing from the cache over the command.
+every run pays whatever the size of its model. A share is reading and hashing from the cache over the command; that
+of processor time hardly depends on what else the machine does.
 """
 
 import argparse
@@ -42,15 +43,26 @@ def timed(words: list[str], threads: int, folder: Path) -> dict[str, float]:
 
 def row(model: Path, threads: int, folder: Path) -> dict[str, Any]:
     """One number of threads."""
+    began = time.process_time()
     cold, warm = reading_seconds(model)
+    reading = (time.process_time() - began) / 2
     words = [sys.executable, "-m", "llmcompress", "quantize", str(model), "--budget", "4bits", "-o", "fast"]
     found = timed([*words, "--recipe", "fast"], threads, folder)
     shutil.rmtree(folder / "fast")
     imports = timed([sys.executable, "-c", IMPORTS], threads, folder)
-    work = {key: round(found[key] - imports[key], 2) for key in found}
-    print(f"{threads} threads: read and hash {warm} s ({cold} s cold); fast {found}; of that imports {imports}")
-    shares = {"share": round(warm / found["seconds"], 3), "share_without_imports": round(warm / work["seconds"], 3)}
-    return {"threads": threads, "reading_cold": cold, "reading": warm, "fast": found, "imports": imports, **shares}
+    work = {key: found[key] - imports[key] for key in found}
+    print(f"{threads} threads: read and hash {warm} s ({cold} s cold, {reading:.2f} s of the processor); fast {found}; "
+          f"of that imports {imports}", flush=True)  # fmt: skip
+    used = found["user"] + found["system"]
+    return {
+        "threads": threads,
+        "reading": {"seconds": warm, "cold": cold, "processor": round(reading, 2)},
+        "fast": found,
+        "imports": imports,
+        "share": round(warm / found["seconds"], 3),
+        "share_of_processor_time": round(reading / used, 3),
+        "the_same_without_imports": round(reading / (work["user"] + work["system"]), 3),
+    }
 
 
 def main() -> None:
