@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
+from llmcompress.compress.group import Method
 from llmcompress.compress.measuring import MeasureJob, Text
 from llmcompress.compress.pipeline import QUANTIZERS, Opened, open_model
-from llmcompress.compress.rounds import Method
 from llmcompress.compress.trial import measure_allocations
 from llmcompress.hub.source import resolve
 from llmcompress.model.checkpoint import TORCH_DTYPES

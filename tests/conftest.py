@@ -1,6 +1,7 @@
 """Fixtures: tiny random models of many families, a tiny tokenizer, and runs of the program."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -94,6 +95,18 @@ SMALL = (
 def program(*words: str | Path) -> list[str]:
     """The command line of this interpreter's llmcompress."""
     return [sys.executable, "-m", "llmcompress", *map(str, words)]
+
+
+def ended(words: list[str]) -> int:
+    """The exit status of the program, run in this process."""
+    from llmcompress.cli import main
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    return int(end.value.code or 0)
 
 
 @pytest.fixture(scope="session")

@@ -217,7 +217,7 @@ def _from_model(model: str, budget: Any, flags: dict[str, Any], frontier: bool, 
     else:
         scores = reuse(given, recipe.scorer, expected(recipe, batches, opened.digest()))
     size, file_bytes = recipe.plan.group_size, opened.shards.file_bytes
-    desk = Desk(source.name, opened.trace, scores, size, file_bytes, opened.candidates)
+    desk = Desk(source.name, opened.trace, scores, size, file_bytes, opened.candidates, opened.kept)
 
     def decide(spent: Any) -> Any:
         return planning.make_plan(opened, recipe, batches, scores, left if spent == budget else spent).allocation

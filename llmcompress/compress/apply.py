@@ -5,8 +5,7 @@ Law: advance with what was stored. The next block sees exactly the weights a rea
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
 from functools import partial
 
 import torch
@@ -14,121 +13,32 @@ from safetensors import safe_open
 from torch import Tensor
 
 from llmcompress.compress.attention import attention_stems
+from llmcompress.compress.chain import ApplyJob, Chain, start_chain
 from llmcompress.compress.formats import exporter_for
-from llmcompress.compress.head import head_input, logits_reader
+from llmcompress.compress.group import LEFT, Rounded, round_head
+from llmcompress.compress.head import head_input
 from llmcompress.compress.journal import CommitRecord, Journal
-from llmcompress.compress.rewriting.hints import Hints
-from llmcompress.compress.rounds import BlockRounds, Method, Rounded, Streams, round_head
-from llmcompress.compress.shards import ShardMap, write_shard
+from llmcompress.compress.overflow import OVERFLOWS, overflow
+from llmcompress.compress.rounds import BlockRounds
+from llmcompress.compress.shards import write_shard
 from llmcompress.errors import InputError
-from llmcompress.model.checkpoint import DTYPE_NAMES, TORCH_DTYPES
-from llmcompress.model.crew import ALONE, Crew
+from llmcompress.model.checkpoint import DTYPE_NAMES
 from llmcompress.model.shares import Share
-from llmcompress.model.skeleton import Skeleton
-from llmcompress.model.stream import BlockCall, BlockStream
-from llmcompress.plugins import find
+from llmcompress.model.stream import BlockStream
 from llmcompress.preflight.header import TensorEntry
 from llmcompress.runtime.attention import tensors_of
-from llmcompress.types import BlockOutcome, BlockTrace, Fallback, LinearInfo, LinearOutcome, ModelTrace, Plan
+from llmcompress.types import (
+    BlockOutcome,
+    BlockTrace,
+    Fallback,
+    LinearInfo,
+    LinearOutcome,
+    LinearSpec,
+)
 
-QUANTIZERS = "llmcompress.compress.quantizers"
 ATTENTION = "attention"  # among packed tensors, those that are no linear's
 
-OVERFLOWS = "the model overflows: evaluate the original, or give it text it was made for with --calibration"
-
-
-@dataclass(frozen=True)
-class ApplyJob:
-    """Everything a plan needs to be carried out.
-
-    `batches` are the calibration tokens, int64 `(batch, tokens)` each, empty where the quantizer needs
-    none; `probe` is one short batch whose logits at the end are what `verify` compares with.
-    """
-
-    plan: Plan
-    trace: ModelTrace
-    skeleton: Skeleton
-    shards: ShardMap
-    batches: list[Tensor]
-    probe: Tensor
-    hints: Hints = field(default_factory=Hints)
-
-    @property
-    def crew(self) -> Crew:
-        """The processes that carry it out."""
-        return self.skeleton.crew
-
-    @property
-    def share(self) -> Share:
-        """This process's part of the batches. Learning goes from one batch to another, and needs them all."""
-        return Share(len(self.batches), ALONE if self.method.learners else self.crew)
-
-    @property
-    def method(self) -> Method:
-        """How the plan rounds."""
-        dtype = TORCH_DTYPES[self.shards.scale_dtype]
-        return Method(find(QUANTIZERS, self.plan.quantizer), self.plan.options, dtype, learns=True, hints=self.hints)
-
-    @property
-    def parts(self) -> tuple[BlockTrace | LinearInfo, ...]:
-        """What is quantized, a step each: the blocks, then the head where it is to be."""
-        head = self.shards.head
-        return self.trace.blocks if head is None else (*self.trace.blocks, head)
-
-
-@dataclass
-class Chain:
-    """Hidden states of every batch of this process, the probe last, and how the model calls its blocks with them.
-
-    `tokens` are its batches, of all of which they are a `share`. `full` are the batches' hidden states under the
-    full-precision model, empty where it does not run beside.
-    """
-
-    stream: BlockStream
-    share: Share
-    tokens: list[Tensor]
-    hidden: list[Tensor]
-    full: list[Tensor]
-    calls: list[list[BlockCall]]
-
-    @torch.no_grad()
-    def advance(self, index: int, rounds: BlockRounds) -> None:
-        """Every batch through block `index` as it will be stored, and as it was where that runs beside."""
-        if rounds.streams.leads:
-            for place in range(len(self.full)):
-                self.full[place] = rounds.leave_full(place)
-            for place, call in enumerate(rounds.streams.calls):
-                self.hidden[place] = rounds.leave_stored(place, call)
-        else:
-            self.end()
-        self.hidden[-1] = self.stream.run_block(index, self.hidden[-1], self.calls[-1][index])
-        finite = all(bool(x.abs().amax().isfinite()) for x in (*self.hidden, *self.full) if x.numel())
-        if not self.share.crew.agreed(finite):
-            raise InputError(f"{rounds.info.name}: what leaves it is NaN or infinite on calibration text", OVERFLOWS)
-
-    @torch.no_grad()
-    def catch_up(self, done: Sequence[BlockTrace]) -> None:
-        """Run the full-precision model through blocks that are finished."""
-        for info in done:
-            block = self.stream.skeleton.load_block(info.index)
-            for place, hidden in enumerate(self.full):
-                left = self.stream.run_block(info.index, hidden, self.calls[place][info.index])
-                self.full[place] = self.stream.keep(left)
-            self.stream.skeleton.free(block)
-
-    def end(self) -> None:
-        """Nothing reads the batches any more; the probe goes on."""
-        self.hidden[:-1], self.full = [torch.empty(0) for _ in self.hidden[:-1]], []
-
-    def streams(self, index: int, job: ApplyJob) -> Streams:
-        """The batches as they enter block `index`."""
-        batches = len(self.calls) - 1
-        calls = [call[index] for call in self.calls[:batches]]
-        learns, last = bool(job.method.learners), index + 1 == len(job.trace.blocks)
-        logits = logits_reader(self.stream, self.tokens) if learns and last else None
-        leads = learns or index + 1 < len(job.parts)
-        full = list(self.full) if job.method.compares else None
-        return Streams(self.hidden[:batches], full, calls, leads, logits, self.stream.keep, self.share)
+UNSTABLE = f"what leaves its block is NaN or infinite once it is rounded: {LEFT}"
 
 
 def apply(job: ApplyJob, journal: Journal) -> Iterator[BlockOutcome]:
@@ -170,17 +80,6 @@ def apply(job: ApplyJob, journal: Journal) -> Iterator[BlockOutcome]:
         job.crew.first(partial(journal.commit, record))
         previous = record.digest()
         yield outcome
-
-
-def start_chain(job: ApplyJob) -> Chain:
-    """Enter the model with every batch and the probe."""
-    stream, share = BlockStream(job.skeleton), job.share
-    tokens = share.of(job.batches)
-    hidden, calls = stream.start([*tokens, job.probe])
-    job.skeleton.free_rest()
-    job.skeleton.free(job.skeleton.blocks[0])
-    full = list(hidden[:-1]) if job.method.compares else []
-    return Chain(stream, share, tokens, hidden, full, calls)
 
 
 def _found(journal: Journal) -> list[CommitRecord]:
@@ -257,21 +156,50 @@ def _kept_states(journal: Journal, step: int) -> int:
 
 
 def quantize_block(job: ApplyJob, chain: Chain, info: BlockTrace, journal: Journal) -> tuple[BlockOutcome, str]:
-    """Quantize the linears of one block, write its shard and advance the chain through what was stored."""
+    """Quantize the linears of one block, write its shard and advance the chain through what was stored.
+
+    Where what leaves the block is not usable, it is made again with nothing rounded but experts, which cannot be left
+    out one by one. Raises InputError where it is the model itself that overflows.
+    """
     began = time.monotonic()
+    specs = job.plan.specs
+    found = _carried(job, chain, info, specs)
+    if found is None:
+        outside = [x.name for x in info.linears if x.name in specs and x.expert is None]
+        refused = tuple(Fallback(where=name, reason=UNSTABLE) for name in outside)
+        found = _carried(job, chain, info, {name: spec for name, spec in specs.items() if name not in outside}, refused)
+    if found is None:
+        raise overflow(info)
+    outcomes, fallbacks, packed = found
+    shard, digest = job.crew.first(partial(_write_shard, job, info.index + 1, packed, journal))
+    seconds = time.monotonic() - began
+    return BlockOutcome(block=info.index, shard=shard, linears=outcomes, fallbacks=fallbacks, seconds=seconds), digest
+
+
+Carried = tuple[tuple[LinearOutcome, ...], tuple[Fallback, ...], dict[str, dict[str, Tensor]]]
+
+
+def _carried(
+    job: ApplyJob,
+    chain: Chain,
+    info: BlockTrace,
+    specs: Mapping[str, LinearSpec],
+    refused: tuple[Fallback, ...] = (),
+) -> Carried | None:
+    """The outcomes of one block and its packed tensors, the chain advanced through it; None where that cannot be."""
     block = job.skeleton.load_block(info.index)
-    outcomes, fallbacks, packed = [], [], {}
+    outcomes, fallbacks, packed = [], list(refused), {}
     streams = chain.streams(info.index, job)
     if streams.logits is not None:
         job.skeleton.load_exit()
-    rounds = BlockRounds(job.method, block, info, job.plan.specs, streams)
+    rounds = BlockRounds(job.method, block, info, specs, streams)
     exporter = exporter_for(job.plan, job.trace)
     for rounded in rounds.rounded():
         linear, result = rounded.linear, rounded.result
         packed[linear.tensor] = exporter.packed_tensors(linear, result.codes)
         outcomes.append(_outcome(rounded))
         fallbacks += [Fallback(where=linear.name, reason=note) for note in result.fallbacks]
-    chain.advance(info.index, rounds)
+    advanced = chain.advance(info.index, rounds)
     if streams.logits is not None:
         job.skeleton.free_rest()
     packed[ATTENTION] = {}
@@ -279,14 +207,7 @@ def quantize_block(job: ApplyJob, chain: Chain, info: BlockTrace, journal: Journ
         packed[ATTENTION] |= tensors_of(stem, rounds.attention[name], job.method.dtype)
     rounds.close()
     job.skeleton.free(block)
-    shard, digest = job.crew.first(partial(_write_shard, job, info.index + 1, packed, journal))
-    seconds = time.monotonic() - began
-    return (
-        BlockOutcome(
-            block=info.index, shard=shard, linears=tuple(outcomes), fallbacks=tuple(fallbacks), seconds=seconds
-        ),
-        digest,
-    )
+    return (tuple(outcomes), (*fallbacks, *rounds.refused), packed) if advanced else None
 
 
 @torch.no_grad()
@@ -303,19 +224,19 @@ def quantize_head(job: ApplyJob, chain: Chain, head: LinearInfo, journal: Journa
     seen = head_input(module, chain.stream, chain.tokens, chain.hidden[:-1], full, share=chain.share)
     rounded = round_head(job.method, head, target.detach(), job.plan.specs[head.name], seen)
     codes = rounded.result.codes
-    target.copy_(codes.dequantize())
+    if not rounded.refused:
+        target.copy_(codes.dequantize())
     probe = chain.stream.leave(job.probe, chain.hidden[-1])
     chain.end()
     chain.hidden[-1] = probe
     job.skeleton.free_rest()
     step = len(job.parts)
-    packed = {head.tensor: exporter_for(job.plan, job.trace).packed_tensors(head, codes)}
+    packed = {} if rounded.refused else {head.tensor: exporter_for(job.plan, job.trace).packed_tensors(head, codes)}
     shard, digest = job.crew.first(partial(_write_shard, job, step, packed, journal))
     fallbacks = tuple(Fallback(where=head.name, reason=note) for note in rounded.result.fallbacks)
     seconds = time.monotonic() - began
-    outcome = BlockOutcome(
-        block=step - 1, shard=shard, linears=(_outcome(rounded),), fallbacks=fallbacks, seconds=seconds
-    )
+    made = () if rounded.refused else (_outcome(rounded),)
+    outcome = BlockOutcome(block=step - 1, shard=shard, linears=made, fallbacks=fallbacks, seconds=seconds)
     return outcome, digest
 
 
@@ -345,5 +266,6 @@ def _write_shard(
         else:
             tensors[name] = job.shards.entries[name]
     shard = job.shards.name(place)
-    digest = write_shard(journal.partial / shard, job.shards.layout(place, job.plan.specs), tensors)
+    left = {x.name for tensor, x in job.shards.linears.items() if tensor not in packed}
+    digest = write_shard(journal.partial / shard, job.shards.layout(place, job.plan.specs, left), tensors)
     return shard, digest

@@ -2,11 +2,12 @@
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
 
 from llmcompress.compress import formats
+from llmcompress.compress.allocate.spend import narrow
 from llmcompress.compress.formats import Maker
 from llmcompress.errors import InputError
 from llmcompress.plugins import nearest
@@ -177,8 +178,23 @@ def narrowed(candidates: Mapping[str, tuple[LinearSpec, ...]], widths: tuple[int
     return {name: tuple(spec for spec in specs if spec.bits in widths) or specs for name, specs in candidates.items()}
 
 
-def sparing(candidates: Mapping[str, tuple[LinearSpec, ...]], trace: ModelTrace, tensors: Sequence[str]) -> Candidates:
-    """The candidates without linears of some tensors, and without those that share a format with them."""
-    units = {linear.unit for linear in trace.every if linear.tensor in tensors}
-    spared = {linear.name for linear in trace.every if linear.unit in units}
+def sparing(candidates: Mapping[str, tuple[LinearSpec, ...]], spared: Mapping[str, str]) -> Candidates:
+    """The candidates without those of some linears."""
     return {name: specs for name, specs in candidates.items() if name not in spared}
+
+
+def broken(trace: ModelTrace, tensors: Sequence[str]) -> dict[str, str]:
+    """The linears of tensors with NaN or infinity, those that share a format with them, and what is said of each."""
+    first: dict[str, LinearInfo] = {}
+    for linear in trace.every:
+        if linear.tensor in tensors:
+            first.setdefault(linear.unit, linear)
+    said = {x.name: f"shares its format with {first[x.unit].name}, which has NaN or infinity" for x in trace.every
+            if x.unit in first}  # fmt: skip
+    return said | {x.name: "NaN or infinity in its weights" for x in trace.every if x.tensor in tensors}
+
+
+def unformatted(trace: ModelTrace, resolved: Collection[str], fitted: Collection[str], runtime: str) -> dict[str, str]:
+    """What is said of linears of the blocks for which there is no format, or none that `runtime` takes."""
+    found = {x.name: narrow(x) for x in trace.linears if x.name not in resolved}
+    return found | {name: f"{runtime} takes no format of it" for name in resolved if name not in fitted}

@@ -64,7 +64,7 @@ def dealt(
 def _packed(found: dict[int, Quantized]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for place, result in found.items():
-        notes = bytearray(json.dumps(result.fallbacks).encode())
+        notes = bytearray(json.dumps([result.blind, *result.fallbacks]).encode())
         tensors[f"{place} {NOTES}"] = torch.frombuffer(notes, dtype=torch.uint8)
         for name in TENSORS:
             if (tensor := getattr(result.codes, name)) is not None:
@@ -77,10 +77,9 @@ def _unpacked(tensors: dict[str, Tensor], requests: Sequence[Request]) -> dict[i
     for name, tensor in tensors.items():
         place, _, part = name.partition(" ")
         found.setdefault(int(place), {})[part] = tensor
-    return {
-        place: Quantized(
-            Codes(spec=requests[place].spec, **{name: parts.get(name) for name in TENSORS}),  # type: ignore[arg-type]
-            tuple(json_of(parts[NOTES])),
-        )
-        for place, parts in found.items()
-    }
+    results = {}
+    for number, parts in found.items():
+        codes = Codes(spec=requests[number].spec, **{name: parts.get(name) for name in TENSORS})  # type: ignore[arg-type]
+        blind, *fallbacks = json_of(parts[NOTES])
+        results[number] = Quantized(codes, tuple(fallbacks), blind)
+    return results

@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from pydantic import Field
@@ -65,7 +65,8 @@ class Uniform:
 class Desk:
     """All that a decision is made from. `file_bytes` of the weight shards for an allocation.
 
-    `candidates` are the formats allowed to each linear; where not given, those that were scored.
+    `candidates` are the formats allowed to each linear; where not given, those that were scored. `reasons` say why some
+    linears have none, where that is known.
     """
 
     model: str
@@ -74,6 +75,7 @@ class Desk:
     group_size: int
     file_bytes: FileBytes
     candidates: Allowed | None = None
+    reasons: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def sizes(self) -> dict[str, tuple[int, int]]:
@@ -147,7 +149,7 @@ def decide(desk: Desk, budget: Budget, program: Program = integer_program) -> Bi
             f"budget {budget.text}: a damage limit is measured, which scores alone cannot do: it needs the model",
             "give the model in place of the score file, or a budget in bits or bytes",
         )
-    ground = Ground(desk.group_size, desk.file_bytes, desk.candidates)
+    ground = Ground(desk.group_size, desk.file_bytes, desk.candidates, desk.reasons)
     return spend_by(program, desk.trace, desk.scores, budget, ground=ground)
 
 

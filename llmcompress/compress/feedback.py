@@ -80,7 +80,7 @@ def inverse_factor(hessian: Tensor, order: Tensor, damp: float) -> tuple[Factor 
         if not failed:
             notes = () if attempt == 0 else (f"singular Hessian: damping raised to {tried:g}",)
             return Factor(order, found.to(torch.float32)), notes
-    return None, (f"Hessian still singular at damping {tried:g}: rounded instead",)
+    return None, (f"Hessian still singular at damping {tried:g}",)
 
 
 def drift_factor(drift: Tensor, factor: Factor, alpha: float) -> Tensor:

@@ -99,7 +99,8 @@ class _Joint:
         budget = self.budget
         if budget.kind == "linears":
             budget = replace(budget, amount=budget.amount * _weights(opened, ()) / _weights(opened, gone))
-        ground = Ground(planner.recipe.plan.group_size, file_bytes, candidates)  # type: ignore[arg-type]
+        kept = {**opened.kept, **dict.fromkeys(gone, "its block is dropped")}
+        ground = Ground(planner.recipe.plan.group_size, file_bytes, candidates, kept)  # type: ignore[arg-type]
         program = planner.program()
         solved: BitAllocation = opened.skeleton.crew.first(
             lambda: spend_by(program, opened.trace, planner.scores, budget, ground=ground), BitAllocation

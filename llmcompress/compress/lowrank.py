@@ -53,7 +53,7 @@ def corrected(
     unseen = seen is not None and quantizer.NEEDS_HESSIAN and seen.nothing
     seen = None if unseen else seen
     results: list[Quantized] = quantizer.quantize(requests, seen, options=options, dtype=dtype)
-    results = [replace(result, fallbacks=(UNSEEN,)) for result in results] if unseen else results
+    results = [replace(result, fallbacks=(UNSEEN,), blind=False) for result in results] if unseen else results
     hessian = seen.hessian if seen is not None and seen.finite else None
     found = []
     for request, result in zip(requests, results, strict=True):

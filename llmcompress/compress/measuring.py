@@ -8,10 +8,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from llmcompress.compress.group import Method
 from llmcompress.compress.lowrank import quantized
 from llmcompress.compress.rewriting.hints import Hints
 from llmcompress.compress.rounding import Request, Seen
-from llmcompress.compress.rounds import Method
 from llmcompress.model.skeleton import Skeleton
 from llmcompress.types import LinearInfo, LinearSpec, ModelTrace, QuantizerOptions
 

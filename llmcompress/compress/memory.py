@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from llmcompress.compress.group import Method
 from llmcompress.compress.head import LOGITS
 from llmcompress.compress.measuring import SLICE_LOGITS
 from llmcompress.compress.pipeline import QUANTIZERS, Opened
 from llmcompress.compress.replay import INPUT_BYTES
 from llmcompress.compress.rewrite import check_methods
-from llmcompress.compress.rounds import Method
 from llmcompress.compress.sequential import BATCH_WEIGHTS
 from llmcompress.model.needs import Stage, Stages, fit
 from llmcompress.model.shelf import Shelf

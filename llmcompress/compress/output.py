@@ -109,7 +109,7 @@ class RunRecord(OutputRecord):
 
 @dataclass(frozen=True)
 class Story:
-    """What the small files tell."""
+    """What the small files tell. `plan` is as it was carried out, `planned` where that is not all that was planned."""
 
     origin: Origin
     recipe: Mapping[str, Any]
@@ -121,11 +121,12 @@ class Story:
     calibration_text_digest: str
     rewriting: RewriteRecord | None = None
     skipped: tuple[str, ...] = ()
+    planned: Plan | None = None
 
     @property
     def exporter(self) -> ModuleType:
         """The layout the plan's formats are written in."""
-        return exporter_for(self.plan, self.trace)
+        return exporter_for(self.planned or self.plan, self.trace)
 
 
 def side_files(source: Path) -> list[Path]:
@@ -147,8 +148,9 @@ def write_small_files(folder: Path, source: Path, shards: ShardMap, story: Story
     original = read_json(source / "config.json")
     document = story.exporter.config_document(original, story.plan, story.trace, heads)
     commit_json(folder / "config.json", document)
-    specs = story.plan.specs
-    layouts = [(shards.name(place), shards.layout(place, specs)) for place in range(len(shards.shards))]
+    specs = (story.planned or story.plan).specs
+    left = specs.keys() - story.plan.specs.keys()
+    layouts = [(shards.name(place), shards.layout(place, specs, left)) for place in range(len(shards.shards))]
     commit_json(folder / INDEX_NAME, index_document(layouts, story.trace.parameters))
 
 

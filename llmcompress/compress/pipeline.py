@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from llmcompress.compress.allocate.budget import Budget
-from llmcompress.compress.candidates import resolve, sparing, tie_experts
+from llmcompress.compress.candidates import broken, resolve, sparing, tie_experts, unformatted
 from llmcompress.compress.formats import maker
 from llmcompress.compress.journal import Journal, check_output
 from llmcompress.compress.rewrite import RewriteJob, check_methods, read_rewriting, rewrite
 from llmcompress.compress.rewriting.hints import NAME as HINTS_NAME
 from llmcompress.compress.rewriting.hints import Hints
 from llmcompress.compress.scoring import SCORERS, ScoreJob, run_scorers
-from llmcompress.compress.shards import ShardMap, shard_map
+from llmcompress.compress.shards import ShardMap, scale_dtype, shard_map
 from llmcompress.hub.source import Source
 from llmcompress.model.checkpoint import TORCH_DTYPES, folder_bytes
 from llmcompress.model.crew import ALONE, Crew
@@ -46,7 +46,7 @@ class Opened:
     """A validated model, traced, with the formats its linears could get.
 
     `rewriting` says what was done to it before, if anything was, and `hints` what rounding should know of that;
-    `nonfinite` are tensors with NaN or infinity that the user allows.
+    `nonfinite` are tensors with NaN or infinity that the user allows, `kept` says of linears why they get no format.
     """
 
     source: Source
@@ -59,21 +59,18 @@ class Opened:
     rewriting: RewriteRecord | None = None
     hints: Hints = field(default_factory=Hints)
     nonfinite: tuple[str, ...] = ()
+    kept: Mapping[str, str] = field(default_factory=dict)
 
     def digest(self) -> str:
         """sha256 over shard digests and config; scans the weights for NaN on the way. Process 0 does, for all."""
-        files = self.skeleton.files
-        return str(self.skeleton.crew.first(lambda: digest_source(scan(files), files.config)))
+        skeleton = self.skeleton
+        return str(skeleton.crew.first(lambda: digest_source(scan(skeleton.files), skeleton.files.config)))
 
 
 def open_model(source: Source, recipe: Recipe, device: str, *, whole_file: bool = False) -> Opened:
-    """Validate, build and trace a model. Raises InputError.
-
-    With `whole_file` the budget counts every byte of the checkpoint, and the head may be quantized for it.
-    """
+    """Validate, build and trace a model; with `whole_file` its head may be quantized, too. Raises InputError."""
     check_methods(recipe.rewrite.methods)
     skeleton = Skeleton.open(source.path, device)
-    text_config = skeleton.config.get_text_config()
     quantizer, size = find(QUANTIZERS, recipe.quantizer), recipe.plan.group_size
     make = maker(quantizer, recipe.quantize, size)
     make_experts = maker(quantizer, recipe.quantize.model_copy(update={"inputs": "none"}), size)
@@ -81,21 +78,22 @@ def open_model(source: Source, recipe: Recipe, device: str, *, whole_file: bool 
     if recipe.quantize.rounds_attention:
         install(skeleton.model)
     files = skeleton.files
-    halves = sum(1 for entry in files.tensors.values() if entry.dtype == "F16")
-    scale_dtype = "F16" if halves * 2 > len(files.tensors) else "BF16"
-    candidates = resolve(traced, recipe.plan, whole_file, make=make, make_experts=make_experts)
-    candidates = fitting(recipe.plan.runtime, traced, candidates)
+    resolved = resolve(traced, recipe.plan, whole_file, make=make, make_experts=make_experts)
+    candidates = fitting(recipe.plan.runtime, traced, resolved)
+    bad = nonfinite(files)
+    kept = unformatted(traced, resolved, candidates, recipe.plan.runtime) | broken(traced, bad)
     if (record := SkipRecord.of(files.config)) is not None:  # zeros, as cheap as they can be
         candidates = {name: specs[:1] if record.covers(name) else specs for name, specs in candidates.items()}
-    candidates = sparing(candidates, traced, broken := nonfinite(files))
+    candidates = sparing(candidates, kept)
     return Opened(
         source=source,
         skeleton=skeleton,
-        nonfinite=broken,
+        nonfinite=bad,
+        kept=kept,
         trace=traced,
-        shards=shard_map(skeleton, traced, scale_dtype, quantized=candidates, options=recipe.quantize),
+        shards=shard_map(skeleton, traced, scale_dtype(files.tensors), quantized=candidates, options=recipe.quantize),
         candidates=candidates,
-        context_tokens=getattr(text_config, "max_position_embeddings", None),
+        context_tokens=getattr(skeleton.config.get_text_config(), "max_position_embeddings", None),
         source_bytes=sum((source.path / name).stat().st_size for name in files.shards),
     )
 
@@ -339,7 +337,8 @@ def score_file(
 
 def as_score_file(opened: Opened, recipe: Recipe, found: tuple[Scores, ...]) -> ScoreFile:
     """Scores with what is needed to plan from them without the model."""
-    specs = {name: options[0] for name, options in opened.candidates.items()}
+    blank = {layer.linear: "" for scores in found for layer in scores.layers if not layer.candidates}
+    specs = {name: options[0] for name, options in sparing(opened.candidates, blank).items()}
     bits = sum(specs[x.name].storage_bits(x.rows, x.columns) for x in opened.trace.linears if x.name in specs)
     return ScoreFile(
         model=opened.source.name,

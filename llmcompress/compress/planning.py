@@ -82,7 +82,8 @@ class Planner:
 
     def allocate(self, scores: Scores, budget: Budget, program: Program = integer_program) -> BitAllocation:
         """Spend the budget on scores. Raises InputError when it is too small."""
-        ground = Ground(self.recipe.plan.group_size, self.opened.shards.file_bytes, self.opened.candidates)
+        opened, size = self.opened, self.recipe.plan.group_size
+        ground = Ground(size, opened.shards.file_bytes, opened.candidates, opened.kept)
         solve = partial(spend_by, program, self.opened.trace, scores, budget, ground=ground)
         with advising(self.recipe.plan.runtime):
             solved: BitAllocation = self.opened.skeleton.crew.first(solve, BitAllocation)  # it has a time limit

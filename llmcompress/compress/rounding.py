@@ -18,6 +18,8 @@ from torch import Tensor
 from llmcompress.compress.grid import Codes, find_scale, round_weight
 from llmcompress.types import LinearSpec, QuantizerOptions
 
+NOT_FINITE = "second moments of its calibration inputs are not finite"
+
 
 @dataclass(frozen=True)
 class Seen:
@@ -82,13 +84,20 @@ class Request:
 
 @dataclass(frozen=True)
 class Quantized:
-    """Codes of one linear, and every fallback taken on the way, as sentences for the report."""
+    """Codes of one linear, and every fallback taken on the way, as sentences for the report.
+
+    `blind`: the quantizer needs to know the input, and what is known of it is of no use.
+    """
 
     codes: Codes
     fallbacks: tuple[str, ...] = ()
+    blind: bool = False
 
 
 def nearest(request: Request, options: QuantizerOptions, dtype: torch.dtype, note: str = "") -> Quantized:
-    """Symmetric integers by rounding, after a search for scales; `note` says why, if it was not asked for."""
+    """Symmetric integers by rounding, after a search for scales; `note` says why, if it was not asked for.
+
+    With a note the answer is a blind one.
+    """
     scale = find_scale(request.weight, request.spec, dtype, clip=options.clip)
-    return Quantized(round_weight(request.weight, scale, request.spec), (note,) if note else ())
+    return Quantized(round_weight(request.weight, scale, request.spec), (note,) if note else (), blind=bool(note))

@@ -4,19 +4,16 @@ Shared by everything that carries a plan out, for good or on trial.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
 from llmcompress.compress.attention import round_attention
-from llmcompress.compress.dealing import dealt
-from llmcompress.compress.grid import proxy_loss, squared_errors
-from llmcompress.compress.learning import Learned, Lesson, Logits, learn_block
-from llmcompress.compress.lowrank import quantized
+from llmcompress.compress.group import Look, Method, Rounded, round_group
+from llmcompress.compress.learning import Lesson, Logits, learn_block
 from llmcompress.compress.observe import (
     GroupWatch,
     InputSums,
@@ -25,52 +22,18 @@ from llmcompress.compress.observe import (
     install_weight,
     local_name,
     module_of,
-    weight_of,
 )
 from llmcompress.compress.ranges import InputRanges
 from llmcompress.compress.replay import Keep, Replay, call_block, in_memory
-from llmcompress.compress.rewriting.hints import Hints
-from llmcompress.compress.rounding import Quantized, Request, Seen
 from llmcompress.compress.routed import Routed, rows_of
-from llmcompress.compress.targets import aim
 from llmcompress.kernels.inputs import InputQuantizer
-from llmcompress.model.crew import Crew
 from llmcompress.model.shares import Share
 from llmcompress.model.stream import BlockCall
 from llmcompress.runtime.attention import AttentionRounding, attention_modules, forget
 from llmcompress.runtime.inputs import attach, attach_stored, detach
-from llmcompress.types import BlockTrace, LinearInfo, LinearSpec, QuantizerOptions
+from llmcompress.types import BlockTrace, Fallback, LinearSpec
 
 FEWEST_BATCHES = 2
-FEW = "fewer calibration tokens reached it than it has inputs: its Hessian was damped accordingly"
-Learner = Callable[..., Learned]
-Look = tuple[Seen, dict[str, Tensor]]  # of one group: its input, and the term of the target of each writer
-
-
-@dataclass(frozen=True)
-class Method:
-    """How to round: the quantizer, what it is told and the dtype of stored scales.
-
-    `learns` is for good, not on trial: blocks are learned where the quantizer can, and the error of every linear is
-    measured. `hints` are what rewrites of the model found out for it.
-    """
-
-    quantizer: ModuleType
-    options: QuantizerOptions
-    dtype: torch.dtype
-    learns: bool = False
-    hints: Hints = field(default_factory=Hints)
-
-    @property
-    def compares(self) -> bool:
-        """Whether the full-precision model has to run beside the one that will be stored."""
-        aims = self.options.target != "layer" and self.options.alpha != 0
-        return bool(self.quantizer.NEEDS_HESSIAN and (aims or self.learners))
-
-    @property
-    def learners(self) -> tuple[Learner, ...]:
-        """The ways in which the quantizer learns once a whole block is rounded, where it does and is to."""
-        return getattr(self.quantizer, "LEARNERS", ()) if self.learns else ()
 
 
 @dataclass
@@ -95,35 +58,6 @@ class Streams:
     share: Share | None = None
 
 
-@dataclass(frozen=True)
-class Rounded:
-    """One linear, the weight that was asked for, what was made of it, and what was seen of its input.
-
-    `wanted` and `seen` are let go once codes are final: Hessians of all groups would be larger than the block.
-    """
-
-    linear: LinearInfo
-    wanted: Tensor
-    result: Quantized
-    seen: Seen | None
-    known: tuple[float, float] | None = None
-    tokens: int | None = None  # that were routed to it, of an expert's
-
-    def errors(self) -> tuple[float, float]:
-        """Error of the linear's output against what was asked for, and that of an output of zeros."""
-        if self.known is not None:
-            return self.known
-        wanted = self.wanted
-        if self.seen is None:
-            return squared_errors(wanted, self.result.codes)
-        stored, hessian = self.result.codes.dequantize(), self.seen.hessian
-        return proxy_loss(wanted, stored, hessian), proxy_loss(torch.zeros_like(wanted), wanted, hessian)
-
-    def settled(self, *, measure: bool) -> "Rounded":
-        """Without the tensors the codes were made from: they are final, and so is their error."""
-        return replace(self, known=self.errors() if measure else None, wanted=self.wanted.new_empty(0), seen=None)
-
-
 class BlockRounds:
     """One block, its formats, and the text on its way through it."""
 
@@ -143,9 +77,13 @@ class BlockRounds:
         self.leaving: list[Tensor | None] = [None] * len(streams.full or ())
         self.quantizers: dict[str, InputQuantizer] = {}
         self.attention: dict[str, AttentionRounding] = {}  # by the attention's name inside the block
+        self.refused: list[Fallback] = []
 
     def rounded(self) -> Iterator[Rounded]:
-        """Quantize the linears that have a format, and install what a reader of the file will see."""
+        """Quantize the linears that have a format, and install what a reader of the file will see.
+
+        Those in `refused` stay as they are instead.
+        """
         known: dict[int, Look | None] = {}
         if not self.method.options.true_sequential:
             self._round_attention()
@@ -154,20 +92,39 @@ class BlockRounds:
         for place, members in enumerate(self.groups):
             pairs = [(x, self.specs[x.name]) for x in members]
             looks, crew = [known.pop(place) if place in known else self._look(place)], self.share.crew
-            found = _round_group(self.method, self.stored.block, self.info, members=pairs, looks=looks, crew=crew)
+            found = self._installed(
+                round_group(self.method, self.stored.block, self.info, members=pairs, looks=looks, crew=crew)
+            )
             if not self.method.learners:
                 found = [x.settled(measure=self.method.learns) for x in found]
             rounded += found
             del found
             if not self.attention:  # keys and values are read from here on
                 self._round_attention()
-        if self.method.learners and self.full is not None:
+        if not self.groups:
+            self._round_attention()
+        if self.method.learners and self.full is not None and rounded:
             zeros = [x for x in rounded if not x.wanted.any()]
             rounded = [*zeros, *_learn(self.method, self, [x for x in rounded if x.wanted.any()])]
         for x in rounded:
             codes = replace(x.result.codes, inputs=self.quantizers.get(x.linear.name))
             attach_stored(module_of(self.stored.block, self.info, x.linear), codes)
             yield replace(x, result=replace(x.result, codes=codes))
+
+    def _installed(self, found: list[Rounded]) -> list[Rounded]:
+        """Put the weights of a group in place; returns those of units of which nothing is refused.
+
+        The others read what they always did.
+        """
+        refused = {x.linear.unit: x.result.fallbacks for x in found if x.refused}
+        for x in found:
+            if x.linear.unit not in refused:
+                install_weight(self.stored.block, self.info, x.linear, x.result.codes.dequantize())
+                continue
+            self.refused += [Fallback(where=x.linear.name, reason=note) for note in refused[x.linear.unit]]
+            self.quantizers.pop(x.linear.name, None)
+            detach(module_of(self.stored.block, self.info, x.linear))
+        return [x for x in found if x.linear.unit not in refused]
 
     def close(self) -> None:
         """Leave the block without anything that rounds inputs, for whoever loads other weights into it."""
@@ -283,39 +240,6 @@ class BlockRounds:
         return found
 
 
-def _round_group(
-    method: Method,
-    block: nn.Module,
-    info: BlockTrace,
-    *,
-    members: Sequence[tuple[LinearInfo, LinearSpec]],
-    looks: list[Look | None],
-    crew: Crew,
-) -> list[Rounded]:
-    """Round a group by the one look at it, which is taken out of `looks`, so that it can be let go piece by piece."""
-    own = torch.contiguous_format  # a copy: what is installed goes where the weight is
-    wanted, seen = [weight_of(block, info, linear).clone(memory_format=own) for linear, _ in members], None
-    if (look := looks.pop()) is not None:
-        seen, terms = look
-        del look
-        wanted, seen = aim(method.options, seen, wanted, [terms.get(linear.name) for linear, _ in members])
-    for place, (linear, _) in enumerate(members):  # what is zero stays zero: a skipped half of a block corrects nothing
-        if not (weight := weight_of(block, info, linear))[:1].any() and not weight.any():
-            wanted[place] = torch.zeros_like(wanted[place])
-    wanted = [method.hints.clamped(linear.name, weight) for weight, (linear, _) in zip(wanted, members, strict=True)]
-    requests = [Request(weight, spec) for weight, (_, spec) in zip(wanted, members, strict=True)]
-    results = dealt(crew, method.quantizer, requests, seen, options=method.options, dtype=method.dtype)
-    found = []
-    for (linear, _), weight, result in zip(members, wanted, results, strict=True):
-        install_weight(block, info, linear, result.codes.dequantize())
-        tokens = None if linear.expert is None or seen is None else seen.tokens
-        if tokens is not None and 0 < tokens < linear.columns:
-            result = replace(result, fallbacks=(*result.fallbacks, FEW))
-        known = None if seen is None or seen.nothing else seen
-        found.append(Rounded(linear, weight, result, known, tokens=tokens))
-    return found
-
-
 def _learn(method: Method, rounds: BlockRounds, rounded: list[Rounded]) -> Iterator[Rounded]:
     """Learn the rounding of a block from what was found linear by linear; of several ways the best is kept."""
     streams, block, info = rounds.streams, rounds.stored.block, rounds.info
@@ -334,13 +258,3 @@ def _learn(method: Method, rounds: BlockRounds, rounded: list[Rounded]) -> Itera
     for x in rounded:
         install_weight(block, info, x.linear, best[x.linear.name].dequantize())
         yield replace(x, result=replace(x.result, codes=best[x.linear.name]))
-
-
-def round_head(method: Method, head: LinearInfo, weight: Tensor, spec: LinearSpec, seen: Seen | None) -> Rounded:
-    """Quantize the head's weight `(rows, columns)`; nothing is installed."""
-    wanted = weight
-    if seen is not None:
-        (wanted,), seen = aim(method.options, seen, [weight], [None])
-    requests = [Request(wanted, spec)]
-    (result,) = quantized(method.quantizer, requests, seen, options=method.options, dtype=method.dtype)
-    return Rounded(head, wanted, result, seen)

@@ -13,8 +13,10 @@ import transformers
 
 from llmcompress import __version__
 from llmcompress.compress.allocate.budget import Budget
-from llmcompress.compress.apply import ApplyJob, apply, finished_logits
+from llmcompress.compress.apply import apply, finished_logits
 from llmcompress.compress.card import write_card
+from llmcompress.compress.carried import carried_out, difference
+from llmcompress.compress.chain import ApplyJob
 from llmcompress.compress.forecast import Forecast, check_disk, fitted
 from llmcompress.compress.journal import Journal, check_output
 from llmcompress.compress.kept import sealed
@@ -254,8 +256,11 @@ def _locked(
     if going_on:
         yield Resumed(max(len(journal.committed()) - 1, 0), len(opened.shards.shards) - 1)
     outcomes = yield from _applied(job, journal)
+    planned, plan = plan, carried_out(plan, outcomes, opened.trace, opened.shards)
+    if told := difference(planned, plan, whole_file=request.budget.whole_file):
+        yield Warned(told)
     yield "verifying"
-    story = _story(request, opened, plan, text_digest=batches.text_digest, asked=asked)
+    story = _story(request, opened, plan, planned=planned, text_digest=batches.text_digest, asked=asked)
     checks: list[Check] = []
     request.crew.first(lambda: checks.extend(_close(request, journal, job, opened, story, outcomes=outcomes)))
     yield Finished(plan, tuple(checks), request.crew.first(partial(publish, journal, request.force)))
@@ -294,12 +299,15 @@ def _given(request: QuantizeRequest, batches: Batches, digest: str) -> Scores | 
     return reuse(request.scores, request.recipe.scorer, expected(request.recipe, batches, digest))
 
 
-def _story(request: QuantizeRequest, opened: Opened, plan: Plan, *, text_digest: str, asked: dict[str, str]) -> Story:
+def _story(
+    request: QuantizeRequest, opened: Opened, plan: Plan, *, planned: Plan, text_digest: str, asked: dict[str, str]
+) -> Story:
     """What the small files will tell."""
     return Story(
         origin=Origin.of(request.source, asked["model"]),
         recipe=request.recipe.model_dump(mode="json"),
         plan=plan,
+        planned=planned,
         trace=opened.trace,
         request=asked,
         command=request.command,

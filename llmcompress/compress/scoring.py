@@ -5,7 +5,8 @@ which watches the full-precision model go by once, together with every other obs
 `score(job)` does its own passes: gradients, measured swaps, anything that is more than watching.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from llmcompress.compress.candidates import candidates_for as candidates_for
 from llmcompress.compress.dealing import dealt
 from llmcompress.compress.grid import gaussian_distortion
+from llmcompress.compress.overflow import checked
 from llmcompress.compress.rounding import Request, Seen
 from llmcompress.model.shares import Share
 from llmcompress.model.skeleton import Skeleton
@@ -137,7 +139,7 @@ def _watch(job: ScoreJob, observers: list[tuple[Observer, bool]], *, data: bool)
                 stack.enter_context(observer.open(block, info))
             for place, call in enumerate(calls):
                 with torch.no_grad():
-                    leaving = stream.run_block(info.index, hidden[place], call[info.index])
+                    leaving = checked(info, stream.run_block(info.index, hidden[place], call[info.index]))
                 _show(seeing, info, hidden[place], leaving)
                 hidden[place] = stream.keep(leaving)
         for observer, _ in observers:
@@ -166,6 +168,22 @@ def rounding_errors(
         yield name, spec, result.codes.dequantize() - weights[name]
 
 
+def layer_score(
+    linear: str, rows: Iterable[tuple[LinearSpec, float, float | None]], *, importance: float | None = None
+) -> LayerScore:
+    """The score of a linear: its formats with damage and standard error, those left out that are not finite.
+
+    Without any it counts as not scored: it gets the widest of its formats that the budget has room for.
+    """
+    candidates = tuple(
+        Candidate(spec=spec, damage=damage, standard_error=error)
+        for spec, damage, error in rows
+        if math.isfinite(damage) and (error is None or math.isfinite(error))
+    )
+    known = importance if importance is not None and math.isfinite(importance) else None
+    return LayerScore(linear=linear, importance=known, candidates=candidates)
+
+
 def layers_from_importance(job: ScoreJob, importance: Callable[[LinearInfo], float]) -> tuple[LayerScore, ...]:
     """Turn a unitless importance of each linear into damage: times the distortion of Gaussian weights at each width.
 
@@ -177,11 +195,9 @@ def layers_from_importance(job: ScoreJob, importance: Callable[[LinearInfo], flo
     for linear in job.trace.linears:
         if linear.name in job.candidates:
             value = importance(linear)
-            candidates = tuple(
-                Candidate(spec=spec, damage=value * share[linear.name] * gaussian_distortion(spec))
-                for spec in job.candidates[linear.name]
-            )
-            layers.append(LayerScore(linear=linear.name, importance=value, candidates=candidates))
+            each = value * share[linear.name]
+            rows = ((spec, each * gaussian_distortion(spec), None) for spec in job.candidates[linear.name])
+            layers.append(layer_score(linear.name, rows, importance=value))
     return tuple(layers)
 
 

@@ -22,7 +22,7 @@ from llmcompress.compress.feedback import (
     round_columns,
 )
 from llmcompress.compress.grid import Codes, expand_scale, find_scale
-from llmcompress.compress.rounding import Quantized, Request, Seen, nearest
+from llmcompress.compress.rounding import NOT_FINITE, Quantized, Request, Seen, nearest
 from llmcompress.types import QuantizerOptions
 
 GPTAQ_ALPHA = 0.25
@@ -38,7 +38,7 @@ def round_with_feedback(
     increases of the damping, falls back to rounding; both are recorded.
     """
     if seen is None or not seen.finite:
-        return [nearest(r, options, dtype, "calibration inputs are not finite: rounded instead") for r in requests]
+        return [nearest(r, options, dtype, NOT_FINITE) for r in requests]
     found: dict[int, Quantized] = {}
     for size in sorted({r.spec.group_size for r in requests}):
         places = [place for place, r in enumerate(requests) if r.spec.group_size == size]

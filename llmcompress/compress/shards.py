@@ -46,26 +46,27 @@ class ShardMap:
         """File name of a shard."""
         return f"model-{shard + 1:05d}-of-{len(self.shards):05d}.safetensors"
 
-    def layout(self, shard: int, specs: Mapping[str, LinearSpec]) -> Layout:
+    def layout(self, shard: int, specs: Mapping[str, LinearSpec], left: Container[str] = ()) -> Layout:
         """Dtype and shape of every tensor of one shard.
 
-        `specs`, by linear name, are those of the whole checkpoint, which decide its layout; absent ones are copied.
+        `specs`, by linear name, are those of the whole checkpoint, which decide its layout; absent ones are copied,
+        and those `left` out after all.
         """
         found = dict(self.attention.get(shard, {}))
         experts = any(x.expert is not None and x.name in specs for x in self.linears.values())
         exporter = exporter_of(specs.values(), self.options, experts=experts)
         for tensor in self.shards[shard]:
             linear = self.linears.get(tensor)
-            if linear is not None and linear.name in specs:
+            if linear is not None and linear.name in specs and linear.name not in left:
                 found |= exporter.packed_layout(linear, specs[linear.name], self.scale_dtype)
             else:
                 entry = self.entries[tensor]
                 found[tensor] = (entry.dtype, entry.shape)
         return found
 
-    def file_bytes(self, specs: Mapping[str, LinearSpec]) -> int:
-        """Exact total size of all shards for an allocation."""
-        return sum(shard_bytes(self.layout(shard, specs)) for shard in range(len(self.shards)))
+    def file_bytes(self, specs: Mapping[str, LinearSpec], left: Container[str] = ()) -> int:
+        """Exact total size of all shards for an allocation; `left` as in `layout`."""
+        return sum(shard_bytes(self.layout(shard, specs, left)) for shard in range(len(self.shards)))
 
 
 def shard_map(
@@ -90,6 +91,12 @@ def shard_map(
     others = tuple(name for name in rest if name != head.tensor)
     shards = (others, *blocks, (head.tensor,))
     return ShardMap(shards, skeleton.files.tensors, linears, scale_dtype, head, options, attention)
+
+
+def scale_dtype(tensors: Mapping[str, TensorEntry]) -> str:
+    """The dtype of scales: that of most tensors of the source where it is float16, bfloat16 otherwise."""
+    halves = sum(1 for entry in tensors.values() if entry.dtype == "F16")
+    return "F16" if halves * 2 > len(tensors) else "BF16"
 
 
 def _elements(shape: tuple[int, ...]) -> int:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from llmcompress.compress.measuring import MeasureJob, Text, at_width, nearest_width, units_of, widths_of
-from llmcompress.compress.scoring import ScoreJob
+from llmcompress.compress.scoring import ScoreJob, layer_score
 from llmcompress.errors import InputError
-from llmcompress.types import Candidate, LayerScore, LinearInfo, LinearSpec
+from llmcompress.types import LayerScore, LinearInfo, LinearSpec
 
 Damage = tuple[float, float]  # nats per token, and its standard error over sequences
 
@@ -117,9 +117,5 @@ def layers_from_units(job: ScoreJob, table: Mapping[tuple[str, int], Damage]) ->
 def _layer(
     job: ScoreJob, linear: LinearInfo, share: float, *, damages: Mapping[int, float], errors: Mapping[int, float]
 ) -> LayerScore:
-    candidates = tuple(
-        Candidate(spec=spec, damage=share * damages[spec.bits], standard_error=share * errors[spec.bits])
-        for spec in job.candidates[linear.name]
-        if spec.bits in damages
-    )
-    return LayerScore(linear=linear.name, candidates=candidates)
+    specs = [spec for spec in job.candidates[linear.name] if spec.bits in damages]
+    return layer_score(linear.name, ((s, share * damages[s.bits], share * errors[s.bits]) for s in specs))

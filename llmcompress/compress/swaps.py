@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from llmcompress.compress.head import HeadView
 from llmcompress.compress.measuring import Change, Changes, MeasureJob, Text, changed_weight, sequence_kld
 from llmcompress.compress.observe import collect_hessians, install_weight, weight_of
+from llmcompress.compress.overflow import checked
 from llmcompress.compress.rounding import Seen
 from llmcompress.model.stream import BlockCall, BlockStream
 from llmcompress.types import BlockTrace, LinearInfo
@@ -125,6 +126,8 @@ class _Pass:
             if self.base:
                 self._advance(info, self.reference, self.judging_calls)
             self._through(self._standing(block, info))
+            for hidden in self.reference:
+                checked(info, hidden)
             self.job.skeleton.free(block)
         self._judge(judge)
 

@@ -8,8 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmcompress.compress.allocate.budget import parse_budget
-from llmcompress.compress.allocate.spend import narrower_widths, priced, spend, with_widths
-from llmcompress.compress.candidates import candidates_for, narrowed, resolve
+from llmcompress.compress.allocate.spend import (
+    Ground,
+    integer_program,
+    narrow,
+    narrower_widths,
+    priced,
+    spend,
+    spend_by,
+    with_widths,
+)
+from llmcompress.compress.candidates import broken, candidates_for, narrowed, resolve, sparing, unformatted
 from llmcompress.errors import InputError
 from llmcompress.recipes import PlanPart, load_recipe
 from llmcompress.types import (
@@ -254,6 +263,31 @@ def test_a_head_that_fits_no_group_is_kept_and_said_where_the_budget_counts_it()
         kept = spend(trace, scores_of(allowed), budget, **more).kept
         assert [k.linear for k in kept] == ["m.0.mlp.down", *heads]
         assert all("are not divisible" in k.reason for k in kept)
+
+
+def test_every_linear_without_a_format_is_said_the_true_reason() -> None:
+    trace = toy()
+    allowed = resolve(trace, part(), False)
+    first, *_ = [x for x in trace.linears if x.name in allowed]
+    mates = [x.name for x in trace.linears if x.unit == first.unit and x.name != first.name]
+    refused = next(name for name in allowed if name not in (first.name, *mates))
+    fitted = {name: specs for name, specs in allowed.items() if name != refused}
+    said = unformatted(trace, allowed, fitted, "vllm") | broken(trace, [first.tensor])
+    assert mates
+    assert said == {
+        "m.0.mlp.down": narrow(next(x for x in trace.linears if x.name == "m.0.mlp.down")),
+        refused: "vllm takes no format of it",
+        first.name: "NaN or infinity in its weights",
+        **dict.fromkeys(mates, f"shares its format with {first.name}, which has NaN or infinity"),
+    }
+    left = sparing(fitted, said)
+    assert set(left) == set(allowed) - {refused, first.name, *mates}
+    ground = Ground(64, file_bytes, left, said)
+    kept = spend_by(integer_program, trace, scores_of(allowed), parse_budget("4bits"), ground=ground).kept
+    assert {k.linear: k.reason for k in kept} == said
+    alone = spend_by(integer_program, trace, scores_of(left), parse_budget("4bits"), ground=Ground(64, file_bytes)).kept
+    assert {k.linear for k in alone} == set(said)
+    assert {k.reason for k in alone} == {"there is no score for it", said["m.0.mlp.down"]}
 
 
 def test_a_budget_over_the_linears_counts_the_head_only_when_pinned() -> None:

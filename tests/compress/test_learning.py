@@ -9,12 +9,13 @@ from torch import Tensor
 
 from llmcompress.compress import head
 from llmcompress.compress.grid import find_scale, round_weight
+from llmcompress.compress.group import Method
 from llmcompress.compress.head import logits_reader
 from llmcompress.compress.learning import Lesson, learn_block
 from llmcompress.compress.measuring import sequence_kld
 from llmcompress.compress.observe import install_weight, weight_of
 from llmcompress.compress.quantizers import adaround, signround
-from llmcompress.compress.rounds import BlockRounds, Method, Streams
+from llmcompress.compress.rounds import BlockRounds, Streams
 from llmcompress.model.skeleton import Skeleton
 from llmcompress.model.stream import BlockStream
 from llmcompress.model.trace import trace

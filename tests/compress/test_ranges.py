@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llmcompress.compress.dealing import dealt
+from llmcompress.compress.group import Method
 from llmcompress.compress.ranges import InputRanges, calibrated
 from llmcompress.compress.rewriting.clipping import ActivationQuantizer
 from llmcompress.compress.rewriting.hints import Hints
-from llmcompress.compress.rounds import BlockRounds, Method, Streams
+from llmcompress.compress.rounds import BlockRounds, Streams
 from llmcompress.errors import InputError
 from llmcompress.kernels.inputs import InputQuantizer
 from llmcompress.model.skeleton import Skeleton
@@ -132,7 +133,7 @@ def test_a_block_is_rounded_on_rounded_inputs(llama: Path, sequential: bool, mon
         hessians.append(seen.hessian.clone())
         return dealt(crew, quantizer, requests, seen, **more)
 
-    monkeypatch.setattr("llmcompress.compress.rounds.dealt", watched)
+    monkeypatch.setattr("llmcompress.compress.group.dealt", watched)
     rounded = {x.linear.name: x for x in rounds.rounded()}
     assert set(rounded) == set(specs)
     one = rounded[first]

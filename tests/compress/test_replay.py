@@ -12,10 +12,11 @@ from conftest import llama_config, save_model
 from torch import Tensor
 
 from llmcompress.compress import observe, replay
+from llmcompress.compress.group import Method
 from llmcompress.compress.observe import InputSums, Reading
 from llmcompress.compress.quantizers import gptq
 from llmcompress.compress.replay import Replay
-from llmcompress.compress.rounds import BlockRounds, Method, Streams
+from llmcompress.compress.rounds import BlockRounds, Streams
 from llmcompress.compress.targets import Targets
 from llmcompress.model.skeleton import Skeleton
 from llmcompress.model.stream import BlockStream

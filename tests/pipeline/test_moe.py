@@ -13,10 +13,10 @@ from torch import Tensor
 
 import llmcompress
 from llmcompress.compress.exporters.compressed_tensors import SEVERAL
+from llmcompress.compress.group import FEW
 from llmcompress.compress.lowrank import UNSEEN
 from llmcompress.compress.quantizers import gptq, rtn
 from llmcompress.compress.rounding import Request, Seen
-from llmcompress.compress.rounds import FEW
 from llmcompress.compress.verify import probe_logits
 from llmcompress.kernels.codes import Codes
 from llmcompress.model.checkpoint import CheckpointReader

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from llmcompress.compress.allocate.budget import Budget
 from llmcompress.compress.allocate.integer import Choices, InfeasibleError, Solution, solve
@@ -25,6 +25,11 @@ SLACK = 0.005  # a plan may stay this share under its budget before a closer one
 
 FileBytes = Callable[[Mapping[str, LinearSpec]], int]
 Allowed = Mapping[str, tuple[LinearSpec, ...]]
+
+
+def narrow(linear: LinearInfo) -> str:
+    """What is said of a linear that no group size of its format divides."""
+    return f"its {linear.columns} inputs are not divisible by a group size of its format"
 
 
 @dataclass(frozen=True)
@@ -127,15 +132,14 @@ def _fit(units: list[SpendUnit], account: _Account, program: Program) -> tuple[S
         return best, "no combination of candidates comes closer to the budget"
 
 
-def _kept(trace: ModelTrace, allowed: Allowed, *, group_size: int, whole_file: bool) -> tuple[Kept, ...]:
-    """Linears that no group size fits or that are not finite; the head only where it would have been quantized."""
+def _kept(trace: ModelTrace, allowed: Allowed, ground: "Ground", *, whole_file: bool) -> tuple[Kept, ...]:
+    """Linears without a format, and why; the head only where it would have been quantized."""
     kept = [x for x in trace.linears if x.name not in allowed]
     head = trace.head
-    if head is not None and whole_file and head.columns % group_size and head.columns % 32:
-        kept.append(head)
-    narrow = "its {} inputs are not divisible by a group size of its format"
-    broken = narrow + ", or it has NaN or infinity, itself or where its format is shared"
-    return tuple(Kept(linear=x.name, reason=(narrow if x.columns % 32 else broken).format(x.columns)) for x in kept)
+    if head is not None and whole_file and head.name not in allowed:
+        narrow = bool(head.columns % ground.group_size and head.columns % 32)
+        kept += [head] if narrow or head.name in ground.reasons else []
+    return tuple(Kept(linear=x.name, reason=ground.reason(x)) for x in kept)
 
 
 def _unscored(units: list[SpendUnit], specs: Mapping[str, LinearSpec], scorer: str) -> tuple[Fallback, ...]:
@@ -202,12 +206,20 @@ class Ground:
     """What a budget is spent on, beside the scores.
 
     `file_bytes(specs)` is the exact size of the weight shards for an allocation; `candidates` are the formats
-    allowed to each linear that is to be quantized, those that were scored where not given.
+    allowed to each linear that is to be quantized, those that were scored where not given; `reasons` say of others why
+    they have none, where that is known.
     """
 
     group_size: int
     file_bytes: FileBytes
     candidates: Allowed | None = None
+    reasons: Mapping[str, str] = field(default_factory=dict)
+
+    def reason(self, linear: LinearInfo) -> str:
+        """Why a linear has no format."""
+        if linear.name in self.reasons:
+            return self.reasons[linear.name]
+        return narrow(linear) if linear.columns % 32 else "there is no score for it"
 
 
 def spend(
@@ -240,7 +252,7 @@ def spend_by(program: Program, trace: ModelTrace, scores: Scores, budget: Budget
     solution = spent.solution
     return BitAllocation(
         assigned=tuple(Assigned(linear=name, spec=spec) for name, spec in spent.specs.items()),
-        kept=_kept(trace, allowed, group_size=ground.group_size, whole_file=budget.whole_file),
+        kept=_kept(trace, allowed, ground, whole_file=budget.whole_file),
         fallbacks=(*_fallbacks(spent.specs, trace, ground.group_size), *_unscored(units, spent.specs, scores.scorer)),
         budget=budget.text,
         budget_bits=spent.account.available,

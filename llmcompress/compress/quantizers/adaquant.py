@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.compress.grid import Codes, expand_scale, find_scale, round_weight, stored_scale
-from llmcompress.compress.rounding import Quantized, Request, Seen, nearest
+from llmcompress.compress.rounding import NOT_FINITE, Quantized, Request, Seen, nearest
 from llmcompress.types import LinearSpec, QuantizerOptions
 
 NEEDS_HESSIAN = True
@@ -30,7 +30,7 @@ def quantize(
     Never a larger damped proxy loss than rounding. A Hessian that is not finite falls back to rounding, recorded.
     """
     if seen is None or not seen.finite:
-        return [nearest(r, options, dtype, "calibration inputs are not finite: rounded instead") for r in requests]
+        return [nearest(r, options, dtype, NOT_FINITE) for r in requests]
     return [_quantize(r.weight, r.spec, seen, options=options, dtype=dtype) for r in requests]
 
 

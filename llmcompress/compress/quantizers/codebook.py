@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llmcompress.compress.feedback import Factor, Loop, column_order, inverse_factor, round_columns
 from llmcompress.compress.grid import Codes
-from llmcompress.compress.rounding import Quantized, Request, Seen
+from llmcompress.compress.rounding import NOT_FINITE, Quantized, Request, Seen
 from llmcompress.compress.tables import fit_codebooks, nearest_entries
 from llmcompress.types import LinearSpec, QuantizerOptions
 
@@ -32,11 +32,11 @@ def quantize(
     Without a finite, regular Hessian all columns count the same and there is no feedback; it is recorded.
     """
     factor: Factor | None = None
-    notes: tuple[str, ...] = ("calibration inputs are not finite: k-means alone instead",)
+    notes: tuple[str, ...] = (NOT_FINITE,)
     if seen is not None and seen.finite:
         order = column_order(seen.hessian.diagonal(), "plain" if options.order == "plain" else "act", 1)
         factor, notes = seen.once("factor", lambda: inverse_factor(seen.hessian, order, options.damp))
-    return [Quantized(codebook_codes(r.weight, r.spec, factor), notes) for r in requests]
+    return [Quantized(codebook_codes(r.weight, r.spec, factor), notes, blind=factor is None) for r in requests]
 
 
 def codebook_codes(weight: Tensor, spec: LinearSpec, factor: Factor | None) -> Codes:

@@ -24,7 +24,7 @@ from llmcompress.compress.grid import (
     group_size_for,
     stored_scale,
 )
-from llmcompress.compress.rounding import Quantized, Request, Seen
+from llmcompress.compress.rounding import NOT_FINITE, Quantized, Request, Seen
 from llmcompress.spec import HIGH_BITS
 from llmcompress.types import LinearSpec, QuantizerOptions
 
@@ -48,7 +48,7 @@ def quantize(
     recorded.
     """
     if seen is None or not seen.finite:
-        return [_alone(r, options, dtype, "calibration inputs are not finite: rounded instead") for r in requests]
+        return [_alone(r, options, dtype, NOT_FINITE) for r in requests]
     plain = torch.arange(len(seen.hessian), device=seen.hessian.device)
     factor, notes = seen.once("factor", lambda: inverse_factor(seen.hessian, plain, options.damp))
     if factor is None:
@@ -63,7 +63,7 @@ def _alone(request: Request, options: QuantizerOptions, dtype: torch.dtype, note
     tiers = choose_tiers(weight, spec, importance=ones, inverse=ones)
     scale = tiers.find_scale(weight, dtype, clip=options.clip)
     codes, _ = tiers.round(weight, expand_scale(scale, weight.shape[1]))
-    return Quantized(tiers.pack(codes.to(torch.uint8), scale), (note,))
+    return Quantized(tiers.pack(codes.to(torch.uint8), scale), (note,), blind=True)
 
 
 def _together(

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmcompress.compress.overflow import checked
 from llmcompress.compress.scoring import Measured, ScoreJob, layers_from_blocks
 from llmcompress.errors import InputError
 from llmcompress.model.stream import BlockStream
@@ -106,7 +107,7 @@ def block_ranks(job: ScoreJob) -> list[float]:
         for place, call in enumerate(calls):
             maps: list[Tensor] = []
             with watching_attention(block, hidden[place].shape[1], maps):
-                hidden[place] = stream.run_block(info.index, hidden[place], call[info.index])
+                hidden[place] = checked(info, stream.run_block(info.index, hidden[place], call[info.index]))
             found += [rank(without_diagonal(each)).flatten() for each in maps]
         job.skeleton.free(block)
         if not found:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress.compress.observe import groups_of, local_name
+from llmcompress.compress.overflow import checked
 from llmcompress.compress.scoring import Measured, ScoreJob, layers_from_blocks
 from llmcompress.model.stream import BlockStream, hidden_of
 from llmcompress.types import BlockTrace, Series, Unit
@@ -237,7 +238,7 @@ def _observe(job: ScoreJob) -> _Found:
             figures = _figures(block, info, hidden[place], run)
             if figures is not None:
                 found.figures[-1].append(figures)
-            hidden[place] = found.chains[place].advance(run, hidden[place])
+            hidden[place] = checked(info, found.chains[place].advance(run, hidden[place]))
         job.skeleton.free(block)
     for tokens, state, chains in zip(batches, hidden, found.chains, strict=True):
         logits = stream.leave(tokens, state)

@@ -25,11 +25,12 @@ from torch import Tensor, nn
 from llmcompress.compress.head import head_input
 from llmcompress.compress.measuring import slices
 from llmcompress.compress.observe import collect_hessians, groups_of, module_of, weight_of
+from llmcompress.compress.overflow import checked
 from llmcompress.compress.rounding import Seen
-from llmcompress.compress.scoring import Measured, ScoreJob, rounding_errors
+from llmcompress.compress.scoring import Measured, ScoreJob, layer_score, rounding_errors
 from llmcompress.model.shares import OrderedSums, Share
 from llmcompress.model.stream import BlockCall, BlockStream
-from llmcompress.types import BlockTrace, Candidate, LayerScore, LinearInfo, LinearSpec, Unit
+from llmcompress.types import BlockTrace, LayerScore, LinearInfo, LinearSpec, Unit
 
 UNIT: Unit = "nats/token"
 NEEDS_DATA = True
@@ -146,10 +147,8 @@ class Sums:
         for name, specs in self.errors.items():
             linear = self.linears[name]
             key, share = (name, 1.0) if self.reduce == "sum" else (linear.unit, linear.weights / weights[linear.unit])
-            candidates = tuple(
-                Candidate(spec=spec, damage=0.5 * share * found[key, spec.bits] / count) for spec, _ in specs
-            )
-            layers.append(LayerScore(linear=name, candidates=candidates))
+            rows = ((spec, 0.5 * share * found[key, spec.bits] / count, None) for spec, _ in specs)
+            layers.append(layer_score(name, rows))
         return layers
 
 
@@ -198,7 +197,7 @@ class _Backward:
             self.job.skeleton.free(block)
 
     def _run(self, info: BlockTrace, hidden: Tensor, call: list[BlockCall]) -> Tensor:
-        return self.stream.run_block(info.index, hidden, call[info.index])
+        return checked(info, self.stream.run_block(info.index, hidden, call[info.index]))
 
     def head(self) -> list[LayerScore]:
         """Gradients entering the last block's output, and the head's own score where it has candidates."""

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from llmcompress.compress.grid import proxy_loss
 from llmcompress.compress.observe import GroupSums, groups_of, seen_by, watching_inputs, weight_of
-from llmcompress.compress.scoring import Measured, Observer, ScoreJob, rounding_errors
-from llmcompress.types import BlockTrace, Candidate, LayerScore, Unit
+from llmcompress.compress.scoring import Measured, Observer, ScoreJob, layer_score, rounding_errors
+from llmcompress.types import BlockTrace, LayerScore, LinearSpec, Unit
 
 UNIT: Unit = "proxy loss"
 NEEDS_DATA = True
@@ -35,7 +35,8 @@ class _ProxyLoss(Observer):
     def close(self, block: nn.Module, info: BlockTrace) -> None:
         seen = self.sums.means()
         most = max((mean.tokens for mean in seen.values()), default=0)
-        found: dict[str, list[Candidate]] = {x.name: [] for x in info.linears if x.name in self.job.candidates}
+        names = [x.name for x in info.linears if x.name in self.job.candidates]
+        found: dict[str, list[tuple[LinearSpec, float, None]]] = {name: [] for name in names}
         for number, members in groups_of(info).items():
             weights = {x.name: weight_of(block, info, x).contiguous() for x in members if x.name in found}
             mean = seen.pop(number)
@@ -43,8 +44,8 @@ class _ProxyLoss(Observer):
             share = mean.tokens / max(most, 1)  # of an expert's input: a mean over the tokens routed there
             for name, spec, error in rounding_errors(self.job, weights, known):
                 loss = proxy_loss(weights[name], weights[name] + error, mean.hessian) * share
-                found[name].append(Candidate(spec=spec, damage=max(loss, 0.0)))
-        self.layers += [LayerScore(linear=name, candidates=tuple(rows)) for name, rows in found.items()]
+                found[name].append((spec, max(loss, 0.0), None))
+        self.layers += [layer_score(name, rows) for name, rows in found.items()]
 
     def finish(self) -> Measured:
         return Measured(tuple(self.layers))

@@ -10,10 +10,10 @@ from llmcompress.compress.measuring import Noise
 from llmcompress.compress.observe import weight_of
 from llmcompress.compress.quantizers import rtn
 from llmcompress.compress.rounding import Request
-from llmcompress.compress.scoring import Measured, ScoreJob
+from llmcompress.compress.scoring import Measured, ScoreJob, layer_score
 from llmcompress.compress.swap_scores import mean_and_error, measure_job, memory_bytes, swap_text
 from llmcompress.compress.swaps import measure_swaps
-from llmcompress.types import Candidate, LayerScore, LinearSpec, Unit
+from llmcompress.types import LinearSpec, Unit
 
 UNIT: Unit = "nats/token"
 NEEDS_DATA = True
@@ -44,9 +44,6 @@ def score(job: ScoreJob) -> Measured:
     layers = []
     for name, row in zip(names, klds[1:], strict=True):
         mean, spread = mean_and_error(row / level**2)  # alpha
-        candidates = tuple(
-            Candidate(spec=s, damage=max(mean, 0.0) * errors[name, s], standard_error=spread * errors[name, s])
-            for s in job.candidates[name]
-        )
-        layers.append(LayerScore(linear=name, candidates=candidates))
+        rows = ((s, max(mean, 0.0) * errors[name, s], spread * errors[name, s]) for s in job.candidates[name])
+        layers.append(layer_score(name, rows))
     return Measured(tuple(layers))
