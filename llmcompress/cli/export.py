@@ -23,6 +23,11 @@ DTYPES = ("bfloat16", "float16", "float32")
 @click.option("--double/--no-double", default=None, help="bnb: quantize scales once more. Default: yes.")
 @click.option("--requantize", type=click.Choice(("q4_0", "q5_0", "q8_0")), help="gguf: of what has no type of its own.")
 @click.option("--calibration", metavar="SPEC", help="gguf: text whose inputs weigh what is requantized.")
+@click.option(
+    "--checkpoint-format",
+    type=click.Choice(("gptq", "gptq_v2")),
+    help="gptq: version 1, zero-points less one, or 2. Default: 1 where all are symmetric, which most programs read.",
+)
 @click.option("--force", is_flag=True, help="Replace an existing output, atomically, once the new one is complete.")
 @push_options
 @trusting

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from conftest import llama_config, save_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import llmcompress
@@ -124,9 +124,9 @@ def test_gptq_tensors_decode_to_the_weights(data: st.DataObject, bits: int, kind
         zero[0, 0] = 0
     spec = LinearSpec(bits=bits, group_size=size, kind="asymmetric" if zero is not None else "int")
     found = Codes(codes, half_scales(scale, "w"), spec, zero=None if zero is None else zero.to(torch.uint8))
-    version = 1 if zero is None else 2
-    tensors = gptq.tensors_of(found, version=version)
-    assert torch.equal(slow_gptq(tensors, bits, 2 - version), replace(found, scale=scale).dequantize())
+    for version in (1, 2) if zero is None else (2,):
+        tensors = gptq.tensors_of(found, version=version)
+        assert torch.equal(slow_gptq(tensors, bits, 2 - version), replace(found, scale=scale).dequantize())
 
 
 def test_version_one_says_one_less_than_the_middle(mixed: Path, tmp_path: Path) -> None:
@@ -139,6 +139,43 @@ def test_version_one_says_one_less_than_the_middle(mixed: Path, tmp_path: Path) 
     section = json.loads((out / "config.json").read_text())["quantization_config"]
     assert (section["checkpoint_format"], section["bits"], "dynamic" in section) == ("gptq", 4, False)
     assert done.record.lossless
+
+
+@pytest.mark.parametrize("word", gptq.VERSIONS)
+@pytest.mark.parametrize("lowest", [0, 1, None])
+def test_either_version_says_the_same_weights_or_refuses(word: str, lowest: int | None, tmp_path: Path) -> None:
+    """Codes with zero-points of their own, the least of which is `lowest`, and symmetric ones."""
+    source = save_model(tmp_path / "source", llama_config(num_hidden_layers=1))
+    more = () if lowest is None else ("quantizer=hqq",)
+    four = quantized(source, tmp_path / "four", "5bits", "plan.bits=[4]", "plan.group_size=32", *more)
+    if lowest is not None:
+        whole_zeros(four, lowest)
+    out, version = tmp_path / "out", gptq.VERSIONS[word]
+    if (version, lowest) == (1, 0):
+        with pytest.raises(InputError, match="a zero-point of 0, which version 1 cannot say"):
+            exported(four, out, "gptq", checkpoint_format=word)
+        assert [path.name for path in tmp_path.glob("*out*")] == []
+        return
+    assert exported(four, out, "gptq", checkpoint_format=word).record.lossless
+    section = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert (section["checkpoint_format"], section["format"]) == (word, word)
+    name = "model.layers.0.mlp.down_proj"
+    tensors = {k: v for shard in out.glob("*.safetensors") for k, v in load_file(shard).items()}
+    part = {end: tensors[name + end] for end in gptq.PARTS}
+    part |= {end: part[end][:, :32] for end in (".qweight", ".scales")}
+    weight = llmcompress.load(four, dense=True).get_submodule(name).weight
+    assert torch.equal(slow_gptq(part, 4, 2 - version), weight[:32])
+
+
+def whole_zeros(folder: Path, lowest: int) -> None:
+    """Zero-points of a 4-bit output of ours made whole codes, from `lowest` up; the weights change with them."""
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        for name in [name for name in tensors if name.endswith(".weight_zero")]:
+            tensors[name] = (torch.arange(tensors[name].numel()) % 4 + lowest).to(torch.uint8).view_as(
+                tensors[name]
+            ) * 16
+        save_file(tensors, path, metadata={"format": "pt"})
 
 
 def quantized_four(mixed: Path, folder: Path) -> Path:

@@ -35,6 +35,7 @@ class Options:
     double  bnb: whether scales are quantized once more
     requantize   gguf: what packed weights become that have no type of their own, `q4_0`, `q5_0` or `q8_0`
     calibration  gguf: text on which inputs of linears are seen, which weighs what is requantized
+    checkpoint_format  gptq: `gptq` (version 1) or `gptq_v2`
     """
 
     dtype: str | None = None
@@ -42,6 +43,7 @@ class Options:
     double: bool | None = None
     requantize: str | None = None
     calibration: str | None = None
+    checkpoint_format: str | None = None
 
 
 @dataclass(frozen=True)

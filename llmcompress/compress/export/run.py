@@ -57,7 +57,8 @@ def export(request: ExportRequest) -> Iterator[str | Exported]:
     module = find(FORMATS, request.format)
     for option in fields(Options):
         if getattr(request.options, option.name) is not None and option.name not in module.OPTIONS:
-            raise InputError(f"--{option.name} says nothing about {request.format}", "leave it out")
+            word = option.name.replace("_", "-")
+            raise InputError(f"--{word} says nothing about {request.format}", "leave it out")
     check_output(request.output, request.source.path, request.force)
     yield "opening"
     checkpoint = Checkpoint.open(request.source)

@@ -6,7 +6,8 @@
     .g_idx    int32 (columns,)                    the group of each column
 
 A weight is `(code - zero) * scale`. Version 1 cannot say a zero-point of 0, so files with zero-points of their own are
-of version 2 (`gptq_v2`). Widths that differ from most are in `dynamic`, a table of patterns for names of modules.
+of version 2 (`gptq_v2`) unless version 1 is asked for, which is refused where there is such a zero-point. Widths that
+differ from most are in `dynamic`, a table of patterns for names of modules.
 """
 
 import re
@@ -41,7 +42,8 @@ from llmcompress.spec import WORD_BITS, ZERO_BITS, LinearSpec
 TITLE = "GPTQ"
 TAG = "gptq"
 LIBRARY = "transformers"
-OPTIONS = ()
+OPTIONS = ("checkpoint_format",)
+VERSIONS = {"gptq": 1, "gptq_v2": 2}
 WIDTHS = (2, 3, 4, 8)
 GROUPS = (16, 32, 64, 128, 256, 512, 1024)
 WHOLE_ROW = -1
@@ -91,16 +93,24 @@ def zeros_of(codes: Codes) -> Tensor | None:
     return None if bool((codes.zero % steps).any()) else codes.zero // steps
 
 
-def _layers(checkpoint: Checkpoint) -> dict[str, Layer]:
-    """How the format says every packed weight, by tensor. Raises InputError with the reason where it cannot."""
+def _layers(checkpoint: Checkpoint, version: int | None) -> dict[str, Layer]:
+    """How the format, in a version that was asked for, says every packed weight, by tensor.
+
+    Raises InputError with the reason where it cannot.
+    """
     found = {}
     checkpoint.require_linears(TITLE)
     checkpoint.refuse_experts(TITLE)
     for name, codes in checkpoint.every_code():
         rows, columns = codes.codes.shape
         why = refusal(codes.spec, rows, columns)
-        if why is None and zeros_of(codes) is None:
+        zeros = None if why is not None else zeros_of(codes)
+        if why is None and zeros is None:
             why = f"{codes.spec.label}: zero-points that lie between codes"
+        if zeros is not None and version == 1 and bool((zeros == 0).any()):
+            raise InputError(
+                f"{name}: a zero-point of 0, which version 1 cannot say", "--checkpoint-format gptq_v2 can"
+            )
         if why is not None:
             raise InputError(f"{name} cannot be said in GPTQ: {why}", f"{TO_BF16}; or quantize with {ADVICE}")
         found[name] = Layer.of(codes.spec, columns)
@@ -113,7 +123,7 @@ ADVICE = "--set plan.bits=[2,3,4,8] and a quantizer of symmetric integers"
 
 
 def tensors_of(codes: Codes, *, version: int) -> dict[str, Tensor]:
-    """The four tensors of a linear by the ends of their names. `codes.scale` is float16."""
+    """The four tensors of a linear by the ends of their names. `codes.scale` is float16; version 1 has no zero of 0."""
     zeros, bits, columns = zeros_of(codes), codes.spec.bits, codes.codes.shape[1]
     if zeros is None:
         raise InputError("zero-points that lie between codes", TO_BF16)
@@ -129,8 +139,9 @@ def tensors_of(codes: Codes, *, version: int) -> dict[str, Tensor]:
 
 def write(checkpoint: Checkpoint, folder: Path, options: Options) -> Written:
     """Weights and config.json. Raises InputError where the format cannot hold them."""
-    layers = _layers(checkpoint)
-    version = 1 if all(layer.sym for layer in layers.values()) else 2
+    asked = None if options.checkpoint_format is None else VERSIONS[options.checkpoint_format]
+    layers = _layers(checkpoint, asked)
+    version = asked or (1 if all(layer.sym for layer in layers.values()) else 2)
     errors: dict[str, float] = {}
     changed = 0
 
