@@ -156,13 +156,21 @@ def check_place(path: Path | None, *, made: bool = False) -> None:
 def find_model(model: str, *, packed: bool = False) -> Any:
     """MODEL on this machine, looked over before any library that could open it is imported. Raises InputError.
 
+    What is wrong with its settings is found before the classes of models are imported.
+
     packed  it may be quantized already
     """
     from llmcompress.hub.source import resolve
     from llmcompress.preflight import check_source
 
     source = resolve(model)
-    check_source(source.path, packed=packed)
+    files = check_source(source.path, packed=packed)
+    from llmcompress.model.integrity import scan_small
+
+    scan_small(files)
+    from llmcompress.model.config import read_config
+
+    read_config(files)
     return source
 
 

@@ -1,12 +1,14 @@
-"""The config.json of a source, as transformers understands it."""
+"""The transformers config of a model directory, without the classes of models: their import takes seconds."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch  # noqa: F401 - where it is missing, this is said first
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from llmcompress.errors import InputError
 from llmcompress.plugins import nearest
@@ -32,9 +34,12 @@ def explained() -> Iterator[None]:
         raise InputError(f"config.json: no model can be made of it: {words}", hint) from None
 
 
-def read_config(files: SourceFiles) -> Any:
-    """The transformers config of a source, without any quantization section. Raises InputError."""
-    known = tuple(transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+def read_config(files: SourceFiles, known: tuple[str, ...] = tuple(CONFIG_MAPPING_NAMES)) -> Any:
+    """The transformers config of a source, of a type that is `known`, without any quantization section.
+
+    Raises InputError for another type, or for settings that make no sense.
+    """
+    quiet_transformers()
     model_type = str(files.config.get("model_type"))
     if model_type not in known:
         raise InputError(f"config.json: no causal language model of type {model_type!r}", nearest(model_type, known))

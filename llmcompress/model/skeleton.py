@@ -21,12 +21,13 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 from transformers.modeling_utils import LoadStateDictConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from llmcompress.errors import InputError
 from llmcompress.experts import Experts, conversions_of, split_experts
 from llmcompress.model.ahead import Direction, ReadAhead
 from llmcompress.model.checkpoint import CheckpointReader, RoundingReader, TensorReader
-from llmcompress.model.config import explained, quiet_transformers, read_config
+from llmcompress.model.config import explained, read_config
 from llmcompress.model.crew import ALONE, Crew
 from llmcompress.model.heap import give_back, map_large_tensors
 from llmcompress.model.shelf import Shelf
@@ -70,14 +71,13 @@ class Skeleton:
     """
 
     def __init__(self, files: SourceFiles, reader: TensorReader, device: str = "cpu") -> None:
-        quiet_transformers()
         map_large_tensors()
         self.files = files
         self.reader = reader
         self.device = torch.device(device)
         self.shelf, self.crew = Shelf(), ALONE
         self._direction, self.ahead = Direction(), ReadAhead()
-        self.config = read_config(files)
+        self.config = read_config(files, tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
         with init_empty_weights(include_buffers=False), explained():
             self.model = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
         split_experts(self.model, reader.names())

@@ -59,7 +59,10 @@ RANGES: Mapping[str, Range] = {
     **_ranges(Range(0, 1, whole=False), "attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop"),
     **_ranges(Range(0, 1, whole=False), "hidden_dropout", "partial_rotary_factor", "rotary_pct"),
 }
-FLAGS = ("tie_word_embeddings", "is_encoder_decoder")
+FLAGS = ("tie_word_embeddings", "is_encoder_decoder", "attention_bias", "mlp_bias")
+DIVIDING = ("llama", "gpt_neox", "opt")  # families whose class asks it of the width and the heads
+ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function")
+ACTIVATION = re.compile(r"[A-Za-z0-9_]{1,50}")
 
 
 def read_documents(folder: Path, refused: set[str]) -> tuple[dict[str, Any], list[Finding]]:
@@ -139,6 +142,14 @@ def check_config(document: Mapping[str, Any], *, packed: bool) -> Iterator[Findi
             f"config.json: quantized by {str(method)[:40]!r}, not a checkpoint this can read",
             "its quantization_config has no quant_method: download config.json again",
         )
+    width, heads = document.get("hidden_size"), document.get("num_attention_heads")
+    if (
+        document.get("model_type") in DIVIDING
+        and type(width) is type(heads) is int
+        and heads > 0
+        and 0 < width % heads < width
+    ):
+        yield Finding(f"config.json: hidden_size {width} is no multiple of num_attention_heads {heads}", REPAIR)
     sizes = {key: value for key, value in document.items() if key != "quantization_config"}
     for key, value, place in _walk(sizes):
         yield from _check_value(place + key, key, value)
@@ -153,6 +164,8 @@ def _check_value(where: str, key: str, value: Any) -> Iterator[Finding]:
         yield Finding(f"config.json: {where} is {shown}, not {kind} from {found.low:g} to {found.high:g}", REPAIR)
     elif key in FLAGS and not isinstance(value, bool):
         yield Finding(f"config.json: {where} is {shown}, not true or false", REPAIR)
+    elif key in ACTIVATIONS and not (isinstance(value, str) and ACTIVATION.fullmatch(value)):
+        yield Finding(f"config.json: {where} is {shown}, not the name of an activation", REPAIR)
     elif key in ("dtype", "torch_dtype") and str(value).removeprefix("torch.") not in FLOAT_NAMES:
         yield Finding(f"config.json: {where} is {shown}, not one of {', '.join(FLOAT_NAMES)}", REPAIR)
 

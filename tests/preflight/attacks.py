@@ -285,6 +285,9 @@ SETTINGS = {
     "width in words": Fault(lambda f: config(f, hidden_size="8"), "hidden_size"),
     "width a truth": Fault(lambda f: config(f, num_key_value_heads=True), "num_key_value_heads"),
     "epsilon in words": Fault(lambda f: config(f, rms_norm_eps="small"), "rms_norm_eps"),
+    "heads that do not divide": Fault(lambda f: config(f, num_attention_heads=3), "num_attention_heads"),
+    "activation of a module": Fault(lambda f: config(f, hidden_act="os.system"), "hidden_act"),
+    "words for a truth": Fault(lambda f: config(f, attention_bias="x", mlp_bias=[]), "attention_bias"),
     "negative epsilon": Fault(lambda f: config(f, rms_norm_eps=-1), "rms_norm_eps"),
     "negative theta": Fault(lambda f: config(f, rope_parameters={"rope_theta": -1.0}), "rope_theta"),
     "ties in words": Fault(lambda f: config(f, tie_word_embeddings="no"), "tie_word_embeddings"),
@@ -316,7 +319,7 @@ SETTINGS = {
     "adapter elsewhere": Fault(lambda f: link(f / "adapter", Path("/etc")), "adapter"),
 }  # fmt: skip
 FAULTS = SHARDS | INDICES | FILES | SETTINGS
-# found when weights are read
+# found when weights are read, of small models before that
 WEIGHTS = {
     "NaN": Fault(lambda f: stored(f, lambda t: t[EMBEDDING].__setitem__((3, 2), numpy.nan)), "index 26"),
     "infinity": Fault(lambda f: stored(f, lambda t: t[EMBEDDING].__setitem__((3, 2), -numpy.inf)), "index 26"),
@@ -329,10 +332,8 @@ MISFITS = {
         lambda f: stored(f, lambda t: t.update({"model.norm.weight": t[HEAD][0, :4]})), "model.norm.weight"
     ),
     "unknown type": Fault(lambda f: config(f, model_type="lllama"), "llama"),
-    "heads that do not divide": Fault(lambda f: config(f, num_attention_heads=3), "config.json"),
-    "unknown activation": Fault(lambda f: config(f, hidden_act="os.system"), "config.json"),
+    "unknown activation": Fault(lambda f: config(f, hidden_act="geluu"), "config.json"),
     "unknown rotation": Fault(
         lambda f: config(f, rope_parameters={"rope_type": "x", "rope_theta": 1e4}), "config.json"
     ),
-    "words for a number": Fault(lambda f: config(f, attention_bias="x", mlp_bias=[]), "attention_bias"),
 }

@@ -21,8 +21,11 @@ from llmcompress.errors import InputError
 from llmcompress.eval.loading import opened
 from llmcompress.eval.run import EvalRequest, run_eval
 from llmcompress.hub.source import Source
+from llmcompress.model import integrity
+from llmcompress.model.integrity import scan_small
 from llmcompress.model.skeleton import Skeleton
 from llmcompress.model.text import TextRequest
+from llmcompress.preflight import check_source
 from llmcompress.recipes import load_recipe
 from llmcompress.runtime.adapter import reader_of
 
@@ -129,20 +132,41 @@ COMMANDS: dict[str, list[str]] = {
 }
 
 
-def test_commands_refuse_before_pytorch_is_imported(tmp_path: Path) -> None:
-    """With an import of either library every one of these would end with 3."""
-    folder = attacks.good(tmp_path / "model")
-    attacks.config(folder, hidden_size=-1, auto_map={})
+READING = [name for name in COMMANDS if name.split()[0] not in ("verify", "inspect", "bench", "tune")]
+
+
+def without_pytorch(words: list[list[str]], folder: Path) -> subprocess.CompletedProcess[str]:
+    """Several commands, one after another; with an import of either library every one of them would end with 3."""
     code = (
         "import sys\n"
         "for name in ('torch', 'transformers', 'accelerate', 'safetensors'): sys.modules[name] = None\n"
         "from llmcompress.cli import main\n"
-        f"for words in {list(COMMANDS.values())!r}:\n"
+        f"for words in {words!r}:\n"
         "    try: main(words)\n"
         "    except SystemExit as end: print(end.code)\n"
     )
-    call = [sys.executable, "-c", code]
-    found = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True, check=False)
+    return subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
+
+
+def test_weights_of_small_models_are_scanned_before_pytorch_is_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = attacks.good(tmp_path / "model")
+    attacks.WEIGHTS["NaN"].damage(folder)
+    found = without_pytorch([COMMANDS[name] for name in READING], tmp_path)
+    assert found.stdout.split() == ["2"] * len(READING), found.stderr
+    assert found.stderr.count("has NaN or infinity at index 26") == len(READING)
+    files = check_source(folder)
+    with pytest.raises(InputError, match="index 26"):
+        scan_small(files)
+    monkeypatch.setattr(integrity, "SMALL_BYTES", sum(entry.stop - entry.start for entry in files.tensors.values()) - 1)
+    scan_small(files)
+
+
+def test_commands_refuse_before_pytorch_is_imported(tmp_path: Path) -> None:
+    folder = attacks.good(tmp_path / "model")
+    attacks.config(folder, hidden_size=-1, auto_map={})
+    found = without_pytorch(list(COMMANDS.values()), tmp_path)
     assert found.stdout.split() == ["2"] * len(COMMANDS), found.stderr
     lines = [line for line in found.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 2 * len(COMMANDS)

@@ -35,7 +35,7 @@ def hostile(scratch: Path, names: list[str]) -> Tally:
         log = scratch / "hostile.log"
         found = traced(words, place, ["-e", "trace=open,openat,openat2,execve"], log)
         wrong = [*_refusal(timed, EVERY[name].word), *_refusal(found, EVERY[name].word)]
-        late = name in attacks.WEIGHTS | attacks.MISFITS
+        late = name in attacks.MISFITS
         slowest[late] = max(slowest[late], timed.seconds)
         if timed.seconds > (WITH_LIBRARIES if late else SECONDS):
             wrong.append(f"{timed.seconds:.1f} s of processor time")
