@@ -7,7 +7,6 @@ commit may name it, as at the real one.
 import base64
 import hashlib
 import json
-import os
 import re
 import subprocess
 import sys
@@ -16,10 +15,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Event, Lock, Thread
+from threading import Event, Lock
 from typing import Any, ClassVar
 
 import yaml
+from local_server import knowing_only, serving
 
 TOKEN = "hf_aTokenThatMayWrite"
 LARGE = re.compile(r".*\.(safetensors|gguf)|tokenizer\.json")
@@ -276,9 +276,11 @@ class Client:
 
     def environment(self, **changes: str) -> dict[str, str]:
         """Of a process that knows this hub alone."""
-        clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and "proxy" not in k.lower()}
-        clean |= {"HF_ENDPOINT": self.url, "HF_HOME": str(self.home), "HF_HUB_OFFLINE": "0", "NO_PROXY": "*"}
-        return clean | {"HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"} | changes
+        return (
+            knowing_only(self.url, self.home)
+            | {"HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
+            | changes
+        )
 
     def run(self, *commands: list[Any], folder: Path, **changes: str) -> list[Result]:
         """Each command in turn, all in one process; after a word `python` is Python, after `forget` are no faults."""
@@ -318,10 +320,5 @@ def running_forge(home: Path) -> Iterator[Client]:
     """An empty hub on a free port of this machine, and a user whose cache is in `home`."""
     forge = Forge()
     handler = type("OneForge", (Handler,), {"forge": forge})
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-        thread.start()
-        yield Client(f"http://127.0.0.1:{server.server_port}", home, forge)
-        forge.released.set()
-        server.shutdown()
-        thread.join()
+    with serving(handler, forge.released) as url:
+        yield Client(url, home, forge)

@@ -10,8 +10,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Event, Thread
+from threading import Event
 from typing import Any, ClassVar
+
+from local_server import knowing_only, serving
 
 FIRST, SECOND, TAGGED = "1" * 40, "2" * 40, "3" * 40
 CARD = "---\nlanguage: en\nlicense: apache-2.0\n---\nA model.\n\nlicense: not-this-one\n"
@@ -171,8 +173,7 @@ class Stub:
 
     def resolve(self, *words: str, **environment: str) -> dict[str, Any]:
         """What each word resolves to in a fresh process whose client waits for nothing between retries."""
-        clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and "proxy" not in k.lower()}
-        clean |= {"HF_ENDPOINT": self.url, "HF_HOME": str(self.home), "HF_HUB_OFFLINE": "0", "NO_PROXY": "*"}
+        clean = knowing_only(self.url, self.home)
         command = [sys.executable, "-c", PROGRAM, *words]
         done = subprocess.run(command, env=clean | environment, capture_output=True, text=True, timeout=60, check=False)
         assert done.returncode == 0, done.stderr
@@ -205,10 +206,5 @@ def running_stub(home: Path) -> Iterator[Stub]:
     """A stub hub on a free port of this machine, whose users keep their cache in `home`."""
     answers = Answers()
     handler = type("OneHub", (Hub,), {"answers": answers})
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-        thread.start()
-        yield Stub(f"http://127.0.0.1:{server.server_port}", home, answers)
-        answers.released.set()
-        server.shutdown()
-        thread.join()
+    with serving(handler, answers.released) as url:
+        yield Stub(url, home, answers)

@@ -164,6 +164,33 @@ def write_shards(checkpoint: Checkpoint, folder: Path, make: Callable[[str], Map
         commit_json(folder / INDEX_NAME, index_document(layouts, checkpoint.parameters()))
 
 
+@dataclass(frozen=True)
+class Stored:
+    """What an export makes of one packed weight: tensors by the ends of their names, what it is called, its error."""
+
+    tensors: Mapping[str, Tensor]
+    kind: str
+    error: float
+
+
+def write_packed(checkpoint: Checkpoint, folder: Path, store: Callable[[str, Codes], Stored]) -> Written:
+    """`write_shards`, where `store` makes what is written of a packed weight of its codes; others stay as they are."""
+    errors: dict[str, float] = {}
+    types: dict[str, str] = {}
+
+    def make(name: str) -> dict[str, Tensor]:
+        codes = checkpoint.codes(name)
+        if codes is None:
+            return {name: checkpoint.skeleton.read(name)}
+        stored = store(name, codes)
+        errors[name], types[name] = stored.error, stored.kind
+        stem = name.removesuffix(".weight")
+        return {stem + end: tensor for end, tensor in stored.tensors.items()}
+
+    write_shards(checkpoint, folder, make)
+    return Written(errors, types)
+
+
 def relative_error(found: Tensor, wanted: Tensor) -> float:
     """`|found - wanted| / |wanted|`, 0 where both are zeros."""
     found, wanted = found.double(), wanted.double()

@@ -5,6 +5,7 @@ better. A weight whose rows are not whole blocks of 64 is dequantized to the sou
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -12,7 +13,15 @@ import torch
 from torch import Tensor
 
 from llmcompress.compress.export import int8
-from llmcompress.compress.export.checkpoint import Checkpoint, Options, Written, relative_error, write_shards
+from llmcompress.compress.export.checkpoint import (
+    Checkpoint,
+    Options,
+    Stored,
+    Written,
+    relative_error,
+    write_packed,
+    write_shards,
+)
 from llmcompress.compress.exporters import bnb
 from llmcompress.compress.grid import table_codes, table_format
 from llmcompress.errors import InputError
@@ -95,32 +104,26 @@ def _note(lossy: int, again: bool) -> str:
 def _write_rows(checkpoint: Checkpoint, folder: Path) -> Written:
     """The same with a byte for each weight and a scale for each row."""
     checkpoint.require_linears(TITLE)
-    errors: dict[str, float] = {}
-    types: dict[str, str] = {}
     again = 0
 
-    def make(name: str) -> dict[str, Tensor]:
+    def store(name: str, codes: Codes) -> Stored:
         nonlocal again
-        codes = checkpoint.codes(name)
-        if codes is None:
-            return {name: checkpoint.skeleton.read(name)}
         weight = checkpoint.skeleton.reader.read(name)
         carried = int8.carried(codes)
         again += carried is None
-        stored_rows, scale = carried or int8.rows_of(weight)
-        types[name] = "int8 rows"
-        errors[name] = relative_error(int8.weight_of(stored_rows, scale), weight)
-        return int8.tensors_of(name.removesuffix(".weight"), stored_rows, scale)
+        rows, scale = carried or int8.rows_of(weight)
+        error = relative_error(int8.weight_of(rows, scale), weight)
+        return Stored(int8.tensors_of("", rows, scale), "int8 rows", error)
 
-    write_shards(checkpoint, folder, make)
-    if not types:
+    written = write_packed(checkpoint, folder, store)
+    if not written.types:
         raise InputError("nothing in it is quantized", BETTER)
     document = read_json(checkpoint.skeleton.files.folder / "config.json")
-    section = int8.section(checkpoint.linears_left_alone(types))
+    section = int8.section(checkpoint.linears_left_alone(written.types))
     commit_json(folder / "config.json", document | {"quantization_config": section})
     notes = [f"{again} weights were quantized once more, to 8 bits by rows."] if again else []
     notes.append("bitsandbytes rounds inputs to 8 bits as well while it runs, which the figures above do not count.")
-    return Written(errors, types, tuple(notes))
+    return replace(written, notes=tuple(notes))
 
 
 def _with_record(tensors: dict[str, Tensor], dtype: str) -> dict[str, Tensor]:

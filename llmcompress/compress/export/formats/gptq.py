@@ -25,11 +25,12 @@ from llmcompress.compress.export.checkpoint import (
     TO_BF16,
     Checkpoint,
     Options,
+    Stored,
     Written,
     changed_scales,
     half_scales,
     relative_error,
-    write_shards,
+    write_packed,
 )
 from llmcompress.errors import InputError
 from llmcompress.files import commit_json, read_json
@@ -142,27 +143,22 @@ def write(checkpoint: Checkpoint, folder: Path, options: Options) -> Written:
     asked = None if options.checkpoint_format is None else VERSIONS[options.checkpoint_format]
     layers = _layers(checkpoint, asked)
     version = asked or (1 if all(layer.sym for layer in layers.values()) else 2)
-    errors: dict[str, float] = {}
     changed = 0
 
-    def make(name: str) -> dict[str, Tensor]:
+    def store(name: str, codes: Codes) -> Stored:
         nonlocal changed
-        codes = checkpoint.codes(name)
-        if codes is None:
-            return {name: checkpoint.skeleton.read(name)}
         half = replace(codes, scale=half_scales(codes.scale, name))
         changed += changed_scales(codes.scale)
-        errors[name] = relative_error(half.dequantize(), codes.dequantize())
-        stem = name.removesuffix(".weight")
-        return {stem + part: tensor for part, tensor in tensors_of(half, version=version).items()}
+        error = relative_error(half.dequantize(), codes.dequantize())
+        return Stored(tensors_of(half, version=version), f"{codes.spec.bits} bits", error)
 
-    write_shards(checkpoint, folder, make)
+    written = write_packed(checkpoint, folder, store)
     document = read_json(checkpoint.skeleton.files.folder / "config.json")
     commit_json(folder / "config.json", document | {"quantization_config": _section(checkpoint, layers, version)})
     notes = [f"{changed} scales are too small to be exact in float16."] if changed else []
     if len(set(layers.values())) > 1:
         notes.append("Formats differ between linears (`dynamic`), which plain transformers does not read.")
-    return Written(errors, {name: f"{layer.bits} bits" for name, layer in layers.items()}, tuple(notes))
+    return replace(written, notes=tuple(notes))
 
 
 def _section(checkpoint: Checkpoint, layers: Mapping[str, Layer], version: int) -> dict[str, Any]:
