@@ -57,6 +57,11 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
 
     requires_calibration = True  # there is nothing here that quantizes
 
+    def validate_environment(self, *_: Any, **given: Any) -> None:
+        """Called again with the map that `auto` stands for, which may spread a model over several devices."""
+        if TieRecord.of({"quantization_config": self.quantization_config.to_dict()}) is not None:
+            on_one_device(given.get("device_map"))
+
     def _process_model_before_weight_loading(self, model: nn.Module, **given: Any) -> None:
         files = given.get("checkpoint_files")
         if not files or not all(str(name).endswith(".safetensors") for name in files):

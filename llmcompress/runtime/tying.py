@@ -188,5 +188,10 @@ def tie_modules(model: nn.Module, shards: ShardReader, record: TieRecord, names:
 
 def on_one_device(device_map: Any) -> None:
     """Raises InputError where a model that shares weights would be spread over several devices."""
-    if isinstance(device_map, Mapping) and len({torch.device(place) for place in device_map.values()}) > 1:
+    if isinstance(device_map, Mapping) and len({_device(place) for place in device_map.values()}) > 1:
         raise InputError("blocks that share weights lie on one device", 'give device="cuda", or device_map={"": 0}')
+
+
+def _device(place: Any) -> str:
+    """A device as accelerate names it, in one way; weights may also lie on the `disk`."""
+    return str(place) if place == "disk" else str(torch.device(place))

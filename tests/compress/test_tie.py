@@ -185,6 +185,21 @@ def test_every_reader_computes_the_same(output: Path, tmp_path: Path) -> None:
     assert torch.equal(logits_of(tmp_path / "again", TOKENS), expected)
 
 
+@pytest.mark.parametrize("second", ["cpu", "disk"])
+def test_a_map_that_is_worked_out_may_not_spread_shared_weights(
+    second: str, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What accelerate makes of `auto` where there are several devices, as if there were."""
+    places = {"model.embed_tokens": "cpu", "model.layers": second, "model.norm": "cpu", "lm_head": "cpu"}
+    places |= {"model.rotary_emb": "cpu"}
+    monkeypatch.setattr("transformers.integrations.accelerate.infer_auto_device_map", lambda *_, **__: places)
+    if second == "cpu":
+        assert llmcompress.load(output, device_map="auto")(TOKENS).logits.isfinite().all()
+        return
+    with pytest.raises(InputError, match="blocks that share weights lie on one device"):
+        llmcompress.load(output, device_map="auto")
+
+
 def test_plain_transformers_refuses_and_an_export_opens_there(output: Path, run: Run, tmp_path: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
