@@ -12,9 +12,11 @@ import torch
 from conftest import ended, llama_config, save_model
 from safetensors.torch import load_file, save_file
 
+from llmcompress.compress.dealing import _packed, _unpacked
 from llmcompress.compress.group import LEFT
 from llmcompress.compress.quantizers import rtn
-from llmcompress.compress.rounding import Quantized
+from llmcompress.compress.rounding import Quantized, Request, nearest
+from llmcompress.types import LinearSpec, QuantizerOptions
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 BLOCK = "model.layers.1"
@@ -142,3 +144,15 @@ def test_a_linear_whose_score_is_not_finite_gets_the_widest_format(
     found = run(*words, "--budget", "3.6bits", "-o", "plan.json")
     assert found.returncode == 0, found.stderr
     assert f"not scored by {scorer}: 4 bits" in found.stdout + found.stderr
+
+
+@pytest.mark.parametrize("blind", [True, False])
+def test_what_another_process_could_not_round_is_known_here(blind: bool) -> None:
+    spec = LinearSpec(bits=4, group_size=32)
+    request = Request(torch.randn(8, 32, generator=torch.Generator().manual_seed(0)), spec)
+    codes = nearest(request, QuantizerOptions(), torch.bfloat16).codes
+    for notes in ((), ("why", "and why else")):
+        sent = Quantized(codes, notes, blind)
+        (found,) = _unpacked(_packed({0: sent}), [request]).values()
+        assert (found.fallbacks, found.blind) == (notes, blind)
+        assert torch.equal(found.codes.dequantize(), codes.dequantize())
