@@ -89,6 +89,14 @@ class ModelTrace(Noun):
     untraced_share: float  # of the weights inside the blocks but routers: experts that the file keeps fused
 
     @property
+    def untraced(self) -> str:
+        """What is said of experts that no format is planned for; empty where there are none."""
+        if self.untraced_share <= 0.001:
+            return ""
+        share = f"{self.untraced_share:.0%} of the block weights"
+        return f"experts left at the source precision, {share}: the file keeps those of a block in one tensor"
+
+    @property
     def routers(self) -> tuple[str, ...]:
         """What the names of routers' weights in the file begin with."""
         return tuple(name.removesuffix(".weight") for block in self.blocks for name in block.routers)

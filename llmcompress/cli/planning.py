@@ -260,6 +260,7 @@ def _tell(case: _Case, allocation: Any, speaker: Speaker) -> None:
         for reason, names in reasons.items():
             more = ", ..." if len(names) > 1 else ""
             lines.append(f"{len(names)} linear(s) {what}: {reason} ({names[0]}{more})")
+    lines += [case.desk.trace.untraced] if case.desk.trace.untraced else []
     say_lines(speaker, lines)
 
 

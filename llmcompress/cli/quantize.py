@@ -228,8 +228,8 @@ def _tell_plan(event: Any, speaker: Speaker) -> None:
         for reason, names in reasons.items():
             what = "left at the source precision" if facts is allocation.kept else "adjusted"
             speaker.talk(f"  {len(names)} linear(s) {what}: {reason} ({names[0]}{', ...' if len(names) > 1 else ''})")
-    if trace.untraced_share > 0.001:
-        speaker.talk(f"  fused experts left at the source precision: {trace.untraced_share:.0%} of the block weights")
+    if trace.untraced:
+        speaker.talk(f"  {trace.untraced}")
 
 
 def _tell_result(request: Any, told: Told, *, sent: Any, speaker: Speaker) -> None:

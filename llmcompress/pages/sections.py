@@ -48,6 +48,7 @@ def bits(run: Run) -> Section | None:
     if allocation.under_budget_reason:
         lead += f" Not closer to it: {allocation.under_budget_reason}."
     notes = [el("p", f"{count} linear(s): {reason}.", class_="soft small") for reason, count in reasons.items()]
+    notes += [el("p", f"{trace.untraced}.", class_="soft small")] if trace.untraced else []
     body = join([el("p", lead), *notes, shown(bits_figure(trace, allocation, name=run.name))])
     return Section("bits", "Where the bits went", body)
 
