@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress.compress.rounding import Seen
+from llmcompress.model.products import inner, turned
 from llmcompress.model.shares import OrderedSums, Share
 from llmcompress.model.stream import linear_modules
 from llmcompress.types import BlockTrace, LinearInfo
@@ -129,19 +130,19 @@ class GroupWatch:
         def enough(*_: Any) -> None:
             raise Enough
 
-        linears = linear_modules(block)
+        module = block.get_submodule
         norms = {w.norm for _, w in self._writers if w.norm}
         parts = {name for _, w in self._writers for name in (*w.after, *([w.linear] if self.whole else []))}
-        handles = [block.get_submodule(name).register_forward_pre_hook(reads(name)) for name in norms]
-        handles += [linears[name].register_forward_hook(wrote(name)) for name in parts]
-        first = linears[self._first]
+        handles = [module(name).register_forward_pre_hook(reads(name)) for name in norms]
+        handles += [module(name).register_forward_hook(wrote(name)) for name in parts]
+        first = module(self._first)
         handles.append(first.register_forward_pre_hook(lambda _, args: found.append(args[0])))
         if until == "input" and self.whole:
-            handles.append(linears[self._last].register_forward_hook(enough))
+            handles.append(module(self._last).register_forward_hook(enough))
         elif until == "input":
             handles.append(first.register_forward_pre_hook(enough))
         elif until == "child":
-            handles.append(block.get_submodule(self._first.partition(".")[0]).register_forward_hook(enough))
+            handles.append(module(self._first.partition(".")[0]).register_forward_hook(enough))
         try:
             yield
         finally:
@@ -157,13 +158,13 @@ class InputSums:
 
     def add(self, stored: Reading, full: Reading | None = None) -> None:
         """One batch, in the stored model and, where it is run, in the full-precision one."""
-        x = stored.inputs
+        x = turned(stored.inputs)
         _put_inputs(self._sums, "", x)
         if full is not None:
             if not self.whole:
-                self._sums.put(DRIFT, (full.inputs - x).T @ x)
+                self._sums.put(DRIFT, inner(turned(full.inputs - stored.inputs), x))
             for name, stream in stored.streams.items():
-                self._sums.put(TERM + name, (full.streams[name] - stream).T @ x)
+                self._sums.put(TERM + name, inner(turned(full.streams[name] - stream), x))
         self._sums.close_batch()
 
     def means(self) -> tuple[Seen, dict[str, Tensor]]:
@@ -188,7 +189,7 @@ class GroupSums:
     def see(self, number: int, inputs: Tensor) -> None:
         """The input `(tokens, columns)` of a group; for `watching_inputs`."""
         if self._only is None or number in self._only:
-            _put_inputs(self._sums, f"{number} ", inputs.float())
+            _put_inputs(self._sums, f"{number} ", turned(inputs.float()))
 
     def close_batch(self) -> None:
         """All groups have been seen for a batch; an expert that no token reached may not have been."""
@@ -202,11 +203,11 @@ class GroupSums:
 
 
 def _put_inputs(sums: OrderedSums, prefix: str, x: Tensor) -> None:
-    """Add `x^T x` up to its diagonal, in stripes, and the number of tokens."""
-    sums.put(prefix + TOKENS, torch.tensor([len(x)]))
-    for start in range(0, x.shape[1], STRIPE):
+    """Add `x x^T` of inputs `(columns, tokens)` up to its diagonal, in stripes, and the number of tokens."""
+    sums.put(prefix + TOKENS, torch.tensor([x.shape[1]]))
+    for start in range(0, len(x), STRIPE):
         stop = start + STRIPE
-        sums.put(f"{prefix}{HESSIAN}{start}", x[:, start:stop].T @ x[:, :stop])
+        sums.put(f"{prefix}{HESSIAN}{start}", inner(x[start:stop], x[:stop]))
 
 
 def _seen(totals: dict[str, Tensor], prefix: str) -> Seen:

@@ -1,16 +1,18 @@
 """Run a block again and again without computing twice what can no longer change."""
 
-from collections.abc import Callable, Collection, Iterator
+from collections import defaultdict
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
 from llmcompress.compress.observe import local_name
+from llmcompress.model.products import Quick
+from llmcompress.model.shelf import Keep, Tray
 from llmcompress.model.stream import BlockCall, hidden_of
 from llmcompress.types import BlockTrace
 
-Keep = Callable[[Tensor], Tensor]  # where hidden states wait, see `BlockStream.keep`
 INPUT_BYTES = 1 << 30  # of inputs of last linears kept at a time: they can be several times as wide as hidden states
 
 
@@ -21,7 +23,8 @@ def in_memory(hidden: Tensor) -> Tensor:
 
 def call_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
     """Hidden states leaving a block."""
-    return hidden_of(block(hidden, *call.args, **call.kwargs))
+    with Quick():
+        return hidden_of(block(hidden, *call.args, **call.kwargs))
 
 
 class Replay:
@@ -34,7 +37,8 @@ class Replay:
     """
 
     def __init__(self, block: nn.Module, info: BlockTrace, keep: Keep = in_memory) -> None:
-        self.block, self._keep = block, keep
+        self.block = block
+        self._trays: defaultdict[str, Tray] = defaultdict(lambda: Tray(keep))
         self.children: dict[str, set[str]] = {}
         for linear in info.linears:
             self.children.setdefault(local_name(info, linear).partition(".")[0], set()).add(linear.name)
@@ -77,15 +81,15 @@ class Replay:
             if end.beside:
                 output = (output, *[None] * end.beside)
             if keep:
-                self._outputs[key] = self._kept(output)
+                self._outputs[key] = self._kept(key[0], output)
             return output
 
         return forward
 
-    def _kept(self, output: Any) -> Any:
+    def _kept(self, name: str, output: Any) -> Any:
         if isinstance(output, tuple):
-            return tuple(map(self._kept, output))
-        return self._keep(output) if isinstance(output, Tensor) else output
+            return tuple(self._kept(f"{name}[{place}]", part) for place, part in enumerate(output))
+        return self._trays[name](output) if isinstance(output, Tensor) else output
 
     def _take(self, key: tuple[str, int]) -> Tensor:
         found = self._inputs.pop(key)
@@ -94,7 +98,7 @@ class Replay:
 
     def _keeping(self, key: tuple[str, int]) -> Any:
         def after(_: nn.Module, __: Any, output: Any) -> None:
-            self._outputs[key] = self._kept(output)
+            self._outputs[key] = self._kept(key[0], output)
 
         return after
 
@@ -103,7 +107,7 @@ class Replay:
             if key in self._inputs:
                 self._take(key)
             if args[0].nbytes <= self._room:
-                self._inputs[key] = self._keep(args[0])
+                self._inputs[key] = self._trays[f"{key[0]} reads"](args[0])
                 self._room -= args[0].nbytes
 
         return before

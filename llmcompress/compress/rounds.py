@@ -24,10 +24,11 @@ from llmcompress.compress.observe import (
     module_of,
 )
 from llmcompress.compress.ranges import InputRanges
-from llmcompress.compress.replay import Keep, Replay, call_block, in_memory
+from llmcompress.compress.replay import Replay, call_block, in_memory
 from llmcompress.compress.routed import Routed, rows_of
 from llmcompress.kernels.inputs import InputQuantizer
 from llmcompress.model.shares import Share
+from llmcompress.model.shelf import Keep, Tray
 from llmcompress.model.stream import BlockCall
 from llmcompress.runtime.attention import AttentionRounding, attention_modules, forget
 from llmcompress.runtime.inputs import attach, attach_stored, detach
@@ -74,6 +75,7 @@ class BlockRounds:
         self.full = Replay(copy.deepcopy(block), info, streams.keep) if compares else None
         self.routed = Routed(block, info, streams.keep)
         self.full_routed = None if self.full is None else Routed(self.full.block, info, streams.keep)
+        self._keep, self._keep_full = Tray(streams.keep), Tray(streams.keep)
         self.leaving: list[Tensor | None] = [None] * len(streams.full or ())
         self.quantizers: dict[str, InputQuantizer] = {}
         self.attention: dict[str, AttentionRounding] = {}  # by the attention's name inside the block
@@ -182,7 +184,7 @@ class BlockRounds:
                     run = partial(call_block, self.full.block, streams.full[place], call)
                     full = watch.read(self.full.block, streams.full[place], run, until=until)
                 if full.leaving is not None:
-                    self.leaving[place] = streams.keep(full.leaving)
+                    self.leaving[place] = self._keep_full(full.leaving)
                     full.leaving = None
                     self.full.drop(place)
             with self.stored.on(place, final):
@@ -225,7 +227,7 @@ class BlockRounds:
     def leave_stored(self, place: int, call: BlockCall) -> Tensor:
         """Hidden states of batch `place` leaving the block as it will be stored."""
         with self.stored.on(place, self._settled(len(self.groups)), keep=False):
-            return self.streams.keep(call_block(self.stored.block, self.streams.stored[place], call))
+            return self._keep(call_block(self.stored.block, self.streams.stored[place], call))
 
     @torch.no_grad()
     def leave_full(self, place: int) -> Tensor:
@@ -233,7 +235,7 @@ class BlockRounds:
         found = self.leaving[place]
         if found is None and self.full is not None and self.streams.full is not None:
             left = call_block(self.full.block, self.streams.full[place], self.streams.calls[place])
-            found = self.streams.keep(left)
+            found = self._keep_full(left)
             self.leaving[place] = found
         if found is None:
             raise ValueError("the full-precision model was not run")

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress.compress.observe import Enough, local_name
-from llmcompress.compress.replay import Keep
 from llmcompress.experts import Expert
+from llmcompress.model.shelf import Keep
 from llmcompress.types import BlockTrace, LinearInfo
 
 

@@ -8,6 +8,7 @@ new Python version moves no file from one split to another.
 
 import hashlib
 import importlib
+import os
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,28 +33,27 @@ def split_of(name: str) -> Split:
     return "calibration" if bucket == 1 else "train"
 
 
-def _sources() -> Iterator[tuple[str, str]]:
+def _sources(split: Split) -> Iterator[tuple[str, str]]:
     root = Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(root.rglob("*.py")):
-        relative = path.relative_to(root)
-        folders = relative.parts[:-1]
-        if any(part in SKIPPED_FOLDERS or part.startswith("config-") for part in folders):
-            continue
-        if relative.name.startswith("_sysconfigdata") or not path.is_file():  # a broken link, or a folder
-            continue
-        if not SMALLEST_FILE_BYTES <= path.stat().st_size <= LARGEST_FILE_BYTES:
-            continue
-        yield relative.as_posix(), path.read_text(encoding="utf-8", errors="replace")
+    for folder, folders, files in os.walk(root):
+        folders[:] = [x for x in folders if x not in SKIPPED_FOLDERS and not x.startswith("config-")]
+        for file in files:
+            path = Path(folder, file)
+            name = path.relative_to(root).as_posix() if file.endswith(".py") else ""
+            if not name or file.startswith("_sysconfigdata") or split_of(name) != split:
+                continue
+            if path.is_file() and SMALLEST_FILE_BYTES <= path.stat().st_size <= LARGEST_FILE_BYTES:
+                yield name, path.read_text(encoding="utf-8", errors="replace")  # no broken link, and no folder
 
 
-def _topics() -> Iterator[tuple[str, str]]:
+def _topics(split: Split) -> Iterator[tuple[str, str]]:
     topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
-    for name in sorted(topics):
-        if len(topics[name]) >= SMALLEST_FILE_BYTES:
-            yield f"topics/{name}", topics[name]
+    for topic in sorted(topics):
+        name = f"topics/{topic}"
+        if split_of(name) == split and len(topics[topic]) >= SMALLEST_FILE_BYTES:
+            yield name, topics[topic]
 
 
 def documents(split: Split) -> list[tuple[str, str]]:
     """`(name, text)` of every file of one split, in a fixed order (by the digest of the name)."""
-    found = [(name, text) for name, text in (*_sources(), *_topics()) if split_of(name) == split]
-    return sorted(found, key=lambda item: hashlib.sha256(item[0].encode()).digest())
+    return sorted((*_sources(split), *_topics(split)), key=lambda item: hashlib.sha256(item[0].encode()).digest())

@@ -7,12 +7,17 @@ it is mapped: it lives on while its tensor does, and nothing is left of it when 
 
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from llmcompress.errors import MachineError
+from llmcompress.model.heap import LARGE_BYTES
+
+Keep = Callable[[Tensor], Tensor]  # where a tensor waits
+TRAY_BYTES = 4 * LARGE_BYTES
 
 
 class Shelf:
@@ -48,3 +53,26 @@ class Shelf:
                 "free disk space; TMPDIR names the folder of commands that have no state of their own",
             ) from error
         return mapped.view(tensor.shape)
+
+
+class Tray:
+    """Where tensors of one kind wait, in the order they come: small ones side by side in mappings of their own.
+
+    What is kept for long among what is soon let go leaves holes in the heap, which grows then. A mapping goes with the
+    last tensor in it. `keep` is asked first, and what it moves elsewhere stays there.
+    """
+
+    def __init__(self, keep: Keep) -> None:
+        self._keep, self._room, self._used = keep, torch.empty(0), 0
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """The same values, not to be written to."""
+        kept = self._keep(tensor)
+        if kept is not tensor or tensor.device.type != "cpu" or not 0 < tensor.nbytes < LARGE_BYTES:
+            return kept
+        alike = self._room.shape[1:] == tensor.shape and self._room.dtype == tensor.dtype
+        if not alike or self._used == len(self._room):
+            self._room, self._used = tensor.new_empty(-(-TRAY_BYTES // tensor.nbytes), *tensor.shape), 0
+        place = self._room[self._used]
+        self._used += 1
+        return place.copy_(tensor)

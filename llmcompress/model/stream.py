@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from llmcompress.errors import InputError
 from llmcompress.experts import Experts
+from llmcompress.model.shelf import Tray
 from llmcompress.model.skeleton import Skeleton
 
 Forward = Callable[..., Any]
@@ -186,7 +187,8 @@ class BlockStream:
         self.skeleton.load_entrance()
         self.skeleton.load_block(0)
         entered = [self.enter(tokens) for tokens in batches]
-        return [self.keep(hidden) for hidden, _ in entered], [call for _, call in entered]
+        tray = Tray(self.keep)
+        return [tray(hidden) for hidden, _ in entered], [call for _, call in entered]
 
 
 def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, BlockCall]:
