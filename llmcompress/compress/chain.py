@@ -14,13 +14,25 @@ from llmcompress.compress.rounds import BlockRounds, Streams
 from llmcompress.compress.shards import ShardMap
 from llmcompress.model.checkpoint import TORCH_DTYPES
 from llmcompress.model.crew import ALONE, Crew
+from llmcompress.model.products import cached_batch
 from llmcompress.model.shares import Share
 from llmcompress.model.skeleton import Skeleton
 from llmcompress.model.stream import BlockCall, BlockStream
+from llmcompress.model.text import Batches
 from llmcompress.plugins import find
+from llmcompress.recipes import Recipe
 from llmcompress.types import BlockTrace, LinearInfo, ModelTrace, Plan
 
 QUANTIZERS = "llmcompress.compress.quantizers"
+
+
+def split_text(recipe: Recipe, skeleton: Skeleton, batches: Batches) -> list[Tensor]:
+    """Batches of the recipe, or as many sequences as a core's cache holds; who learns takes a step on each batch."""
+    size = recipe.calibration.batch_size
+    if not batches.tokens.numel() or hasattr(find(QUANTIZERS, recipe.quantizer), "LEARNERS"):
+        return batches.split(size)
+    width = int(skeleton.config.get_text_config().hidden_size)
+    return batches.split(cached_batch(size, batches.tokens.shape[1], width, skeleton.device))
 
 
 @dataclass(frozen=True)

@@ -132,9 +132,9 @@ def made_digest(journal: Journal, opened: Opened) -> str:
     return weights.found
 
 
-def halve(journal: Journal, recipe: Recipe) -> bool:
+def halve(journal: Journal, batch_size: int) -> bool:
     """Note that this run, and what goes on with it, takes half the batch; False where it has none to halve, or had."""
-    size = recipe.calibration.batch_size // 2
+    size = batch_size // 2
     if size < 1 or sealed(journal.state / HALVED_NAME, Halved) is not None:
         return False
     seal(journal.state / HALVED_NAME, Halved(batch_size=size))

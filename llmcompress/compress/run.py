@@ -10,14 +10,13 @@ from pathlib import Path
 
 import torch
 import transformers
-from torch import Tensor
 
 from llmcompress import __version__
 from llmcompress.compress.allocate.budget import Budget
 from llmcompress.compress.apply import apply, finished_logits
 from llmcompress.compress.card import write_card
 from llmcompress.compress.carried import carried_out, difference
-from llmcompress.compress.chain import QUANTIZERS, ApplyJob
+from llmcompress.compress.chain import ApplyJob, split_text
 from llmcompress.compress.forecast import Forecast, check_disk, fitted
 from llmcompress.compress.journal import Journal, check_output
 from llmcompress.compress.kept import sealed
@@ -59,10 +58,8 @@ from llmcompress.files import commit_bytes
 from llmcompress.hub.source import Source
 from llmcompress.model.checkpoint import folder_bytes
 from llmcompress.model.crew import ALONE, Crew
-from llmcompress.model.products import cached_batch
 from llmcompress.model.shelf import Shelf
 from llmcompress.model.text import Batches
-from llmcompress.plugins import find
 from llmcompress.recipes import Recipe
 from llmcompress.runtime.skipping import SkipRecord
 from llmcompress.types import BlockOutcome, Dropping, Plan, RewriteRecord, ScoreFile, Scores
@@ -195,8 +192,11 @@ def _twice(
         yield from _locked(request, journal, opened, batches=batches, asked=asked)
         return
     except (MemoryError, RuntimeError) as error:
-        alone = request.crew.size == 1 and batches.tokens.numel()
-        if not out_of_memory(error) or not alone or not halve(journal, request.recipe):
+        alone, largest = (
+            request.crew.size == 1,
+            max(map(len, split_text(request.recipe, opened.skeleton, batches)), default=0),
+        )
+        if not out_of_memory(error) or not alone or not halve(journal, largest):
             raise
     gc.collect()
     shelf = opened.skeleton.shelf  # what was opened is half changed
@@ -252,7 +252,7 @@ def _locked(
         trace=opened.trace,
         skeleton=opened.skeleton,
         shards=opened.shards,
-        batches=_split(request.recipe, opened, batches),
+        batches=split_text(request.recipe, opened.skeleton, batches),
         probe=probe_tokens(opened, request.recipe.seed),
         hints=opened.hints,
     )
@@ -267,15 +267,6 @@ def _locked(
     checks: list[Check] = []
     request.crew.first(lambda: checks.extend(_close(request, journal, job, opened, story, outcomes=outcomes)))
     yield Finished(plan, tuple(checks), request.crew.first(partial(publish, journal, request.force)))
-
-
-def _split(recipe: Recipe, opened: Opened, batches: Batches) -> list[Tensor]:
-    """Batches of the recipe, or as many sequences as a core's cache holds; who learns takes a step on each batch."""
-    size = recipe.calibration.batch_size
-    if not batches.tokens.numel() or hasattr(find(QUANTIZERS, recipe.quantizer), "LEARNERS"):
-        return batches.split(size)
-    width = int(opened.skeleton.config.get_text_config().hidden_size)
-    return batches.split(cached_batch(size, batches.tokens.shape[1], width, opened.skeleton.device))
 
 
 def _applied(job: ApplyJob, journal: Journal) -> Generator[BlockOutcome, None, tuple[BlockOutcome, ...]]:
