@@ -39,6 +39,8 @@ ROWS: tuple[tuple[str, str, QuantizerOptions], ...] = (
     ("residual target, alpha 1", "gptq", PLAIN.model_copy(update={"target": "residual", "alpha": 1.0})),
     ("residual target, sweeps", "gptq", PLAIN.model_copy(update={"target": "residual", "sweeps": 2})),
     ("residual target, group order, sweeps (balanced)", "gptq", OURS),
+    ("balanced, output-side feedback, 16 rows", "gptq", OURS.model_copy(update={"output_feedback": 16})),
+    ("balanced, output-side feedback, 64 rows", "gptq", OURS.model_copy(update={"output_feedback": 64})),
     ("AdaRound from there, 200 steps", "adaround", OURS),
     ("SignRound from there, twice 100 steps (best)", "signround", OURS.model_copy(update={"iterations": 100})),
 )

@@ -181,6 +181,34 @@ class Dropping(Noun):
     weights: int
 
 
+class FeedbackTrial(Noun):
+    """Whether output-side feedback is used: the plan carried out without and with it, `rows` rows at a time.
+
+    KL divergence on calibration text that neither saw, nats per token; `standard_error` is that of the difference,
+    over sequences.
+    """
+
+    rows: int
+    kld_without: float
+    kld_with: float
+    standard_error: float
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the KL divergence fell."""
+        return self.kld_with < self.kld_without
+
+    @property
+    def words(self) -> str:
+        """The verdict with its figures."""
+        change = self.kld_with - self.kld_without
+        verdict = "accepted" if self.accepted else "refused"
+        return (
+            f"output-side feedback, {self.rows} rows at a time, {verdict}: measured KL {self.kld_without:.5f} without, "
+            f"{self.kld_with:.5f} with it ({change:+.5f} ± {self.standard_error:.5f})"
+        )
+
+
 class Plan(Noun):
     """All decisions of a run, hashed; a resumed run compares it with the one that began."""
 
@@ -197,6 +225,7 @@ class Plan(Noun):
     trials: tuple[Trial, ...] = ()
     exchanges: tuple[Exchange, ...] = ()
     dropping: Dropping | None = None
+    output_feedback: FeedbackTrial | None = None
     seed: int
     batch_size: int
 

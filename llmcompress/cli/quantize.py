@@ -218,6 +218,8 @@ def _tell_plan(event: Any, speaker: Speaker) -> None:
     if speaker.verbose or (trials and trials[0].measured_kld > min(t.measured_kld for t in trials)):
         for trial in trials:
             speaker.talk(f"  measured KL {trial.measured_kld:.5f} at {trial.bits_per_weight:.4f} bits: {trial.label}")
+    if event.plan.output_feedback is not None:
+        speaker.talk(f"  {event.plan.output_feedback.words}")
     if allocation.under_budget_reason:
         speaker.talk(f"  under the budget by {1 - allocation.storage_bits / allocation.budget_bits:.2%}: "
                      f"{allocation.under_budget_reason}")  # fmt: skip

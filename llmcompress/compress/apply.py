@@ -243,12 +243,11 @@ def quantize_head(job: ApplyJob, chain: Chain, head: LinearInfo, journal: Journa
 def _outcome(rounded: Rounded) -> LinearOutcome:
     """What one linear cost, against the weight that was to be rounded."""
     loss, whole = rounded.errors()
-    bits = rounded.result.codes.spec.bits
     if not math.isfinite(loss) or not math.isfinite(whole):
         raise InputError(f"{rounded.linear.name}: what it reads or makes of it is NaN or infinite", OVERFLOWS)
     return LinearOutcome(
         linear=rounded.linear.name,
-        bits=bits,
+        bits=rounded.result.codes.spec.bits,
         proxy_loss=loss,
         relative_loss=loss / max(whole, 1e-30),
         tokens=rounded.tokens,

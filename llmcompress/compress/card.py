@@ -86,6 +86,8 @@ def _remarks(story: Story) -> list[str]:
     options = story.plan.options
     rounded = {"inputs of linears": options.inputs, "keys and values": options.kv_cache, "softmax": options.softmax}
     said += [f"Rounded while it runs: {what}, `{word}`." for what, word in rounded.items() if word != "none"]
+    if story.plan.output_feedback is not None:
+        said.append(f"Tried: {story.plan.output_feedback.words}.")
     said += [f"{len(kept)} linear(s) are left at the source precision."] if kept else []
     return [*said, f"{story.trace.untraced[0].upper()}{story.trace.untraced[1:]}."] if story.trace.untraced else said
 

@@ -1,11 +1,12 @@
 """What a plan is carried out with: the job, and calibration text on its way through the blocks."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from llmcompress.compress.curvatures import output_curvatures
 from llmcompress.compress.group import Method
 from llmcompress.compress.head import logits_reader
 from llmcompress.compress.overflow import usable
@@ -88,6 +89,7 @@ class Chain:
     hidden: list[Tensor]
     full: list[Tensor]
     calls: list[list[BlockCall]]
+    curvatures: Mapping[str, Tensor] = field(default_factory=dict)
 
     @torch.no_grad()
     def advance(self, index: int, rounds: BlockRounds) -> bool:
@@ -127,16 +129,17 @@ class Chain:
         learns, last = bool(job.method.learners), index + 1 == len(job.trace.blocks)
         logits = logits_reader(self.stream, self.tokens) if learns and last else None
         leads = learns or index + 1 < len(job.parts)
-        full = list(self.full) if job.method.compares else None
-        return Streams(self.hidden[:batches], full, calls, leads, logits, self.stream.keep, self.share)
+        full, keep = list(self.full) if job.method.compares else None, self.stream.keep
+        return Streams(self.hidden[:batches], full, calls, leads, logits, keep, self.share, self.curvatures)
 
 
 def start_chain(job: ApplyJob) -> Chain:
-    """Enter the model with every batch and the probe."""
-    stream, share = BlockStream(job.skeleton), job.share
-    tokens = share.of(job.batches)
+    """Enter the model with every batch and the probe; before that, the backward that output-side feedback needs."""
+    wanted = job.plan.specs if job.plan.options.output_feedback else ()
+    curvatures = output_curvatures(job.skeleton, job.trace, job.batches, wanted)
+    stream, share, tokens = BlockStream(job.skeleton), job.share, job.share.of(job.batches)
     hidden, calls = stream.start([*tokens, job.probe])
     job.skeleton.free_rest()
     job.skeleton.free(job.skeleton.blocks[0])
     full = list(hidden[:-1]) if job.method.compares else []
-    return Chain(stream, share, tokens, hidden, full, calls)
+    return Chain(stream, share, tokens, hidden, full, calls, curvatures)

@@ -35,9 +35,15 @@ def integers(bits: int, columns: int, *, group_size: int, options: QuantizerOpti
 def maker(quantizer: ModuleType, options: QuantizerOptions, group_size: int) -> Maker:
     """What a quantizer makes of a linear of the blocks, as a function of the width and of the linear's columns.
 
-    Raises InputError, also when called, for a low-rank correction of what can have none.
+    Raises InputError, also when called, for a low-rank correction of what can have none, and for output-side feedback
+    where there is no feedback at all.
     """
     formats = getattr(quantizer, "formats", integers)
+    if options.output_feedback and not hasattr(quantizer, "TWO_SIDED"):
+        raise InputError(
+            "quantize.output_feedback: this quantizer does not round by feedback",
+            "set quantizer=gptq, signround or adaround, or output_feedback=0",
+        )
     if options.correction_rank and hasattr(quantizer, "LEARNERS"):
         raise InputError(
             "quantize.correction_rank: this quantizer learns codes that a correction would undo",

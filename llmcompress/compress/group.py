@@ -1,7 +1,7 @@
 """Round the linears that read one input, by one look at it."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import ModuleType
 
@@ -30,7 +30,8 @@ class Method:
     """How to round: the quantizer, what it is told and the dtype of stored scales.
 
     `learns` is for good, not on trial: blocks are learned where the quantizer can, and the error of every linear is
-    measured. `hints` are what rewrites of the model found out for it.
+    measured. `hints` are what rewrites of the model found out for it, `curvatures` those of the loss in linears'
+    outputs, by name, where output-side feedback uses them.
     """
 
     quantizer: ModuleType
@@ -38,6 +39,7 @@ class Method:
     dtype: torch.dtype
     learns: bool = False
     hints: Hints = field(default_factory=Hints)
+    curvatures: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def compares(self) -> bool:
@@ -121,7 +123,8 @@ def round_group(
         if not (weight := weight_of(block, info, linear))[:1].any() and not weight.any():
             wanted[place] = torch.zeros_like(wanted[place])
     wanted = [method.hints.clamped(linear.name, weight) for weight, (linear, _) in zip(wanted, members, strict=True)]
-    requests = [Request(weight, spec) for weight, (_, spec) in zip(wanted, members, strict=True)]
+    pairs = zip(wanted, members, strict=True)
+    requests = [Request(weight, spec, method.curvatures.get(linear.name)) for weight, (linear, spec) in pairs]
     results = dealt(crew, method.quantizer, requests, seen, options=method.options, dtype=method.dtype)
     found = []
     for (linear, _), weight, result in zip(members, wanted, results, strict=True):

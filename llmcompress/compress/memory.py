@@ -28,6 +28,7 @@ from llmcompress.types import LinearInfo
 FLOAT = 4
 FACTOR = 20  # of a column squared: a float32 Hessian, factor and metric, and one more in float64 while one is made
 ROUNDING = 32  # of a weight while it is rounded with feedback: copies in order, what is left, codes, gradients
+SIDED = 28  # of an output squared, where errors are fed back along outputs: a factor in float64, copies, the result
 NEAREST = 16  # of a weight while it is rounded by itself
 REWRITING = 24  # of a parameter: float32 before and after, float64, and that again to go back to
 LOGIT_COPIES = 6  # of one batch, while two distributions are compared
@@ -168,6 +169,8 @@ def stages(opened: Opened, recipe: Recipe, *, reads: bool, scored: bool = False)
             found += _trials(sizes)
     if opened.shards.head is not None:
         found.append(_head(sizes, opened.shards.head))
+    if recipe.quantize.output_feedback:
+        found.append(_curvatures(sizes))
     return (*found, *_before(sizes, reads))
 
 
@@ -248,12 +251,25 @@ def _applying(sizes: _Sizes, reads: bool) -> Stage:
         **sizes.rounding(),
         "activations": sizes.activations() if reads else 0,
     }
+    if recipe.quantize.output_feedback:
+        terms["output side"] = max((x.rows**2 for linears in sizes.linears for x in linears), default=0) * SIDED
     if method.learners:  # what is learned and its gradients, logits of a batch and theirs
         logits = 2 * min(sizes.logits(3), 3 * LOGITS * FLOAT)
         terms["learning"] = 4 * sizes.block * FLOAT + sizes.activations(gradients=True) + logits
         terms["outside the blocks"] = sizes.rest
     waiting = sizes.hidden(samples) * (1 + (2 + sizes.routes) * models) + sizes.inputs(samples) * models
     return Stage("quantizing a block", terms, waiting if samples else 0)
+
+
+def _curvatures(sizes: _Sizes) -> Stage:
+    """The backward that output-side feedback needs: a block, and a matrix as wide as its output for every linear."""
+    squares = [sum(x.rows**2 for x in linears if x.expert is None) for linears in sizes.linears]
+    terms = {
+        "block": sizes.block * FLOAT + sizes.loading,
+        "output side": max(squares, default=0) * FLOAT,
+        "activations": sizes.activations(gradients=True),
+    }
+    return Stage("gradients of a block", terms, 3 * sizes.hidden(sizes.recipe.calibration.samples))
 
 
 def _scoring(sizes: _Sizes, scorer: str) -> list[Stage]:

@@ -27,7 +27,7 @@ from llmcompress.compress.measuring import MeasureJob, Text, at_width, units_of,
 from llmcompress.compress.pipeline import QUANTIZERS, Opened, score
 from llmcompress.compress.programs import block_order, quadratic
 from llmcompress.compress.statistics import mean, standard_error, upper_bound, upper_bound_signed
-from llmcompress.compress.trial import Damage, measure_allocations
+from llmcompress.compress.trial import Damage, judged_options, measure_allocations
 from llmcompress.errors import InputError
 from llmcompress.model.checkpoint import TORCH_DTYPES
 from llmcompress.model.text import Batches
@@ -71,7 +71,7 @@ class Planner:
             skeleton=self.opened.skeleton,
             trace=self.opened.trace,
             quantizer=find(QUANTIZERS, self.recipe.quantizer),
-            options=self.recipe.quantize,
+            options=self.recipe.quantize.model_copy(update={"output_feedback": 0}),
             dtype=TORCH_DTYPES[self.opened.shards.scale_dtype],
             hints=self.opened.hints,
         )
@@ -270,6 +270,8 @@ def _plan(
 ) -> Plan:
     recipe, batches, scores = planner.recipe, planner.batches, planner.scores
     specs = {assigned.linear: assigned.spec for assigned in allocation.assigned}
+    text = Text(planner.split(planner.hessian_rows), planner.split(planner.other_rows))
+    options, feedback = judged_options(planner.job(), recipe.quantize, allocation, text)
     promised(recipe.plan.runtime, planned(planner.opened.trace, specs, recipe.quantize))
     return Plan(
         model=planner.opened.source.name,
@@ -279,10 +281,11 @@ def _plan(
         scorer=scores.scorer,
         program=recipe.plan.program,
         quantizer=recipe.quantizer,
-        options=recipe.quantize,
+        options=options,
         allocation=allocation,
         trials=trials,
         exchanges=exchanges,
+        output_feedback=feedback,
         seed=recipe.seed,
         batch_size=recipe.calibration.batch_size,
     )

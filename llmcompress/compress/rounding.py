@@ -76,10 +76,14 @@ class Seen:
 
 @dataclass(frozen=True)
 class Request:
-    """A weight `(rows, columns)`, float32, and the format it is to get."""
+    """A weight `(rows, columns)`, float32, and the format it is to get.
+
+    `curvature` `(rows, rows)` is that of the loss in the linear's outputs, see `kronecker`; None where it is not used.
+    """
 
     weight: Tensor
     spec: LinearSpec
+    curvature: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from llmcompress.compress.feedback import (
     round_columns,
 )
 from llmcompress.compress.grid import Codes, expand_scale, find_scale
+from llmcompress.compress.kronecker import round_by_rows, row_factor
 from llmcompress.compress.rounding import NOT_FINITE, Quantized, Request, Seen, nearest
 from llmcompress.types import QuantizerOptions
 
@@ -47,7 +48,7 @@ def round_with_feedback(
             found |= {place: nearest(requests[place], options, dtype, notes[0]) for place in places}
             continue
         for batch in _batches(requests, places):
-            codes = work.round([requests[place] for place in batch])
+            codes = work.round_all([requests[place] for place in batch])
             found |= {place: Quantized(found, notes) for place, found in zip(batch, codes, strict=True)}
     return [found[place] for place in range(len(requests))]
 
@@ -83,6 +84,18 @@ class _Work:
         self.extra = None
         if seen.drift is not None and options.target == "gptaq":
             self.extra = drift_factor(seen.drift, factor, options.alpha or GPTAQ_ALPHA)
+
+    def round_all(self, requests: Sequence[Request]) -> list[Codes]:
+        """As `round`; those whose curvature is known a few rows at a time, the error of each moving those to come."""
+        rows = self.options.output_feedback
+        factors = [None if not rows or r.curvature is None else row_factor(r.curvature, rows) for r in requests]
+        sided = [(r, factor) for r, factor in zip(requests, factors, strict=True) if factor is not None]
+        plain = [r for r, factor in zip(requests, factors, strict=True) if factor is None]
+        one = iter(self.round(plain) if plain else ())
+        two = iter(
+            round_by_rows([r for r, _ in sided], [f for _, f in sided], rows, rounded=self.round) if sided else ()
+        )
+        return [next(one if factor is None else two) for factor in factors]
 
     def round(self, requests: Sequence[Request]) -> list[Codes]:
         """Codes of weights whose formats share one group size, in one loop over the columns."""

@@ -4,19 +4,21 @@ All allocations share one pass over the checkpoint: each block is quantized once
 each keeps its own chain of hidden states, because the next block must see what came before it.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from llmcompress.compress.curvatures import output_curvatures
 from llmcompress.compress.head import HeadView, logits_reader
 from llmcompress.compress.learning import Logits
 from llmcompress.compress.measuring import DamageSums, MeasureJob, Text, slices
 from llmcompress.compress.rounds import BlockRounds, Streams
+from llmcompress.compress.statistics import mean, standard_error
 from llmcompress.model.shares import Share
 from llmcompress.model.stream import BlockCall, BlockStream
-from llmcompress.types import BitAllocation, BlockTrace, LinearSpec
+from llmcompress.types import BitAllocation, BlockTrace, FeedbackTrial, LinearSpec, QuantizerOptions
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,8 @@ def measure_allocations(
     and compared with the one that has them all.
     """
     drops = drops or [frozenset()] * len(allocations)
-    walk = _Walk(job, text, drops)
     tables = [{a.linear: a.spec for a in allocation.assigned} for allocation in allocations]
+    walk = _Walk(job, text, drops, names=frozenset().union(*tables))
     ways = [_Way(specs, list(walk.aims[drop]), drop) for specs, drop in zip(tables, drops, strict=True)]
     for info in job.trace.blocks:
         walk.through(info, ways)
@@ -60,13 +62,39 @@ def measure_allocations(
     return Damage(torch.stack([kld for kld, _ in pairs]), torch.stack([dnll for _, dnll in pairs]))
 
 
+def try_output_feedback(job: MeasureJob, allocation: BitAllocation, text: Text) -> FeedbackTrial:
+    """Carry an allocation out without output-side feedback and with the job's, on the same text."""
+    without = job.options.model_copy(update={"output_feedback": 0})
+    jobs = (replace(job, options=without), job)
+    plain, sided = (measure_allocations(one, [allocation], text).kld[0].tolist() for one in jobs)
+    changes = [new - old for old, new in zip(plain, sided, strict=True)]
+    return FeedbackTrial(
+        rows=job.options.output_feedback,
+        kld_without=mean(plain),
+        kld_with=mean(sided),
+        standard_error=standard_error(changes) if len(changes) > 1 else 0.0,
+    )
+
+
+def judged_options(
+    job: MeasureJob, options: QuantizerOptions, allocation: BitAllocation, text: Text
+) -> tuple[QuantizerOptions, FeedbackTrial | None]:
+    """`options`, without output-side feedback where it does not lower the measured damage of an allocation."""
+    if not options.output_feedback:
+        return options, None
+    found = try_output_feedback(replace(job, options=options), allocation, text)
+    return (options if found.accepted else options.model_copy(update={"output_feedback": 0})), found
+
+
 class _Walk:
     """Allocations on their way through the blocks, and beside them the full-precision models they aim at."""
 
-    def __init__(self, job: MeasureJob, text: Text, drops: Sequence[frozenset[int]]) -> None:
+    def __init__(self, job: MeasureJob, text: Text, drops: Sequence[frozenset[int]], *, names: Collection[str]) -> None:
         crew = job.skeleton.crew
         self.shares = Share(len(text.calibration), crew), Share(len(text.judging), crew)
         self.job = job
+        wanted = names if job.options.output_feedback else ()
+        self.curvatures = output_curvatures(job.skeleton, job.trace, text.calibration, wanted)
         self.text = Text(self.shares[0].of(text.calibration), self.shares[1].of(text.judging))
         self.cut = len(self.text.calibration)
         self.stream = BlockStream(job.skeleton)
@@ -99,6 +127,7 @@ class _Walk:
         here = [call[info.index] for call in self.calls[:cut]]
         full = self.aims[way.drop][:cut] if self.job.method.compares else None
         streams = Streams(hidden[:cut], full, here, logits=logits, keep=self.stream.keep, share=self.shares[0])
+        streams.curvatures = self.curvatures
         rounds = BlockRounds(self.job.method, block, info, way.specs, streams)
         for _ in rounds.rounded():
             pass

@@ -78,7 +78,8 @@ def sensitivity(run: Run) -> Section | None:
 def trials(run: Run) -> Section | None:
     """The allocations that were measured before one was chosen."""
     if run.plan is None or not run.plan.trials:
-        return None
+        told = _feedback(run)
+        return Section("trials", "What was tried", join(told)) if told else None
     found, taken = sorted(run.plan.trials, key=lambda trial: trial.measured_kld), run.plan.allocation
     same = [
         t.label
@@ -105,7 +106,14 @@ def trials(run: Run) -> Section | None:
     ]  # fmt: skip
     columns = ["allocation", "bits per weight", "expected damage", "measured KL", "standard error"]
     lead = "Allocations within the budget, each carried out on calibration text."
-    return Section("trials", "What was tried", join([el("p", lead), shown(Figure("trials", svg, columns, cells))]))
+    parts = [el("p", lead), shown(Figure("trials", svg, columns, cells))]
+    return Section("trials", "What was tried", join([*parts, *_feedback(run)]))
+
+
+def _feedback(run: Run) -> list[Html]:
+    """The verdict on output-side feedback, where it was tried."""
+    tried = None if run.plan is None else run.plan.output_feedback
+    return [] if tried is None else [el("p", f"Tried besides: {tried.words}.")]
 
 
 def structure(run: Run) -> Section | None:

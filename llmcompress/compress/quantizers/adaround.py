@@ -15,6 +15,7 @@ from llmcompress.compress.sequential import round_with_feedback
 from llmcompress.types import QuantizerOptions
 
 NEEDS_HESSIAN = True
+TWO_SIDED = True  # takes output-side feedback
 STRETCH, SHIFT = 1.2, 0.1
 LEAN = 0.25  # how far from the middle a choice begins, at least
 PENALTY = 0.01  # per weight, against a relative output error

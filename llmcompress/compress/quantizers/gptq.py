@@ -15,6 +15,7 @@ from llmcompress.compress.sequential import round_with_feedback
 from llmcompress.types import QuantizerOptions
 
 NEEDS_HESSIAN = True
+TWO_SIDED = True  # takes output-side feedback
 
 
 def quantize(

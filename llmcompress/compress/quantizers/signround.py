@@ -16,6 +16,7 @@ from llmcompress.compress.sequential import round_with_feedback
 from llmcompress.types import QuantizerOptions
 
 NEEDS_HESSIAN = True
+TWO_SIDED = True  # takes output-side feedback
 EDGES = (0.25, 0.49)  # of a step from its code: how far a weight may begin; some blocks want room, some do not
 SCALE_SHARE = 0.2  # relative change of a scale, per unit of travel of an offset
 
