@@ -248,6 +248,8 @@ class QuantizerOptions(Noun):
     `correction_rank`: beside its codes each linear keeps two 16-bit factors of this rank, whose product is added to its
     weight: the best approximation of the rounding error on what the linear reads. Only our own layout holds them.
     `softmax`: attention weights become codes of `softmax_bits` bits that count half octaves (`log2`).
+    `online_hadamard`: what the last linear of each block (`down`) reads is mixed by a Hadamard matrix while the model
+    runs, before it is rounded (R4 of QuaRot), and the stored weight with it. Only our own layout holds that.
     `output_feedback`: experimental, of methods that round like GPTQ: so many rows of a weight at a time, what is left
     over after rounding is pushed onto the rows still unrounded as well (output-side feedback; none where 0).
     """
@@ -271,6 +273,7 @@ class QuantizerOptions(Noun):
     softmax: Literal["none", "log2"] = "none"
     softmax_bits: int = Field(default=4, ge=2, le=8)
     output_feedback: int = Field(default=0, ge=0)
+    online_hadamard: bool = False
 
     @property
     def input_spec(self) -> InputSpec | None:

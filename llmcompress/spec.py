@@ -62,20 +62,30 @@ class InputSpec(Noun):
     kind       `int`: codes of `bits` bits; `fp8`: float8_e4m3fn
     scale      `tensor`: one for everything, from calibration; `token`: each token's own, from its largest magnitude
     symmetric  whether 0 is code 0; otherwise there is a zero-point, also from calibration
+    hadamard   how many inputs a Hadamard matrix mixes before they are rounded, a power of two; none where 0. The stored
+               weight is that of the mixed inputs
     """
 
     bits: Literal[4, 8] = 8
     kind: Literal["int", "fp8"] = "int"
     scale: Literal["tensor", "token"] = "tensor"
     symmetric: bool = True
+    hadamard: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if self.hadamard & (self.hadamard - 1):
+            raise ValueError("hadamard is a power of two")
         if self.kind == "fp8" and self.bits != 8:
             raise ValueError("fp8 has 8 bits")
         if not self.symmetric and (self.kind == "fp8" or self.scale == "token"):
             raise ValueError("a zero-point is for integers with one scale")
         return self
+
+    @model_serializer(mode="wrap")
+    def _short(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without a rotation where there is none, as such formats have always looked in a file."""
+        return {key: value for key, value in handler(self).items() if key != "hadamard" or value}
 
     @property
     def storage_bits(self) -> int:
@@ -85,8 +95,10 @@ class InputSpec(Noun):
 
     @property
     def label(self) -> str:
-        """Its name in `quantize.inputs`."""
-        return next(name for name, spec in INPUTS.items() if spec == self)
+        """Its name in `quantize.inputs`, and the rotation before it where there is one."""
+        plain = self.model_copy(update={"hadamard": 0})
+        name = next(name for name, spec in INPUTS.items() if spec == plain)
+        return f"{name} hadamard{self.hadamard}" if self.hadamard else name
 
 
 INPUTS = {

@@ -122,7 +122,9 @@ def round_group(
     for place, (linear, _) in enumerate(members):  # what is zero stays zero: a skipped half of a block corrects nothing
         if not (weight := weight_of(block, info, linear))[:1].any() and not weight.any():
             wanted[place] = torch.zeros_like(wanted[place])
-    wanted = [method.hints.clamped(linear.name, weight) for weight, (linear, _) in zip(wanted, members, strict=True)]
+    for place, (linear, spec) in enumerate(members):
+        if spec.inputs is None or not spec.inputs.hadamard:  # limits are of the weight as it was
+            wanted[place] = method.hints.clamped(linear.name, wanted[place])
     pairs = zip(wanted, members, strict=True)
     requests = [Request(weight, spec, method.curvatures.get(linear.name)) for weight, (linear, spec) in pairs]
     results = dealt(crew, method.quantizer, requests, seen, options=method.options, dtype=method.dtype)

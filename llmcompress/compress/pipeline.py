@@ -16,6 +16,7 @@ from llmcompress.compress.allocate.budget import Budget
 from llmcompress.compress.candidates import broken, resolve, sparing, tie_experts, unformatted
 from llmcompress.compress.formats import maker
 from llmcompress.compress.journal import Journal, check_output
+from llmcompress.compress.online import with_mixed_inputs
 from llmcompress.compress.rewrite import RewriteJob, check_methods, read_rewriting, rewrite
 from llmcompress.compress.rewriting.hints import NAME as HINTS_NAME
 from llmcompress.compress.rewriting.hints import Hints
@@ -82,6 +83,8 @@ def open_model(source: Source, recipe: Recipe, device: str, *, whole_file: bool 
     candidates = fitting(recipe.plan.runtime, traced, resolved)
     bad = nonfinite(files)
     kept = unformatted(traced, resolved, candidates, recipe.plan.runtime) | broken(traced, bad)
+    if recipe.quantize.online_hadamard:
+        candidates = with_mixed_inputs(traced, candidates)
     if (record := SkipRecord.of(files.config)) is not None:  # zeros, as cheap as they can be
         candidates = {name: specs[:1] if record.covers(name) else specs for name, specs in candidates.items()}
     candidates = sparing(candidates, kept)

@@ -47,9 +47,9 @@ class InputRanges:
 
 
 def _fits(quantizer: ActivationQuantizer, spec: InputSpec) -> bool:
-    """Whether a tensor-wise quantizer of integers is one of this format."""
+    """Whether a tensor-wise quantizer of integers is one of this format; it was found on inputs that nothing mixes."""
     central = float(quantizer.zero) == 1 << (spec.bits - 1)
-    return spec.kind == "int" and quantizer.bits == spec.bits and (central or not spec.symmetric)
+    return spec.kind == "int" and not spec.hadamard and quantizer.bits == spec.bits and (central or not spec.symmetric)
 
 
 def calibrated(

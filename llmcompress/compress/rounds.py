@@ -5,7 +5,7 @@ Shared by everything that carries a plan out, for good or on trial.
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -23,6 +23,7 @@ from llmcompress.compress.observe import (
     local_name,
     module_of,
 )
+from llmcompress.compress.online import mix_inputs
 from llmcompress.compress.ranges import InputRanges
 from llmcompress.compress.replay import Replay, call_block, in_memory
 from llmcompress.compress.routed import Routed, rows_of
@@ -73,6 +74,7 @@ class BlockRounds:
         self.groups = [members for members in groups if members]
         self.share = streams.share or Share(len(streams.calls))
         self.looks = bool(method.quantizer.NEEDS_HESSIAN and self.share.count)
+        mix_inputs(block, info, specs)
         self.stored = Replay(block, info, streams.keep)
         compares = self.looks and streams.full is not None
         self.full = Replay(copy.deepcopy(block), info, streams.keep) if compares else None

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from llmcompress.kernels.codes import Codes
+from llmcompress.kernels.hadamard import transformed
 from llmcompress.kernels.inputs import InputQuantizer
 from llmcompress.kernels.integers import IntegerWeight
 
@@ -21,6 +22,16 @@ class RoundInputs:
 
     def __call__(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (self.quantizer(args[0]), *args[1:])
+
+
+class MixInputs:
+    """A hook before a module's forward: a Hadamard matrix on blocks of its inputs, which are not rounded."""
+
+    def __init__(self, block: int) -> None:
+        self.block = block
+
+    def __call__(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (transformed(args[0], self.block), *args[1:])
 
 
 class MultiplyIntegers:
@@ -41,6 +52,12 @@ def attach(module: nn.Module, quantizer: InputQuantizer) -> None:
     module.register_forward_pre_hook(RoundInputs(quantizer))
 
 
+def attach_mixing(module: nn.Module, block: int) -> None:
+    """From now on a module reads its inputs mixed, see `MixInputs`; its weight is not changed here."""
+    detach(module)
+    module.register_forward_pre_hook(MixInputs(block))
+
+
 def attach_stored(module: nn.Module, codes: Codes) -> None:
     """From now on a module computes what its stored form says, in integers where that can be; else it rounds inputs."""
     if codes.inputs is None:
@@ -58,7 +75,7 @@ def detach(root: nn.Module) -> None:
     """Take everything of this kind off a module and all modules inside it."""
     for module in root.modules():
         hooks = module._forward_pre_hooks
-        for key in [key for key, hook in hooks.items() if isinstance(hook, RoundInputs)]:
+        for key in [key for key, hook in hooks.items() if isinstance(hook, RoundInputs | MixInputs)]:
             del hooks[key]
         if isinstance(vars(module).get("forward"), MultiplyIntegers):
             del vars(module)["forward"]

@@ -33,7 +33,8 @@ SEVERAL = "re:the experts have several formats, which plain transformers cannot 
 
 def holds(specs: Collection[LinearSpec]) -> bool:
     """Symmetric integers of any widths in groups, 8-bit integers and float8 by rows, with inputs rounded or not."""
-    return all(spec.kind in FORMATS and not spec.high_share and not spec.rank for spec in specs)
+    plain = all(spec.kind in FORMATS and not spec.high_share and not spec.rank for spec in specs)
+    return plain and not any(spec.inputs is not None and spec.inputs.hadamard for spec in specs)
 
 
 def _guard(linear: LinearInfo, dtype: str) -> stored.Layout:
