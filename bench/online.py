@@ -2,8 +2,9 @@
 
     python bench/online.py MODEL --json OUT.json
 
-A share of the channels of every norm, and of what `up` gives to `down`, is made 30 to 100 times larger and the columns
-that read it smaller, so that the model computes what it did. Weights get 4 bits in groups, what linears read 4 or 8.
+A share of the channels of every norm, with `--up` also of what `up` gives to `down`, is made 30 to 100 times larger and
+the columns that read it smaller, so that the model computes what it did. Weights get 4 bits in groups, what linears
+read 4 or 8.
 KL divergence on held-out text, nats per token.
 """
 
@@ -27,7 +28,7 @@ from llmcompress.model.text import TextRequest, token_batches
 from llmcompress.recipes import load_recipe
 
 INPUTS = ("int4", "int4-token", "int8")
-WAYS = {
+WAYS: dict[str, tuple[str, ...]] = {
     "as it is": (),
     "R4": ("quantize.online_hadamard=true",),
     "rotated": ("rewrite.methods=[rotate]",),
@@ -57,7 +58,8 @@ def with_outliers(source: Source, folder: Path, options: argparse.Namespace) -> 
     sizes = {"share": options.share, "low": options.low, "high": options.high, "seed": options.seed}
     tokens = token_batches(TextRequest(options.calibration, 8, 128, options.seed, "calibration"), source.path).tokens
     inject(model, tokens, **sizes)
-    inject_up(model, **sizes)
+    if options.up:
+        inject_up(model, **sizes)
     model.save_pretrained(folder)
     return Source(folder, source.name)
 
@@ -97,6 +99,7 @@ def main() -> None:
     parser.add_argument("--low", type=float, default=30.0)
     parser.add_argument("--high", type=float, default=100.0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--up", action="store_true", help="outliers in what down reads, too")
     parser.add_argument("--plain", action="store_true", help="the model as it is, without outliers")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()

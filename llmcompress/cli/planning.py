@@ -163,8 +163,8 @@ def _by_scores(desk: Any, flags: dict[str, Any]) -> Callable[[Any], Any]:
             f"--set {others[0]}: a score file was made with its own settings", "score again, or plan the model itself"
         )
     program = read_recipe(flags["recipe"], flags["changes"], None, None).plan.program
-    if program == "quadratic":
-        raise InputError("the quadratic program measures interactions, which needs the model", "give the model")
+    if program in ("quadratic", "ratio"):
+        raise InputError(f"the {program} program measures interactions, which needs the model", "give the model")
     from llmcompress.compress.allocate.spend import integer_program
     from llmcompress.runtimes.aim import advising, promised
     from llmcompress.runtimes.answers import planned

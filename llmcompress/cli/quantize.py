@@ -218,6 +218,11 @@ def _tell_plan(event: Any, speaker: Speaker) -> None:
     if speaker.verbose or (trials and trials[0].measured_kld > min(t.measured_kld for t in trials)):
         for trial in trials:
             speaker.talk(f"  measured KL {trial.measured_kld:.5f} at {trial.bits_per_weight:.4f} bits: {trial.label}")
+    if event.plan.program == "ratio":
+        from llmcompress.compress.ratios import shares_in_words
+
+        specs = [a.spec for a in allocation.assigned]
+        speaker.talk(f"  linears by columns with 2 bits more: {shares_in_words(specs, min(s.bits for s in specs))}")
     if event.plan.output_feedback is not None:
         speaker.talk(f"  {event.plan.output_feedback.words}")
     if allocation.under_budget_reason:

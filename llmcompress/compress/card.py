@@ -18,6 +18,7 @@ PROGRAM_WORDS = {
     "integer": "exact integer program",
     "quadratic": "quadratic program with measured interactions",
     "order": "order of blocks",
+    "ratio": "program of the shares of columns with two bits more",
 }
 
 

@@ -16,11 +16,11 @@ from llmcompress.compress.allocate.budget import Budget
 from llmcompress.compress.candidates import broken, resolve, sparing, tie_experts, unformatted
 from llmcompress.compress.formats import maker
 from llmcompress.compress.journal import Journal, check_output
-from llmcompress.compress.online import with_mixed_inputs
 from llmcompress.compress.rewrite import RewriteJob, check_methods, read_rewriting, rewrite
 from llmcompress.compress.rewriting.hints import NAME as HINTS_NAME
 from llmcompress.compress.rewriting.hints import Hints
 from llmcompress.compress.scoring import SCORERS, ScoreJob, run_scorers
+from llmcompress.compress.settling import settled
 from llmcompress.compress.shards import ShardMap, scale_dtype, shard_map
 from llmcompress.hub.source import Source
 from llmcompress.model.checkpoint import TORCH_DTYPES, folder_bytes
@@ -33,7 +33,6 @@ from llmcompress.plugins import find
 from llmcompress.recipes import Recipe
 from llmcompress.runtime.attention import install
 from llmcompress.runtime.skipping import SkipRecord
-from llmcompress.runtimes.aim import fitting
 from llmcompress.types import Candidate, LayerScore, LinearSpec, ModelTrace, RewriteRecord, ScoreFile, Scores
 
 QUANTIZERS = "llmcompress.compress.quantizers"
@@ -80,11 +79,9 @@ def open_model(source: Source, recipe: Recipe, device: str, *, whole_file: bool 
         install(skeleton.model)
     files = skeleton.files
     resolved = resolve(traced, recipe.plan, whole_file, make=make, make_experts=make_experts)
-    candidates = fitting(recipe.plan.runtime, traced, resolved)
+    candidates = settled(traced, resolved, recipe)
     bad = nonfinite(files)
     kept = unformatted(traced, resolved, candidates, recipe.plan.runtime) | broken(traced, bad)
-    if recipe.quantize.online_hadamard:
-        candidates = with_mixed_inputs(traced, candidates)
     if (record := SkipRecord.of(files.config)) is not None:  # zeros, as cheap as they can be
         candidates = {name: specs[:1] if record.covers(name) else specs for name, specs in candidates.items()}
     candidates = sparing(candidates, kept)

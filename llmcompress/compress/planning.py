@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -23,11 +23,12 @@ from llmcompress.compress.allocate.spend import (
 from llmcompress.compress.exchange import Exchanger, Limits, exchange_units, halves
 from llmcompress.compress.gram import measure_gram, measure_pairs
 from llmcompress.compress.limits import search
-from llmcompress.compress.measuring import MeasureJob, Text, at_width, units_of, widths_of
+from llmcompress.compress.measuring import Changes, MeasureJob, Text, at_width, units_of, widths_of
 from llmcompress.compress.pipeline import QUANTIZERS, Opened, score
-from llmcompress.compress.programs import block_order, quadratic
-from llmcompress.compress.statistics import mean, standard_error, upper_bound, upper_bound_signed
-from llmcompress.compress.trial import Damage, judged_options, measure_allocations
+from llmcompress.compress.programs import Matrix, block_order, quadratic
+from llmcompress.compress.ratios import fixed_ratios, ratio_program
+from llmcompress.compress.statistics import mean, upper_bound, upper_bound_signed
+from llmcompress.compress.trial import Contestant, Damage, best_of, judged_options, measure_allocations, trials_of
 from llmcompress.errors import InputError
 from llmcompress.model.checkpoint import TORCH_DTYPES
 from llmcompress.model.text import Batches
@@ -41,14 +42,6 @@ RIVAL = "hessian"
 ORDER = "lim"
 SLACK = 0.005
 FEWEST_ROWS = 6  # of text left over, to exchange by and to judge by
-
-
-@dataclass(frozen=True)
-class Contestant:
-    """An allocation, and how it was found."""
-
-    label: str
-    allocation: BitAllocation
 
 
 class Planner:
@@ -94,28 +87,35 @@ class Planner:
         name = self.recipe.plan.program
         if name == "order":
             return block_order(self.opened.trace, self.scores)
+        if name == "ratio":
+            return ratio_program(self.opened.trace, self.opened.candidates, self.gram)
         return self.quadratic() if name == "quadratic" else integer_program
 
     def quadratic(self) -> Program:
         """The quadratic program, its interactions measured on the full-precision model."""
-        swaps, rows = self.recipe.score.swaps, self.other_rows
-        if not self.batches.tokens.numel():
-            raise InputError("the quadratic program measures on calibration text", "use a recipe that reads text")
         units = units_of(self.opened.trace, self.opened.candidates)
         keys = [(unit, bits) for unit, members in units.items() for bits in widths_of(members, self.opened.candidates)]
         variants = [at_width(units[unit], self.opened.candidates, bits) for unit, bits in keys]
-        text = Text(self.split(self.hessian_rows), self.split(rows[: swaps.samples, : swaps.tokens]))
-        memory = swaps.memory_mb << 20
+        places = {key: place for place, key in enumerate(keys)}
+        return quadratic(places, self.gram(variants, [unit for unit, _ in keys]))
+
+    def gram(self, variants: Sequence[Changes], units: Sequence[str]) -> Matrix:
+        """How the errors of variants add up, each of a unit, measured on the full-precision model."""
+        swaps = self.recipe.score.swaps
+        if not self.batches.tokens.numel():
+            raise InputError("interactions are measured on calibration text", "use a recipe that reads text")
+        memory, text = swaps.memory_mb << 20, self.text(self.other_rows[: swaps.samples, : swaps.tokens])
         if swaps.interactions == "pairs":
-            gram = measure_pairs(self.job(), variants, [unit for unit, _ in keys], text=text, memory_bytes=memory)
-        else:
-            gram = measure_gram(self.job(), variants, text=text, memory_bytes=memory, seed=self.recipe.seed)
-        return quadratic({key: place for place, key in enumerate(keys)}, gram)
+            return measure_pairs(self.job(), variants, units, text=text, memory_bytes=memory)
+        return measure_gram(self.job(), variants, text=text, memory_bytes=memory, seed=self.recipe.seed)
 
     def measure(self, allocations: Sequence[BitAllocation], rows: Tensor | None = None) -> Damage:
         """Damage of allocations on rows of text that their Hessians did not see."""
-        judging = self.other_rows if rows is None else rows
-        return measure_allocations(self.job(), allocations, Text(self.split(self.hessian_rows), self.split(judging)))
+        return measure_allocations(self.job(), allocations, self.text(rows))
+
+    def text(self, rows: Tensor | None = None) -> Text:
+        """Rows that Hessians are made from, and those to judge by: the rest, where none are given."""
+        return Text(self.split(self.hessian_rows), self.split(self.other_rows if rows is None else rows))
 
     def rivals(self, budget: Budget, first: BitAllocation) -> Iterator[Contestant]:
         """Other allocations worth measuring, each of at most the same size."""
@@ -124,7 +124,10 @@ class Planner:
         found = [(f"{self.scores.scorer}, {_set(widths)}", with_widths(self.scores, widths)) for widths in pairs]
         if pairs and self.scores.scorer != RIVAL and self.job().quantizer.NEEDS_HESSIAN:
             found.append((f"{RIVAL}, {_set(pairs[0])}", self._local(pairs[0])))
-        found += [(f"uniform {width}", with_widths(self.scores, (width,))) for width in sorted(bits, reverse=True)]
+        if self.recipe.plan.program == "ratio":
+            found = [(f"{self.scores.scorer}, integer", self.scores), *fixed_ratios(self.scores)]
+        else:
+            found += [(f"uniform {width}", with_widths(self.scores, (width,))) for width in sorted(bits, reverse=True)]
         uniform = False
         for label, scores in found:
             if label.startswith("uniform") and uniform:
@@ -218,20 +221,6 @@ def _set(widths: Sequence[int]) -> str:
     return "{" + ",".join(map(str, widths)) + "}"
 
 
-def _trials(contestants: Sequence[Contestant], damage: Damage) -> tuple[Trial, ...]:
-    return tuple(
-        Trial(
-            label=contestant.label,
-            widths=tuple(sorted({a.spec.bits for a in contestant.allocation.assigned})),
-            bits_per_weight=contestant.allocation.bits_per_weight,
-            expected_damage=contestant.allocation.expected_damage,
-            measured_kld=mean(klds),
-            standard_error=standard_error(klds) if len(klds) > 1 else 0.0,
-        )
-        for contestant, klds in zip(contestants, damage.kld.tolist(), strict=True)
-    )
-
-
 def make_plan(opened: Opened, recipe: Recipe, batches: Batches, scores: Scores, budget: Budget) -> Plan:
     """Spend the budget. Raises InputError with the nearest feasible budget when it is too small, and where the
     runtime planned for would not open the outcome.
@@ -249,20 +238,16 @@ def make_plan(opened: Opened, recipe: Recipe, batches: Batches, scores: Scores, 
     trials: tuple[Trial, ...] = ()
     exchanges: tuple[Exchange, ...] = ()
     if len(contestants) > 1:
-        trials = _trials(contestants, planner.measure([c.allocation for c in contestants]))
-        allocation = contestants[_best(trials)].allocation
+        trials = trials_of(contestants, planner.measure([c.allocation for c in contestants]))
+        allocation = contestants[best_of(trials)].allocation
     changed, made = planner.exchanged(allocation)
     if made:
         pair = [Contestant("before exchange", allocation), Contestant("after exchange", changed)]
         rows = planner.other_rows[len(planner.exchange_rows()) :]
-        final = _trials(pair, planner.measure([allocation, changed], rows))
+        final = trials_of(pair, planner.measure([allocation, changed], rows))
         trials, exchanges = (*trials, *final), made
-        allocation = pair[_best(final)].allocation
+        allocation = pair[best_of(final)].allocation
     return _plan(planner, allocation, trials, exchanges)
-
-
-def _best(trials: Sequence[Trial]) -> int:
-    return min(range(len(trials)), key=lambda place: trials[place].measured_kld)
 
 
 def _plan(
@@ -270,8 +255,7 @@ def _plan(
 ) -> Plan:
     recipe, batches, scores = planner.recipe, planner.batches, planner.scores
     specs = {assigned.linear: assigned.spec for assigned in allocation.assigned}
-    text = Text(planner.split(planner.hessian_rows), planner.split(planner.other_rows))
-    options, feedback = judged_options(planner.job(), recipe.quantize, allocation, text)
+    options, feedback = judged_options(planner.job(), recipe.quantize, allocation, planner.text())
     promised(recipe.plan.runtime, planned(planner.opened.trace, specs, recipe.quantize))
     return Plan(
         model=planner.opened.source.name,

@@ -18,7 +18,7 @@ from llmcompress.compress.rounds import BlockRounds, Streams
 from llmcompress.compress.statistics import mean, standard_error
 from llmcompress.model.shares import Share
 from llmcompress.model.stream import BlockCall, BlockStream
-from llmcompress.types import BitAllocation, BlockTrace, FeedbackTrial, LinearSpec, QuantizerOptions
+from llmcompress.types import BitAllocation, BlockTrace, FeedbackTrial, LinearSpec, QuantizerOptions, Trial
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,34 @@ class Damage:
 
     kld: Tensor
     dnll: Tensor
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """An allocation, and how it was found."""
+
+    label: str
+    allocation: BitAllocation
+
+
+def trials_of(contestants: Sequence[Contestant], damage: Damage) -> tuple[Trial, ...]:
+    """What was measured of each, for the record."""
+    return tuple(
+        Trial(
+            label=contestant.label,
+            widths=tuple(sorted({a.spec.bits for a in contestant.allocation.assigned})),
+            bits_per_weight=contestant.allocation.bits_per_weight,
+            expected_damage=contestant.allocation.expected_damage,
+            measured_kld=mean(klds),
+            standard_error=standard_error(klds) if len(klds) > 1 else 0.0,
+        )
+        for contestant, klds in zip(contestants, damage.kld.tolist(), strict=True)
+    )
+
+
+def best_of(trials: Sequence[Trial]) -> int:
+    """The place of the one with the least measured KL divergence."""
+    return min(range(len(trials)), key=lambda place: trials[place].measured_kld)
 
 
 @dataclass

@@ -33,8 +33,9 @@ class CalibrationPart(Noun):
 class PlanPart(Noun):
     """The formats a linear may get, and how one is chosen for each.
 
-    `program` spends the budget; `trials` carries a few other allocations out and takes the best; `exchange` is the
-    most rounds of measured exchange afterwards.
+    `program` spends the budget; `ratio` is for `twotier` with one width: it chooses the share of wide columns of each
+    unit. `trials` carries a few other allocations out and takes the best; `exchange` is the most rounds of measured
+    exchange afterwards.
 
     `pin` fixes the width of the linears a name stands for, `candidates` lists the widths they may have. A
     name is a linear's full name, its last component, or a pattern (`*`, `?`, `[...]`) on the full name.
@@ -48,7 +49,7 @@ class PlanPart(Noun):
     bits: tuple[int, ...] = (2, 3, 4, 5, 6, 8)
     group_size: int = Field(default=128, ge=32)
     trials: bool = True
-    program: Literal["integer", "quadratic", "order"] = "integer"
+    program: Literal["integer", "quadratic", "order", "ratio"] = "integer"
     exchange: int = Field(default=0, ge=0)
     voids: bool = False
     pin: dict[str, int] = Field(default_factory=dict)

@@ -144,9 +144,25 @@ def high_impact_ratios(
     prices = numpy.array([float(unit.costs[-1] - unit.costs[0]) for unit in units])
     around = coupling @ _root(linears, relax_ratios(linears, coupling, prices, budget=budget - smallest))[0]
     rounded = solve(_with_slopes(units, roots * around[:, None]), budget).chosen
-    size = len(RATIOS)
-    matrix = roots.ravel()[:, None] * numpy.kron(coupling, numpy.ones((size, size))) * roots.ravel()[None, :]
-    return _ratios(minimise(units, matrix, budget, starts=[rounded] if start is None else [rounded, start]))
+    return _ratios(choose_ratios(units, coupling, budget, starts=[rounded] if start is None else [rounded, start]))
+
+
+def choose_ratios(
+    units: Sequence[Choices],
+    coupling: Array,
+    budget: int,
+    *,
+    minimum: int = 0,
+    starts: Sequence[Sequence[int]] = (),
+) -> QuadraticSolution:
+    """`min sum d_l + sum_{l<m} C_lm sqrt(d_l d_m)`, with the damages `d` and the storage of any choices.
+
+    coupling  (units, units) symmetric C with a zero diagonal; the others as in `minimise`
+    """
+    roots = numpy.concatenate([numpy.sqrt(unit.damages) for unit in units])
+    place = numpy.repeat(numpy.arange(len(units)), [len(unit.costs) for unit in units])
+    matrix = roots[:, None] * coupling[numpy.ix_(place, place)] * roots[None, :]
+    return minimise(units, matrix, budget, minimum=minimum, starts=starts)
 
 
 def relax_ratios(linears: Sequence[Columns], coupling: Array, prices: Array, *, budget: float) -> Array:

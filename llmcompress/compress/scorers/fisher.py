@@ -86,14 +86,14 @@ class Sums:
     ) -> None:
         self.linears, self.errors, self.reduce = linears, errors, reduce
         self._keys = {
-            (name if reduce == "sum" else linears[name].unit, spec.bits): None
+            (name if reduce == "sum" else linears[name].unit, spec): None
             for name, specs in errors.items()
             for spec, _ in specs
         }
         self._sums = OrderedSums(share or Share(0))
-        self._squares: dict[tuple[str, int], float] = {}  # of the batch at hand
+        self._squares: dict[tuple[str, LinearSpec], float] = {}  # of the batch at hand
         self.shape = (1, 1)  # sequences and tokens of the batch at hand
-        self._open: dict[tuple[str, int], Tensor] = {}
+        self._open: dict[tuple[str, LinearSpec], Tensor] = {}
 
     def add(self, name: str, inputs: Tensor, gradient: Tensor, rows: Tensor | None = None) -> None:
         """One linear's inputs `(batch, tokens, columns)` and output gradients `(batch, tokens, rows)`.
@@ -111,11 +111,11 @@ class Sums:
                 for start in range(0, len(inputs), step)
             ]
             if self.reduce == "sum":
-                key = (name, spec.bits)
+                key = (name, spec)
                 total = sum(float(part.square_().sum(dtype=torch.float64)) for part in parts)
                 self._squares[key] = self._squares.get(key, 0.0) + total
                 continue
-            key = (self.linears[name].unit, spec.bits)
+            key = (self.linears[name].unit, spec)
             dots = torch.cat([part.sum(1, dtype=torch.float64) for part in parts])
             if rows is not None:
                 dots = dots.new_zeros(self.shape[0] * self.shape[1]).index_add(0, rows, dots)
@@ -147,7 +147,7 @@ class Sums:
         for name, specs in self.errors.items():
             linear = self.linears[name]
             key, share = (name, 1.0) if self.reduce == "sum" else (linear.unit, linear.weights / weights[linear.unit])
-            rows = ((spec, 0.5 * share * found[key, spec.bits] / count, None) for spec, _ in specs)
+            rows = ((spec, 0.5 * share * found[key, spec] / count, None) for spec, _ in specs)
             layers.append(layer_score(name, rows))
         return layers
 
