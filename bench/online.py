@@ -101,15 +101,17 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--up", action="store_true", help="outliers in what down reads, too")
     parser.add_argument("--plain", action="store_true", help="the model as it is, without outliers")
+    parser.add_argument("--inputs", nargs="+", default=list(INPUTS))
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         source = resolve(options.model)
         source = source if options.plain else with_outliers(source, Path(scratch) / "model", options)
-        for inputs in INPUTS:
-            for label, changes in WAYS.items():
-                row = {"label": label, **measured(source, inputs, changes, options)}
+        for inputs in options.inputs:
+            for label in options.ways:
+                row = {"label": label, **measured(source, inputs, WAYS[label], options)}
                 rows.append(row)
                 print(f"{inputs:<12} {label:<14} KL {row['kld']:.5f} [{row['low']:.5f}, {row['high']:.5f}]", flush=True)
     facts = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}

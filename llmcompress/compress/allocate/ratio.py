@@ -144,7 +144,8 @@ def high_impact_ratios(
     prices = numpy.array([float(unit.costs[-1] - unit.costs[0]) for unit in units])
     around = coupling @ _root(linears, relax_ratios(linears, coupling, prices, budget=budget - smallest))[0]
     rounded = solve(_with_slopes(units, roots * around[:, None]), budget).chosen
-    return _ratios(choose_ratios(units, coupling, budget, starts=[rounded] if start is None else [rounded, start]))
+    starts = [rounded] if start is None else [rounded, start]
+    return _ratios(choose_ratios(units, coupling, budget, starts=starts, roots=roots.ravel()))
 
 
 def choose_ratios(
@@ -154,12 +155,14 @@ def choose_ratios(
     *,
     minimum: int = 0,
     starts: Sequence[Sequence[int]] = (),
+    roots: Array | None = None,
 ) -> QuadraticSolution:
-    """`min sum d_l + sum_{l<m} C_lm sqrt(d_l d_m)`, with the damages `d` and the storage of any choices.
+    """`min sum d_l + sum_{l<m} C_lm s_l s_m`, with the damages `d` and the storage of any choices.
 
     coupling  (units, units) symmetric C with a zero diagonal; the others as in `minimise`
+    roots     `s` of every choice, unit after unit; `sqrt(d)` where not given
     """
-    roots = numpy.concatenate([numpy.sqrt(unit.damages) for unit in units])
+    roots = numpy.concatenate([numpy.sqrt(unit.damages) for unit in units]) if roots is None else roots
     place = numpy.repeat(numpy.arange(len(units)), [len(unit.costs) for unit in units])
     matrix = roots[:, None] * coupling[numpy.ix_(place, place)] * roots[None, :]
     return minimise(units, matrix, budget, minimum=minimum, starts=starts)
