@@ -87,6 +87,10 @@ def _remarks(story: Story) -> list[str]:
     options = story.plan.options
     rounded = {"inputs of linears": options.inputs, "keys and values": options.kv_cache, "softmax": options.softmax}
     said += [f"Rounded while it runs: {what}, `{word}`." for what, word in rounded.items() if word != "none"]
+    if options.online_hadamard:
+        said.append(
+            "What ends the MLP of a block reads its inputs mixed by a Hadamard matrix, as its weight is stored."
+        )
     if story.plan.output_feedback is not None:
         said.append(f"Tried: {story.plan.output_feedback.words}.")
     said += [f"{len(kept)} linear(s) are left at the source precision."] if kept else []
