@@ -63,7 +63,8 @@ class Replay:
                 handles.append(child.register_forward_hook(self._keeping(key)))
             elif keep and left == {self._last.get(name)}:
                 last = self.block.get_submodule(self._ends[name].linear)
-                handles.append(last.register_forward_pre_hook(self._keeping_input(key)))
+                before = self._keeping_input(key)  # as it was given: what changes inputs does it again
+                handles.append(last.register_forward_pre_hook(before, prepend=True))
         try:
             yield
         finally:

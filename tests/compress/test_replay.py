@@ -21,7 +21,7 @@ from llmcompress.compress.targets import Targets
 from llmcompress.model.skeleton import Skeleton
 from llmcompress.model.stream import BlockStream
 from llmcompress.model.trace import trace
-from llmcompress.types import ChildEnd, LinearSpec, QuantizerOptions
+from llmcompress.types import ChildEnd, InputSpec, LinearSpec, QuantizerOptions
 
 SMALL: dict[str, Any] = {
     "vocab_size": 96,
@@ -61,7 +61,7 @@ def nothing_kept(self: Replay, *_: Any, **__: Any) -> Iterator[None]:
     yield
 
 
-def outcome(model: Path) -> list[Tensor]:
+def outcome(model: Path, inputs: InputSpec | None = None) -> list[Tensor]:
     """Stored weights of both blocks of a model, and the hidden states that leave them, in both models."""
     skeleton = Skeleton.open(model)
     blocks, found = trace(skeleton).blocks, []
@@ -72,7 +72,7 @@ def outcome(model: Path) -> list[Tensor]:
     method = Method(gptq, QuantizerOptions(sweeps=1), torch.bfloat16)
     for info in blocks:
         block, here = skeleton.load_block(info.index), [call[info.index] for call in calls]
-        specs = {x.name: LinearSpec(bits=3, group_size=32) for x in info.linears}
+        specs = {x.name: LinearSpec(bits=3, group_size=32, inputs=inputs) for x in info.linears}
         rounds = BlockRounds(method, block, info, specs, Streams(hidden, full, here))
         found += [x.result.codes.dequantize() for x in rounds.rounded()]
         leaving = [rounds.leave_full(place) for place in range(len(here))]
@@ -102,6 +102,14 @@ def test_a_replayed_block_gives_what_a_block_run_again_gives(
     for other in (short, slow):
         assert len(found) == len(other)
         assert all(torch.equal(a, b) for a, b in zip(found, other, strict=True))
+
+
+def test_inputs_that_are_kept_are_mixed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Hadamard matrix is its own inverse: applied to what is kept as well, it would undo itself."""
+    model, mixing = save_model(tmp_path / "model", FAMILIES["llama"][0]), InputSpec(scale="token", hadamard=64)
+    found = outcome(model, mixing)
+    monkeypatch.setattr(Replay, "on", nothing_kept)
+    assert all(torch.equal(a, b) for a, b in zip(found, outcome(model, mixing), strict=True))
 
 
 def test_a_replayed_block_runs_its_attention_once_in_each_model(
