@@ -10,7 +10,6 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy
-import torch
 from numpy.typing import NDArray
 
 from llmcompress.errors import InputError
@@ -48,6 +47,8 @@ def scan(files: SourceFiles) -> tuple[FileDigest, ...]:
 
     As many shards at a time as torch has threads.
     """
+    import torch  # lazy: small models are scanned by this module before it is imported
+
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         return tuple(pool.map(partial(_scan_shard, files), files.shards))
 
