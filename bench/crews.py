@@ -11,6 +11,7 @@ core of its own; seconds are those of this machine, and whatever else it does.
 """
 
 import argparse
+import hashlib
 import os
 import shutil
 import socket
@@ -21,7 +22,6 @@ import time
 from pathlib import Path
 
 from common import publish
-from kill import digest
 from memory import generate
 
 TEXT = ("calibration.samples=32", "calibration.sequence_length=256", "calibration.score_samples=16")
@@ -33,6 +33,14 @@ def port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return int(found.getsockname()[1])
+
+
+def digest(folder: Path) -> str:
+    """sha256 over the names and bytes of a directory."""
+    state = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        state.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
+    return state.hexdigest()
 
 
 def run(words: list[str], folder: Path, size: int) -> dict[str, object]:
