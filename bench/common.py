@@ -52,6 +52,20 @@ def arguments(about: str, budget: str | None = None, *, tables: tuple[str, ...] 
     return parser.parse_args()
 
 
+def rounding_parser(about: str, sequence_length: int) -> argparse.ArgumentParser:
+    """Options of benchmarks that round within the library: what is rounded, and text to see and be judged by."""
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("model", nargs="?", default="demo")
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--calibration", default="builtin")
+    parser.add_argument("--data", default="builtin")
+    parser.add_argument("--calibration-samples", type=int, default=128)
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--sequence-length", type=int, default=sequence_length)
+    parser.add_argument("--json", type=Path, help="also write the table here")
+    return parser
+
+
 def measure(options: argparse.Namespace, label: str, budget: str, **changes: str) -> Result:
     """Quantize with the default recipe and some changes, evaluate on held-out text, print a row."""
     sets = tuple(f"{key.replace('__', '.')}={value}" for key, value in changes.items())

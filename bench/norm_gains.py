@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import publish
+from common import publish, rounding_parser
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -114,16 +114,8 @@ def rows_of(options: argparse.Namespace, bits: int) -> list[dict[str, object]]:
 
 def main() -> None:
     """Print the table and write it."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", nargs="?", default="demo")
+    parser = rounding_parser(__doc__, 256)
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4])
-    parser.add_argument("--group-size", type=int, default=64)
-    parser.add_argument("--calibration", default="builtin")
-    parser.add_argument("--data", default="builtin")
-    parser.add_argument("--calibration-samples", type=int, default=128)
-    parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--sequence-length", type=int, default=256)
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     rows = [row for bits in options.bits for row in rows_of(options, bits)]
     facts = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}

@@ -6,11 +6,10 @@
 between units and without. KL divergence on held-out text, nats per token, of the model as it would be stored.
 """
 
-import argparse
 from pathlib import Path
 
 import torch
-from common import publish
+from common import publish, rounding_parser
 
 from llmcompress.compress.allocate.budget import parse_budget
 from llmcompress.compress.measuring import Text
@@ -26,16 +25,8 @@ from llmcompress.recipes import load_recipe
 
 def main() -> None:
     """Print the table and write it."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", nargs="?", default="demo")
+    parser = rounding_parser(__doc__, 256)
     parser.add_argument("--shares", type=float, nargs="+", default=[0.0625, 0.125, 0.25])
-    parser.add_argument("--group-size", type=int, default=64)
-    parser.add_argument("--calibration", default="builtin")
-    parser.add_argument("--data", default="builtin")
-    parser.add_argument("--calibration-samples", type=int, default=128)
-    parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--sequence-length", type=int, default=256)
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     sets = (
         "quantizer=twotier", "plan.program=ratio", "plan.bits=[2]", f"plan.group_size={options.group_size}",

@@ -5,13 +5,13 @@
 Every block linear gets one width. KL divergence on held-out text, nats per token, of the model as it would be stored.
 """
 
-import argparse
 import json
 import platform
 import time
 from pathlib import Path
 
 import torch
+from common import rounding_parser
 
 from llmcompress.compress.group import Method
 from llmcompress.compress.measuring import MeasureJob, Text
@@ -86,18 +86,10 @@ def allocation(opened: Opened, bits: int, wide: tuple[str, ...] = ()) -> BitAllo
 
 def main() -> None:
     """Print the table and write it."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", nargs="?", default="demo")
+    parser = rounding_parser(__doc__, 512)
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4])
-    parser.add_argument("--group-size", type=int, default=64)
-    parser.add_argument("--calibration", default="builtin")
-    parser.add_argument("--data", default="builtin")
-    parser.add_argument("--calibration-samples", type=int, default=128)
-    parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--rows", nargs="+", help="only the rows whose label begins with one of these")
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     recipe = load_recipe("balanced", (f"plan.group_size={options.group_size}",))
     source = resolve(options.model)
