@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import threading
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -49,6 +50,7 @@ COMMANDS = (
 )
 
 CREWED = ("quantize", "score", "eval")  # several processes can share them
+AGAIN_SECONDS = 0.05
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -78,6 +80,18 @@ def _interrupt(number: int, _: FrameType | None) -> None:
     raise Stopped(number)
 
 
+def _lost(found: Any) -> None:
+    """A signal that arrives in what Python cannot stop for, as a weak reference's callback, is sent again."""
+    if not isinstance(found.exc_value, Stopped):
+        sys.__unraisablehook__(found)
+        return
+    number = found.exc_value.signal_number
+    signal.signal(number, _interrupt)
+    again = threading.Timer(AGAIN_SECONDS, os.kill, (os.getpid(), number))
+    again.daemon = True
+    again.start()
+
+
 class _Manners:
     """Turns whatever escapes a command into a message and an exit code."""
 
@@ -86,6 +100,7 @@ class _Manners:
     def __enter__(self) -> Self:
         signal.signal(signal.SIGINT, _interrupt)
         signal.signal(signal.SIGTERM, _interrupt)
+        sys.unraisablehook = _lost
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> bool:

@@ -1,6 +1,7 @@
 """What Python, torch and click raise, in words that a user can act on."""
 
 import signal
+from collections.abc import Iterator
 
 import click
 
@@ -13,8 +14,9 @@ INSTALLED_WITH = {"torch": ("PyTorch", "torch")} | {
 
 def understood(error: BaseException) -> BaseException:
     """What a user can act on in place of what Python and torch raise; the rest as it is."""
-    if isinstance(error, Stopped):
-        return Interrupted(error.signal_number)
+    for cause in _chain(error):  # libraries wrap what is raised in what they call back
+        if isinstance(cause, Stopped):
+            return Interrupted(cause.signal_number)
     if isinstance(error, click.Abort | KeyboardInterrupt):
         return Interrupted(signal.SIGINT)
     if out_of_memory(error):
@@ -29,6 +31,14 @@ def understood(error: BaseException) -> BaseException:
     if isinstance(error, OSError):
         return MachineError(str(error), "check the disk and its permissions; finished work is kept")
     return error
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """An error, and what it was raised from or while something was done about."""
+    following: BaseException | None = error
+    while following is not None:
+        yield following
+        following = following.__cause__ or following.__context__
 
 
 def _device_failed(error: BaseException) -> bool:
