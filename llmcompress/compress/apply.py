@@ -6,6 +6,7 @@ Law: advance with what was stored. The next block sees exactly the weights a rea
 import math
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -192,7 +193,8 @@ def _carried(
     streams = chain.streams(info.index, job)
     if streams.logits is not None:
         job.skeleton.load_exit()
-    rounds = BlockRounds(job.method, block, info, specs, streams)
+    method = replace(job.method, curvatures=chain.curvatures)
+    rounds = BlockRounds(method, block, info, specs, streams)
     exporter = exporter_for(job.plan, job.trace)
     for rounded in rounds.rounded():
         linear, result = rounded.linear, rounded.result

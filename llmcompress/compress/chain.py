@@ -10,6 +10,7 @@ from llmcompress.compress.curvatures import output_curvatures
 from llmcompress.compress.group import Method
 from llmcompress.compress.head import logits_reader
 from llmcompress.compress.overflow import usable
+from llmcompress.compress.pipeline import QUANTIZERS
 from llmcompress.compress.rewriting.hints import Hints
 from llmcompress.compress.rounds import BlockRounds, Streams
 from llmcompress.compress.shards import ShardMap
@@ -23,8 +24,6 @@ from llmcompress.model.text import Batches
 from llmcompress.plugins import find
 from llmcompress.recipes import Recipe
 from llmcompress.types import BlockTrace, LinearInfo, ModelTrace, Plan
-
-QUANTIZERS = "llmcompress.compress.quantizers"
 
 
 def split_text(recipe: Recipe, skeleton: Skeleton, batches: Batches) -> list[Tensor]:
@@ -80,7 +79,7 @@ class Chain:
     """Hidden states of every batch of this process, the probe last, and how the model calls its blocks with them.
 
     `tokens` are its batches, of all of which they are a `share`. `full` are the batches' hidden states under the
-    full-precision model, empty where it does not run beside.
+    full-precision model, empty where it does not run beside; `curvatures` are for the method, see `Method`.
     """
 
     stream: BlockStream
@@ -130,7 +129,7 @@ class Chain:
         logits = logits_reader(self.stream, self.tokens) if learns and last else None
         leads = learns or index + 1 < len(job.parts)
         full, keep = list(self.full) if job.method.compares else None, self.stream.keep
-        return Streams(self.hidden[:batches], full, calls, leads, logits, keep, self.share, self.curvatures)
+        return Streams(self.hidden[:batches], full, calls, leads, logits, keep, self.share)
 
 
 def start_chain(job: ApplyJob) -> Chain:

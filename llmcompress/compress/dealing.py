@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.compress.lowrank import corrected
-from llmcompress.compress.rounding import Quantized, Request, Seen
+from llmcompress.compress.rounding import Quantized, Request, Seen, portions
 from llmcompress.kernels.codes import Codes
 from llmcompress.model.crew import Crew, json_of
 from llmcompress.types import QuantizerOptions
@@ -19,20 +19,6 @@ from llmcompress.types import QuantizerOptions
 PART_WEIGHTS = 1 << 20  # requests are rounded together until they are so many
 TENSORS = ("codes", "scale", "zero", "codebook", "high", "up", "down")  # of Codes, as `quantize` gives them
 NOTES = "notes"
-
-
-def parts_of(requests: Sequence[Request]) -> list[list[int]]:
-    """Which requests are rounded together, by their places: what depends on nothing but the requests."""
-    parts: list[list[int]] = []
-    room = 0
-    for place, request in enumerate(requests):
-        size = request.weight.numel()
-        if not parts or size > room:
-            parts.append([])
-            room = PART_WEIGHTS
-        parts[-1].append(place)
-        room -= size
-    return parts
 
 
 def dealt(
@@ -47,7 +33,7 @@ def dealt(
     """`corrected` of all requests, on every process, each part by one of them; `seen` is the same on all."""
     if seen is None:  # nothing to feed back: each weight by itself, and done sooner than sent
         return corrected(quantizer, requests, seen, options=options, dtype=dtype)
-    parts = parts_of(requests)
+    parts = portions(requests, range(len(requests)), PART_WEIGHTS)
     owners = crew.deal([sum(requests[place].weight.numel() for place in part) for part in parts])
     found: dict[int, Quantized] = {}
     for part, owner in zip(parts, owners, strict=True):

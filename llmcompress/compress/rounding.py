@@ -8,7 +8,7 @@ All requests of one call read the same input, so whatever depends on the input a
 order of columns) is worked out once for all linears of a group and for all formats of each.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
@@ -96,6 +96,20 @@ class Quantized:
     codes: Codes
     fallbacks: tuple[str, ...] = ()
     blind: bool = False
+
+
+def portions(requests: Sequence[Request], places: Sequence[int], weights: int) -> list[list[int]]:
+    """Which requests are rounded together, by their places: one after another, until they have so many weights."""
+    found: list[list[int]] = []
+    room = 0
+    for place in places:
+        size = requests[place].weight.numel()
+        if not found or size > room:
+            found.append([])
+            room = weights
+        found[-1].append(place)
+        room -= size
+    return found
 
 
 def nearest(request: Request, options: QuantizerOptions, dtype: torch.dtype, note: str = "") -> Quantized:

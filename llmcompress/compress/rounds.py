@@ -5,7 +5,7 @@ Shared by everything that carries a plan out, for good or on trial.
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -49,7 +49,6 @@ class Streams:
     logits  what they become, where the block at hand is the last and is to be learned
     keep    where they wait, see `BlockStream.keep`
     share   of which batches these are this process's part; None where they are all
-    curvatures  of the loss in linears' outputs, by name, where output-side feedback uses them
     """
 
     stored: Sequence[Tensor]
@@ -59,7 +58,6 @@ class Streams:
     logits: Logits | None = None
     keep: Keep = in_memory
     share: Share | None = None
-    curvatures: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class BlockRounds:
@@ -68,8 +66,7 @@ class BlockRounds:
     def __init__(
         self, method: Method, block: nn.Module, info: BlockTrace, specs: Mapping[str, LinearSpec], streams: Streams
     ) -> None:
-        self.method = replace(method, curvatures=streams.curvatures)
-        self.info, self.specs, self.streams = info, specs, streams
+        self.method, self.info, self.specs, self.streams = method, info, specs, streams
         groups = [[x for x in members if x.name in specs] for members in groups_of(info).values()]
         self.groups = [members for members in groups if members]
         self.share = streams.share or Share(len(streams.calls))

@@ -23,7 +23,7 @@ from llmcompress.compress.feedback import (
 )
 from llmcompress.compress.grid import Codes, expand_scale, find_scale
 from llmcompress.compress.kronecker import round_by_rows, row_factor
-from llmcompress.compress.rounding import NOT_FINITE, Quantized, Request, Seen, nearest
+from llmcompress.compress.rounding import NOT_FINITE, Quantized, Request, Seen, nearest, portions
 from llmcompress.types import QuantizerOptions
 
 GPTAQ_ALPHA = 0.25
@@ -47,7 +47,7 @@ def round_with_feedback(
         if work is None:
             found |= {place: nearest(requests[place], options, dtype, notes[0]) for place in places}
             continue
-        for batch in _batches(requests, places):
+        for batch in portions(requests, places, BATCH_WEIGHTS):
             codes = work.round_all([requests[place] for place in batch])
             found |= {place: Quantized(found, notes) for place, found in zip(batch, codes, strict=True)}
     return [found[place] for place in range(len(requests))]
@@ -59,19 +59,6 @@ def _work_of(
     order = column_order(seen.hessian.diagonal(), options.order, size)
     factor, notes = inverse_factor(seen.hessian, order, options.damp)
     return None if factor is None else _Work(seen, factor, options, dtype), notes
-
-
-def _batches(requests: Sequence[Request], places: Sequence[int]) -> list[list[int]]:
-    batches: list[list[int]] = []
-    room = 0
-    for place in places:
-        size = requests[place].weight.numel()
-        if not batches or size > room:
-            batches.append([])
-            room = BATCH_WEIGHTS
-        batches[-1].append(place)
-        room -= size
-    return batches
 
 
 class _Work:

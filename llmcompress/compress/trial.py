@@ -155,8 +155,8 @@ class _Walk:
         here = [call[info.index] for call in self.calls[:cut]]
         full = self.aims[way.drop][:cut] if self.job.method.compares else None
         streams = Streams(hidden[:cut], full, here, logits=logits, keep=self.stream.keep, share=self.shares[0])
-        streams.curvatures = self.curvatures
-        rounds = BlockRounds(self.job.method, block, info, way.specs, streams)
+        method = replace(self.job.method, curvatures=self.curvatures)
+        rounds = BlockRounds(method, block, info, way.specs, streams)
         for _ in rounds.rounded():
             pass
         hidden[:cut] = [rounds.leave_stored(place, call) for place, call in enumerate(here)]
