@@ -10,6 +10,7 @@ from torch import Tensor
 
 from llmcompress.compress.feedback import BLOCK_COLUMNS, damped
 from llmcompress.compress.grid import Codes, expand_scale, stored_scale
+from llmcompress.kernels import native_columns
 
 
 def metric_of(hessian: Tensor, damp: float) -> Tensor:
@@ -24,6 +25,12 @@ def descend(weight: Tensor, codes: Codes, metric: Tensor, sweeps: int) -> Codes:
     weight  (rows, columns)     float32
     metric  (columns, columns)  from `metric_of`, the same for all weights that read one input
     """
+    found = native_columns.descended(weight, codes, native_columns.Descent(metric, sweeps))
+    return descend_plainly(weight, codes, metric, sweeps) if found is None else found
+
+
+def descend_plainly(weight: Tensor, codes: Codes, metric: Tensor, sweeps: int) -> Codes:
+    """`descend` in torch, for any device: what the C library is held against."""
     state = _State(weight, codes, metric)
     for _ in range(sweeps):
         if not state.sweep_codes() + state.sweep_scales():
@@ -36,7 +43,7 @@ class _State:
 
     def __init__(self, weight: Tensor, codes: Codes, metric: Tensor) -> None:
         self.metric, self.spec, self.scale = metric, codes.spec, codes.scale.clone()
-        self.codes = codes.codes.T.contiguous()
+        self.codes = codes.codes.T.clone(memory_format=torch.contiguous_format)  # of one row the same memory
         self.half = 1 << (codes.spec.bits - 1)
         self.gradient = metric @ (codes.dequantize() - weight).T
         self.diagonal = metric.diagonal().tolist()

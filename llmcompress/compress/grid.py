@@ -61,6 +61,11 @@ def full_range_scale(groups: Tensor, bits: int) -> Tensor:
     return -largest / (1 << (bits - 1))
 
 
+def shrinks(clip: bool) -> tuple[float, ...]:
+    """The ranges that a search for scales tries, or only the whole one."""
+    return CLIPS if clip else CLIPS[:1]
+
+
 def find_scale(
     weight: Tensor, spec: LinearSpec, dtype: torch.dtype, *, clip: bool = True, importance: Tensor | None = None
 ) -> Tensor:
@@ -73,7 +78,7 @@ def find_scale(
     With `clip` the range is shrunk over `CLIPS` and the shrink of least squared error kept, group by group.
     Shrinks that lose the same to the last bit: the larger range stays. The C library does the same sums (`lane_sum`).
     """
-    clips = CLIPS if clip else CLIPS[:1]
+    clips = shrinks(clip)
     if importance is not None:
         importance = importance.to(weight.dtype)
     wanted = native_grid.Wanted(spec.bits, spec.group_size, dtype, clips)

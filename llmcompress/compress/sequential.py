@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from llmcompress.compress.descent import descend, metric_of
+from llmcompress.compress.descent import descend_plainly, metric_of
 from llmcompress.compress.feedback import (
     BLOCK_COLUMNS,
     Factor,
@@ -21,9 +21,10 @@ from llmcompress.compress.feedback import (
     inverse_factor,
     round_columns,
 )
-from llmcompress.compress.grid import Codes, expand_scale, find_scale
+from llmcompress.compress.grid import Codes, expand_scale, find_scale, shrinks
 from llmcompress.compress.kronecker import round_by_rows, row_factor
 from llmcompress.compress.rounding import NOT_FINITE, Quantized, Request, Seen, nearest, portions
+from llmcompress.kernels import native_columns
 from llmcompress.types import QuantizerOptions
 
 GPTAQ_ALPHA = 0.25
@@ -85,11 +86,36 @@ class _Work:
         return [next(one if factor is None else two) for factor in factors]
 
     def round(self, requests: Sequence[Request]) -> list[Codes]:
-        """Codes of weights whose formats share one group size, in one loop over the columns."""
+        """Codes of weights whose formats share one group size."""
+        found = [self._natively(r) for r in requests]
+        rest = [r for r, codes in zip(requests, found, strict=True) if codes is None]
+        others = iter(self.round_plainly(rest) if rest else ())
+        return [next(others) if codes is None else codes for codes in found]
+
+    def _natively(self, request: Request) -> Codes | None:
+        """By the C library, where it does what is asked for."""
+        if self.extra is not None or self.options.pull:
+            return None
+        weight, spec = request.weight, request.spec
+        if self._static(spec.group_size):
+            scale = find_scale(weight, spec, self.dtype, clip=self.options.clip, importance=self.importance)
+            ranges: Sequence[float] = ()
+        else:
+            scale = torch.empty((len(weight), weight.shape[1] // spec.group_size), dtype=self.dtype)
+            ranges = shrinks(self.options.clip)
+        feedback = native_columns.Feedback(self.factor.order, self.factor.upper, self.importance, ranges)
+        descent = None if self.metric is None else native_columns.Descent(self.metric, self.options.sweeps)
+        return native_columns.rounded(weight, spec, scale, feedback, descent)
+
+    def _static(self, group_size: int) -> bool:
+        """Whether scales are chosen before the loop, and not as it enters a group."""
+        return self.options.order != "group" or group_size == self.factor.order.numel()
+
+    def round_plainly(self, requests: Sequence[Request]) -> list[Codes]:
+        """`round` in torch, for any device, in one loop over the columns: what the C library is held against."""
         order, size = self.factor.order, requests[0].spec.group_size
         halves = [torch.full((len(r.weight),), float(1 << (r.spec.bits - 1))) for r in requests]
-        chooser = _Chooser(self, requests)
-        static = self.options.order != "group" or size == order.numel()
+        chooser, static = _Chooser(self, requests), self._static(size)
         grid = Integers(torch.cat(halves).to(order.device), chooser.static() if static else chooser.entering)
         loop = Loop(
             grid.nearest,
@@ -107,7 +133,7 @@ class _Work:
         if self.metric is None:
             return found
         pairs = zip(requests, found, strict=True)
-        return [descend(r.weight, codes, self.metric, self.options.sweeps) for r, codes in pairs]
+        return [descend_plainly(r.weight, codes, self.metric, self.options.sweeps) for r, codes in pairs]
 
 
 class _Chooser:

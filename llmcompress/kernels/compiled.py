@@ -64,7 +64,7 @@ def library() -> tuple[ctypes.CDLL | None, str]:
     else:
         try:
             found = ctypes.CDLL(str(build(program, cache_folder("native"))))
-            for entry in (found.llmcompress_linear, found.llmcompress_grid):
+            for entry in (found.llmcompress_linear, found.llmcompress_grid, found.llmcompress_columns):
                 entry.argtypes, entry.restype = (ctypes.c_char_p,), ctypes.c_int
         except (OSError, subprocess.SubprocessError) as error:
             why = f"{Path(program).name} did not compile it: {type(error).__name__}"

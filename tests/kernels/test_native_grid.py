@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llmcompress.compress.grid import CLIPS, find_scale_plainly, lane_sum, round_plainly
+from llmcompress.compress.grid import CLIPS, find_scale_plainly, lane_sum, round_plainly, shrinks
 from llmcompress.kernels import compiled, native_grid, reference
 from llmcompress.kernels.native_grid import Wanted
 from llmcompress.spec import LinearSpec
@@ -53,7 +53,7 @@ def test_scales_and_codes_are_torchs(
     case: tuple[Tensor, int], bits: int, dtype: torch.dtype, weighted: bool, clip: bool
 ) -> None:
     weight, size = case
-    clips = CLIPS if clip else CLIPS[:1]
+    clips = shrinks(clip)
     importance = torch.rand(weight.shape[1], generator=torch.Generator().manual_seed(bits)) if weighted else None
     spec = LinearSpec(bits=bits, group_size=size)
     scale = find_scale_plainly(weight, spec, dtype, clips=clips, importance=importance)

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from llmcompress.compress.feedback import Loop, column_order, inverse_factor, round_columns
 from llmcompress.compress.grid import (
-    CLIPS,
     SHIFT_ROWS,
     Codes,
     expand_scale,
     find_scale,
     full_range_scale,
     group_size_for,
+    shrinks,
     stored_scale,
 )
 from llmcompress.compress.rounding import NOT_FINITE, Quantized, Request, Seen
@@ -120,7 +120,7 @@ class Tiers:
     def find_scale(self, weight: Tensor, dtype: torch.dtype, *, clip: bool) -> Tensor:
         """Scale of every group, as stored, that clips best with both grids; `(rows, columns / group size)`."""
         step = max(SHIFT_ROWS // weight.shape[1], 1)
-        clips = CLIPS if clip else CLIPS[:1]
+        clips = shrinks(clip)
         return torch.cat([self._search(part, dtype, clips) for part in torch.split(weight, step)])
 
     def _search(self, weight: Tensor, dtype: torch.dtype, clips: tuple[float, ...]) -> Tensor:

@@ -4,6 +4,7 @@
 #include <stdatomic.h>
 #include "job.h"
 #include "lanes.h"
+#include "steps.h"
 #include "team.h"
 
 /* Fields have eight bytes each. Everything is contiguous. */
@@ -25,28 +26,7 @@ typedef struct {
 } Grid;
 
 enum { STEPS = 0, CODES = 1, WEIGHTS = 2, ERRORS = 3, PACK = 4, UNPACK = 5, MOMENTS = 6, BEYOND = 7, TASKS = 8 };
-enum { PLAIN = 0, NARROW = 1, WIDE = 2, ROWS_AT_ONCE = 8, FEW = 1 << 16, TRIES = 4 };
-
-static const uint16_t TINY[] = {0, 0x0080, 0x0400};  /* smallest normal numbers, by dtype */
-
-/* A step in the dtype it is stored in; of a group of zeros it is 1, and none becomes 0 or infinite. */
-static inline float as_stored(float step, int64_t dtype) {
-    float most = dtype == F32 ? 3.4028234663852886e38f : dtype == BF16 ? 3.3895313892515355e38f : 65504.0f;
-    float clamped = step > most ? most : step < -most ? -most : step;
-    float found = dtype == F32 ? clamped : dtype == BF16 ? from_bf16(to_bf16(clamped)) : from_f16(to_f16(clamped));
-    if (found != 0.0f) return found;
-    if (step == 0.0f) return 1.0f;
-    return dtype == F32 ? 1.17549435e-38f : dtype == BF16 ? from_bf16(TINY[BF16]) : from_f16(TINY[F16]);
-}
-
-/* Whether the error of the largest weight alone, cut off by this step and all smaller ones, is as large as the lowest
-   loss: sums of what is not negative are no smaller than their parts, so neither this step nor a smaller one can win.
-   Not asked where steps do not fall as ranges shrink, which is so where they are lost to rounding. */
-static inline int hopeless(float peak, float step, float half, float matters, float lowest) {
-    if (!(peak * (1.0f / step) <= -half)) return 0;
-    float nearest = -half * step, apart = nearest - peak;
-    return fabsf(nearest) <= fabsf(peak) && apart * apart * matters >= lowest;
-}
+enum { ROWS_AT_ONCE = 8, FEW = 1 << 16 };
 
 typedef double Doubles __attribute__((vector_size(64)));
 typedef int64_t Counts __attribute__((vector_size(64)));
@@ -59,35 +39,9 @@ static inline __attribute__((always_inline)) Eight loaded(const float *from) {
     return x;
 }
 
-#define V Plain
-#define DO(name) plain_##name
-#define NAME(name) name##_plain
-#define TARGET
-#include "grid.h"
-#undef V
-#undef DO
-#undef NAME
-#undef TARGET
-#if defined(__x86_64__)
-#define V Narrow
-#define DO(name) narrow_##name
-#define NAME(name) name##_narrow
-#define TARGET __attribute__((target("avx2")))
-#include "grid.h"
-#undef V
-#undef DO
-#undef NAME
-#undef TARGET
-#define V Wide
-#define DO(name) wide_##name
-#define NAME(name) name##_wide
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq")))
-#include "grid.h"
-#undef V
-#undef DO
-#undef NAME
-#undef TARGET
-#endif
+#define BODY "grid.h"
+#include "levels.h"
+#undef BODY
 
 /* Eight codes, a byte each, next to each other, and back. */
 static inline uint64_t close_up(uint64_t codes, int64_t bits) {
@@ -155,18 +109,12 @@ typedef int (*Row)(const Grid *, int64_t);
 static Row row_of(const Grid *job) {
     static const Row plain[TASKS] = {row_steps_plain, row_codes_plain, row_weights_plain,
                                      row_errors_plain, row_pack_plain, row_unpack_plain, row_moments_plain, row_beyond_plain};
-    int64_t level = PLAIN;
 #if defined(__x86_64__)
     static const Row narrow[TASKS] = {row_steps_narrow, row_codes_narrow, row_weights_narrow,
                                       row_errors_narrow, row_pack_bmi, row_unpack_bmi, row_moments_narrow, row_beyond_narrow};
     static const Row wide[TASKS] = {row_steps_wide, row_codes_wide, row_weights_wide,
                                     row_errors_wide, row_pack_bmi, row_unpack_bmi, row_moments_wide, row_beyond_wide};
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2")) level = NARROW;
-    if (level == NARROW && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-        level = WIDE;
-    if (job->level >= 0 && job->level < level) level = job->level;
+    int level = level_of(job->level);
     if (level == WIDE) return wide[job->task];
     if (level == NARROW) return narrow[job->task];
 #endif

@@ -5,6 +5,8 @@
 #define LANES_H
 #include <stdint.h>
 #include <string.h>
+
+enum { PLAIN = 0, NARROW = 1, WIDE = 2 };
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -16,6 +18,7 @@ WIDE_LANES Wide wide_all(float x) { return _mm512_set1_ps(x); }
 WIDE_LANES Wide wide_add(Wide x, Wide y) { return _mm512_add_ps(x, y); }
 WIDE_LANES Wide wide_sub(Wide x, Wide y) { return _mm512_sub_ps(x, y); }
 WIDE_LANES Wide wide_mul(Wide x, Wide y) { return _mm512_mul_ps(x, y); }
+WIDE_LANES Wide wide_fma(Wide x, Wide y, Wide z) { return _mm512_fmadd_ps(x, y, z); }
 WIDE_LANES Wide wide_div(Wide x, Wide y) { return _mm512_div_ps(x, y); }
 WIDE_LANES Wide wide_below(Wide x, Wide most) { return _mm512_min_ps(most, x); }
 WIDE_LANES Wide wide_above(Wide x, Wide least) { return _mm512_max_ps(least, x); }
@@ -37,7 +40,7 @@ WIDE_LANES float wide_fold(Wide x) {
 }
 WIDE_LANES float wide_most(Wide x) { return _mm512_reduce_max_ps(x); }
 
-#define NARROW_LANES static inline __attribute__((always_inline, target("avx2")))
+#define NARROW_LANES static inline __attribute__((always_inline, target("avx2,fma")))
 typedef struct { __m256 low, high; } Narrow;
 #define BOTH(call_low, call_high) ((Narrow){call_low, call_high})
 NARROW_LANES Narrow narrow_load(const float *from) { return BOTH(_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8)); }
@@ -46,6 +49,9 @@ NARROW_LANES Narrow narrow_all(float x) { return BOTH(_mm256_set1_ps(x), _mm256_
 NARROW_LANES Narrow narrow_add(Narrow x, Narrow y) { return BOTH(_mm256_add_ps(x.low, y.low), _mm256_add_ps(x.high, y.high)); }
 NARROW_LANES Narrow narrow_sub(Narrow x, Narrow y) { return BOTH(_mm256_sub_ps(x.low, y.low), _mm256_sub_ps(x.high, y.high)); }
 NARROW_LANES Narrow narrow_mul(Narrow x, Narrow y) { return BOTH(_mm256_mul_ps(x.low, y.low), _mm256_mul_ps(x.high, y.high)); }
+NARROW_LANES Narrow narrow_fma(Narrow x, Narrow y, Narrow z) {
+    return BOTH(_mm256_fmadd_ps(x.low, y.low, z.low), _mm256_fmadd_ps(x.high, y.high, z.high));
+}
 NARROW_LANES Narrow narrow_div(Narrow x, Narrow y) { return BOTH(_mm256_div_ps(x.low, y.low), _mm256_div_ps(x.high, y.high)); }
 NARROW_LANES Narrow narrow_below(Narrow x, Narrow y) { return BOTH(_mm256_min_ps(y.low, x.low), _mm256_min_ps(y.high, x.high)); }
 NARROW_LANES Narrow narrow_above(Narrow x, Narrow y) { return BOTH(_mm256_max_ps(y.low, x.low), _mm256_max_ps(y.high, x.high)); }
@@ -101,6 +107,7 @@ PLAIN_LANES Plain plain_all(float x) { return (Plain){0} + x; }
 PLAIN_LANES Plain plain_add(Plain x, Plain y) { return x + y; }
 PLAIN_LANES Plain plain_sub(Plain x, Plain y) { return x - y; }
 PLAIN_LANES Plain plain_mul(Plain x, Plain y) { return x * y; }
+PLAIN_LANES Plain plain_fma(Plain x, Plain y, Plain z) { return x * y + z; }
 PLAIN_LANES Plain plain_div(Plain x, Plain y) { return x / y; }
 PLAIN_LANES Plain plain_choose(PlainBits which, Plain x, Plain y) {
     return (Plain)((which & (PlainBits)x) | (~which & (PlainBits)y));
@@ -139,5 +146,24 @@ PLAIN_LANES float plain_most(Plain x) {
     float most = x[0];
     for (int i = 1; i < 16; i++) most = x[i] > most ? x[i] : most;
     return most;
+}
+
+/* The widest kind of lanes that the processor has. */
+static inline int best_level(void) {
+    int level = PLAIN;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")) level = NARROW;
+    if (level == NARROW && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+        level = WIDE;
+#endif
+    return level;
+}
+
+/* The kind to use: the one asked for where it is not wider than that. */
+static inline int level_of(int64_t wanted) {
+    int best = best_level();
+    return wanted >= 0 && wanted < best ? (int)wanted : best;
 }
 #endif
