@@ -3,12 +3,16 @@
     python bench/memory.py demo --json bench/results/memory-demo.json
     python bench/memory.py random --depths 2,8 --only score --json bench/results/memory-random.json
     python bench/memory.py large --only "quantize, fast" --json bench/results/memory-large.json
+    python bench/memory.py large --blocks 3 --only "quantize, balanced" --max-memory 735MB \
+        --set calibration.samples=16 --set calibration.sequence_length=256 --set calibration.score_samples=8 \
+        --json bench/results/memory-large-balanced.json
     python bench/memory.py shapes --json bench/results/memory-shapes.json
 
 Memory is RssAnon of the process, read every few milliseconds: what the system cannot take back by writing or dropping
 pages of files. `random` is a generated Llama, wide enough for its blocks to show beside the constant of the imports;
 where its peak grows from one depth to the next, something is kept of every block. Further `--set KEY=VALUE` and
-`--max-memory` go to every command that has it. `large` is a generated Llama of 1.5 GB; beside its peaks stand what
+`--max-memory` go to every command that has it. `large` is a generated Llama of 1.5 GB (of 38 blocks, or of `--blocks`,
+the others left out); beside its peaks stand what
 importing torch takes, the most disk in use, and how long reading and hashing its weights takes, once after the system
 was told to drop them from its cache and once more. `shapes` runs nothing: it is the forecast for Llamas of 8, 70 and
 405 billion weights.
@@ -170,6 +174,7 @@ def row(label: str, model: str, name: str, words: list[str], folder: Path) -> di
     if name.startswith("quantize"):
         dry = subprocess.run([*words, "--force", "--dry-run", "--json"], cwd=folder, capture_output=True, check=False)
         forecast = json.loads(dry.stdout)["peak_memory_bytes"] if dry.returncode == 0 else None
+        print(f"{'':<33} {(forecast or 0) / MB:7.0f} MB forecast", flush=True)
     return {"model": label, "command": name, **found, "forecast": forecast}
 
 
@@ -257,6 +262,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default="demo", help="demo, a directory, random, large, or shapes")
     parser.add_argument("--depths", default="4,8,16", help="of the random model")
     parser.add_argument("--width", type=int, default=512, help="of the random model")
+    parser.add_argument("--blocks", type=int, default=LARGE_BLOCKS, help="of the large model")
     parser.add_argument("--set", dest="sets", action="append", default=[])
     parser.add_argument("--max-memory", default=None)
     parser.add_argument("--only", default="", help="only commands whose name begins so")
@@ -271,7 +277,7 @@ def main() -> None:
         for blocks in depths:
             known[f"{blocks} blocks"] = str(generate(Path(scratch) / f"model-{blocks}", blocks, options.width))
         if options.model == "large":
-            known["large"] = str(generate(Path(scratch) / "large", LARGE_BLOCKS, LARGE_WIDTH, **LARGE))
+            known["large"] = str(generate(Path(scratch) / "large", options.blocks, LARGE_WIDTH, **LARGE))
             print(f"importing torch {bare_import() / MB:.0f} MB; reading and hashing, seconds, "
                   f"{reading_seconds(Path(known['large']))}", flush=True)  # fmt: skip
         sets = [*(SMALL if options.model == "random" else ()), *options.sets]
@@ -284,6 +290,7 @@ def main() -> None:
     document = {
         "model": Path(options.model).name,
         "width": options.width if options.model == "random" else None,
+        "blocks": options.blocks if options.model == "large" else None,
         "max_memory": options.max_memory,
         "sets": sets,
         "rows": rows,

@@ -8,15 +8,21 @@ The best scale of a group, codes held, is a parabola's lowest point too. Rows do
 import torch
 from torch import Tensor
 
-from llmcompress.compress.feedback import BLOCK_COLUMNS, damped
+from llmcompress.compress.feedback import BLOCK_COLUMNS, STRIPE, damped_diagonal
 from llmcompress.compress.grid import Codes, expand_scale, stored_scale
 from llmcompress.kernels import native_columns
 
 
 def metric_of(hessian: Tensor, damp: float) -> Tensor:
     """The damped Hessian with a diagonal of 1 on average, float32 `(columns, columns)`."""
-    metric = damped(hessian, damp)
-    return metric.div_(metric.diagonal().mean().clone()).float()
+    metric = hessian.new_empty(hessian.shape, dtype=torch.float32)
+    diagonal = damped_diagonal(hessian, damp)
+    mean = diagonal.mean()
+    for start in range(0, len(hessian), STRIPE):
+        part = slice(start, start + STRIPE)
+        metric[part] = hessian[part].double() / mean
+    metric.diagonal().copy_(diagonal.div_(mean))
+    return metric
 
 
 def descend(weight: Tensor, codes: Codes, metric: Tensor, sweeps: int) -> Codes:
@@ -45,7 +51,7 @@ class _State:
         self.metric, self.spec, self.scale = metric, codes.spec, codes.scale.clone()
         self.codes = codes.codes.T.clone(memory_format=torch.contiguous_format)  # of one row the same memory
         self.half = 1 << (codes.spec.bits - 1)
-        self.gradient = metric @ (codes.dequantize() - weight).T
+        self.gradient = metric @ codes.dequantize().sub_(weight).T
         self.diagonal = metric.diagonal().tolist()
 
     def sweep_codes(self) -> int:

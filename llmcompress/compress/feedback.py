@@ -13,6 +13,7 @@ from torch import Tensor
 BLOCK_COLUMNS = 128
 INNER_COLUMNS = 32
 DAMP_RETRIES = 3
+STRIPE = 256  # rows of a Hessian that are copied at a time, while it becomes another matrix
 
 Scales = Callable[[int, int, Tensor], Tensor]  # (start, stop, left): a block of columns as it stands
 Nearest = Callable[[int, Tensor], tuple[Tensor, Tensor]]  # (column, its values as they stand): codes, stored values
@@ -42,19 +43,31 @@ def column_order(diagonal: Tensor, order: str, group_size: int) -> Tensor:
     return (inside + torch.arange(len(groups), device=diagonal.device)[:, None] * group_size)[whole].flatten()
 
 
-def damped(hessian: Tensor, damp: float) -> Tensor:
-    """float64 `(columns, columns)`: inputs never seen get the mean of the diagonal, all get `damp` times the mean."""
-    full = hessian.to(torch.float64, copy=True)
-    diagonal = full.diagonal()  # a view: a matrix of this size is not made more often than need be
-    diagonal += (diagonal <= 0).to(full.dtype) * diagonal.mean().clamp_min(1e-30)
-    diagonal += damp * diagonal.mean()
+def damped_diagonal(hessian: Tensor, damp: float) -> Tensor:
+    """float64 `(columns,)`: inputs never seen get the mean of the diagonal, all get `damp` times the mean."""
+    diagonal = hessian.diagonal().to(torch.float64, copy=True)
+    diagonal += (diagonal <= 0).to(diagonal.dtype) * diagonal.mean().clamp_min(1e-30)
+    return diagonal.add_(damp * diagonal.mean())
+
+
+def damped(hessian: Tensor, damp: float, order: Tensor | None = None) -> Tensor:
+    """float64 `(columns, columns)`, the Hessian with its `damped_diagonal`, its columns taken in `order`.
+
+    Nothing else of this size is made on the way: of a wide input nothing in a run is larger.
+    """
+    full = hessian.new_empty(hessian.shape, dtype=torch.float64)
+    diagonal = damped_diagonal(hessian, damp)
+    for start in range(0, len(hessian), STRIPE):
+        part = slice(start, start + STRIPE)
+        full[part] = hessian[part] if order is None else hessian[order[part]][:, order]
+    full.diagonal().copy_(diagonal if order is None else diagonal[order])
     return full
 
 
-def dampings(hessian: Tensor, damp: float) -> Iterator[tuple[float, Tensor]]:
-    """The damping and the damped Hessian, then again with ten times as much, for as often as it is worth trying."""
+def dampings(damp: float) -> Iterator[float]:
+    """The damping, then ten times as much, for as often as it is worth trying."""
     for _ in range(DAMP_RETRIES + 1):
-        yield damp, damped(hessian, damp)
+        yield damp
         damp *= 10
 
 
@@ -70,9 +83,8 @@ def inverse_factor(hessian: Tensor, order: Tensor, damp: float) -> tuple[Factor 
 
     Returns None for a Hessian that cannot be factorised, and the notes to record.
     """
-    for attempt, (tried, full) in enumerate(dampings(hessian, damp)):
-        found = full[order[:, None], order].T
-        del full  # the largest matrices of a run: no more of them than need be
+    for attempt, tried in enumerate(dampings(damp)):
+        found = damped(hessian, tried, order).T
         failed = factorise(found)
         if not failed:
             torch.cholesky_inverse(found, out=found)

@@ -137,7 +137,7 @@ def _hidden_bytes(opened: Opened, recipe: Recipe) -> int:
 def _waiting_bytes(opened: Opened, recipe: Recipe, found: Stages, *, spilled: bool) -> int:
     """Hidden states on disk: those of two steps, of every block while `fisher` goes forward, and what is spilled."""
     hidden = _hidden_bytes(opened, recipe)
-    waiting = 2 * hidden + (max(stage.hidden for stage in found) if spilled else 0)
+    waiting = 2 * hidden + (max(stage.hidden + stage.files for stage in found) if spilled else 0)
     if recipe.scorer == "fisher":
         part = min(recipe.calibration.score_samples, recipe.calibration.samples)
         waiting += hidden * part * len(opened.trace.blocks) // recipe.calibration.samples

@@ -196,7 +196,7 @@ def table_codes(weight: Tensor, spec: LinearSpec) -> Codes:
 def proxy_loss(weight: Tensor, dequantized: Tensor, hessian: Tensor) -> float:
     """`tr(dW H dW^T)`: squared output error summed over outputs, in the units of `hessian`."""
     error = (dequantized - weight).to(hessian.dtype)
-    return float(((error @ hessian) * error).sum())
+    return float((error @ hessian).mul_(error).sum())
 
 
 def gaussian_distortion(spec: LinearSpec) -> float:

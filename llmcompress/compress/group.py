@@ -113,14 +113,15 @@ def round_group(
 
     Nothing is installed.
     """
-    own = torch.contiguous_format  # a copy: what is installed goes where the weight is
-    wanted, seen = [weight_of(block, info, linear).clone(memory_format=own) for linear, _ in members], None
+    weights, seen = [weight_of(block, info, linear) for linear, _ in members], None
+    wanted = weights
     if (look := looks.pop()) is not None:
         seen, terms = look
         del look
-        wanted, seen = aim(method.options, seen, wanted, [terms.get(linear.name) for linear, _ in members])
-    for place, (linear, _) in enumerate(members):  # what is zero stays zero: a skipped half of a block corrects nothing
-        if not (weight := weight_of(block, info, linear))[:1].any() and not weight.any():
+        wanted, seen = aim(method.options, seen, weights, [terms.pop(linear.name, None) for linear, _ in members])
+    wanted = [_own(asked, weight) for asked, weight in zip(wanted, weights, strict=True)]
+    for place, weight in enumerate(weights):  # what is zero stays zero: a skipped half of a block corrects nothing
+        if not weight[:1].any() and not weight.any():
             wanted[place] = torch.zeros_like(wanted[place])
     for place, (linear, spec) in enumerate(members):
         if spec.inputs is None or not spec.inputs.hadamard:  # limits are of the weight as it was
@@ -137,6 +138,11 @@ def round_group(
         known = None if seen is None or seen.nothing or not seen.finite else seen
         found.append(Rounded(linear, weight, result, known, tokens=tokens))
     return found
+
+
+def _own(asked: Tensor, weight: Tensor) -> Tensor:
+    """What is asked for apart from the weight, where what is installed goes, and laid out by rows."""
+    return weight.clone(memory_format=torch.contiguous_format) if asked is weight else asked
 
 
 def round_head(method: Method, head: LinearInfo, weight: Tensor, spec: LinearSpec, seen: Seen | None) -> Rounded:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.compress.grid import Codes
-from llmcompress.compress.rounding import Request
+from llmcompress.compress.rounding import Request, stacked
 
 DAMP = 0.05  # of the mean of the diagonal: gradients of few tokens say little
 
@@ -62,7 +62,4 @@ def round_by_rows(
         for i, codes in zip(asked, rounded(targets), strict=True):
             errors[i][here] = codes.dequantize() - requests[i].weight[here]
             parts[i].insert(0, codes)
-    return [
-        Codes(torch.cat([x.codes for x in found]), torch.cat([x.scale for x in found]), r.spec)
-        for r, found in zip(requests, parts, strict=True)
-    ]
+    return [stacked(found) for found in parts]

@@ -15,7 +15,7 @@ from llmcompress.compress.rounding import Request, Seen
 from llmcompress.model.skeleton import Skeleton
 from llmcompress.types import LinearInfo, LinearSpec, ModelTrace, QuantizerOptions
 
-SLICE_LOGITS = 1 << 23  # that are there at a time while distributions are compared
+SLICE_LOGITS = 1 << 22  # that are there at a time while distributions are compared
 
 
 @dataclass(frozen=True)

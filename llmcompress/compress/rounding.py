@@ -18,6 +18,7 @@ from torch import Tensor
 from llmcompress.compress.grid import Codes, find_scale, round_weight
 from llmcompress.types import LinearSpec, QuantizerOptions
 
+STRIPE = 256  # rows of a Hessian that are looked at together
 NOT_FINITE = "second moments of its calibration inputs are not finite"
 
 
@@ -46,7 +47,7 @@ class Seen:
     @property
     def finite(self) -> bool:
         """Whether the Hessian can be used at all."""
-        return bool(torch.isfinite(self.hessian).all())
+        return all(bool(torch.isfinite(rows).all()) for rows in torch.split(self.hessian, STRIPE))
 
     @property
     def nothing(self) -> bool:
@@ -66,6 +67,11 @@ class Seen:
         hessian = self.hessian.clone()
         hessian.diagonal().add_(share)
         return replace(self, hessian=hessian, known={})
+
+    def waiting(self, keep: Callable[[Tensor], Tensor]) -> Self:
+        """The same, what was summed up where `keep` has what is only read now and then."""
+        drift = None if self.drift is None else keep(self.drift)
+        return replace(self, hessian=keep(self.hessian), drift=drift, known={})
 
     @property
     def importance(self) -> Tensor:
@@ -110,6 +116,11 @@ def portions(requests: Sequence[Request], places: Sequence[int], weights: int) -
         found[-1].append(place)
         room -= size
     return found
+
+
+def stacked(parts: Sequence[Codes]) -> Codes:
+    """The codes of a weight from those of its rows, some at a time."""
+    return Codes(torch.cat([x.codes for x in parts]), torch.cat([x.scale for x in parts]), parts[0].spec)
 
 
 def nearest(request: Request, options: QuantizerOptions, dtype: torch.dtype, note: str = "") -> Quantized:

@@ -74,7 +74,7 @@ class BlockRounds:
         mix_inputs(block, info, specs)
         self.stored = Replay(block, info, streams.keep)
         compares = self.looks and streams.full is not None
-        self.full = Replay(copy.deepcopy(block), info, streams.keep) if compares else None
+        self.full = Replay(_copied(block, streams.keep), info, streams.keep) if compares else None
         self.routed = Routed(block, info, streams.keep)
         self.full_routed = None if self.full is None else Routed(self.full.block, info, streams.keep)
         self._keep, self._keep_full = Tray(streams.keep), Tray(streams.keep)
@@ -192,7 +192,8 @@ class BlockRounds:
             with self.stored.on(place, final):
                 run = partial(call_block, self.stored.block, streams.stored[place], call)
                 sums.add(watch.read(self.stored.block, streams.stored[place], run), full)
-        return sums.means()
+        seen, terms = sums.means()
+        return seen.waiting(streams.keep), terms
 
     def _look_routed(self, group: int) -> Look:
         """What the linears of an expert read of the tokens that the stored model routes to it."""
@@ -209,7 +210,7 @@ class BlockRounds:
                 full = Reading(self.full_routed.read(linear, beside, rows), {})
             sums.add(Reading(self.routed.read(linear, arrival, rows), {}), full)
         seen, terms = sums.means()
-        return seen.steadied(), terms
+        return seen.steadied().waiting(streams.keep), terms
 
     def _child(self, group: int) -> str:
         return local_name(self.info, self.groups[group][0]).partition(".")[0]
@@ -242,6 +243,13 @@ class BlockRounds:
         if found is None:
             raise ValueError("the full-precision model was not run")
         return found
+
+
+def _copied(block: nn.Module, keep: Keep) -> nn.Module:
+    """A copy of a block for reading alone, its parameters where hidden states wait."""
+    parts = [(p, keep(p.detach())) for p in block.parameters()]
+    own = {id(p): nn.Parameter(kept, requires_grad=False) for p, kept in parts if kept.data_ptr() != p.data_ptr()}
+    return copy.deepcopy(block, own)
 
 
 def _learn(method: Method, rounds: BlockRounds, rounded: list[Rounded]) -> Iterator[Rounded]:

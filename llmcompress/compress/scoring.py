@@ -165,7 +165,7 @@ def rounding_errors(
     crew = job.skeleton.crew
     results = dealt(crew, job.quantizer, requests, seen, options=job.rounding, dtype=job.scale_dtype)
     for (name, spec), result in zip(asked, results, strict=True):
-        yield name, spec, result.codes.dequantize() - weights[name]
+        yield name, spec, result.codes.dequantize().sub_(weights[name])
 
 
 def layer_score(

@@ -23,12 +23,12 @@ from llmcompress.compress.feedback import (
 )
 from llmcompress.compress.grid import Codes, expand_scale, find_scale, shrinks
 from llmcompress.compress.kronecker import round_by_rows, row_factor
-from llmcompress.compress.rounding import NOT_FINITE, Quantized, Request, Seen, nearest, portions
+from llmcompress.compress.rounding import NOT_FINITE, Quantized, Request, Seen, nearest, portions, stacked
 from llmcompress.kernels import native_columns
 from llmcompress.types import QuantizerOptions
 
 GPTAQ_ALPHA = 0.25
-BATCH_WEIGHTS = 1 << 22  # linears of a group and their formats are rounded together, up to about so many weights
+BATCH_WEIGHTS = 1 << 22  # rounded together in torch: linears of a group and their formats, or rows of a linear
 
 
 def round_with_feedback(
@@ -112,7 +112,18 @@ class _Work:
         return self.options.order != "group" or group_size == self.factor.order.numel()
 
     def round_plainly(self, requests: Sequence[Request]) -> list[Codes]:
-        """`round` in torch, for any device, in one loop over the columns: what the C library is held against."""
+        """`round` in torch, for any device: what the C library is held against. On the CPU some rows at a time."""
+        pieces = _pieces(requests[0].weight) if len(requests) == 1 else ()
+        if len(pieces) > 1:
+            return [stacked([self.round_plainly([Request(rows, requests[0].spec)])[0] for rows in pieces])]
+        found = self._in_order(requests)
+        if self.metric is None:
+            return found
+        pairs = zip(requests, found, strict=True)
+        return [descend_plainly(r.weight, codes, self.metric, self.options.sweeps) for r, codes in pairs]
+
+    def _in_order(self, requests: Sequence[Request]) -> list[Codes]:
+        """Codes after one loop over the columns."""
         order, size = self.factor.order, requests[0].spec.group_size
         halves = [torch.full((len(r.weight),), float(1 << (r.spec.bits - 1))) for r in requests]
         chooser, static = _Chooser(self, requests), self._static(size)
@@ -124,16 +135,18 @@ class _Work:
             extra=self.extra,
             pull=self.options.pull,
         )
-        weights = torch.cat([r.weight for r in requests])
-        codes = round_columns(weights[:, order], self.factor.upper, loop)
+        turned = [r.weight.T.index_select(0, order) for r in requests]  # as the loop has it: no copy is made of it
+        codes = round_columns((turned.pop() if len(turned) == 1 else torch.cat(turned, 1)).T, self.factor.upper, loop)
         restored = torch.empty_like(codes, memory_format=torch.contiguous_format)
         restored[:, order] = codes
         parts = torch.split(restored, [len(r.weight) for r in requests])
-        found = [Codes(part, scale, r.spec) for part, scale, r in zip(parts, chooser.scales, requests, strict=True)]
-        if self.metric is None:
-            return found
-        pairs = zip(requests, found, strict=True)
-        return [descend_plainly(r.weight, codes, self.metric, self.options.sweeps) for r, codes in pairs]
+        return [Codes(part, scale, r.spec) for part, scale, r in zip(parts, chooser.scales, requests, strict=True)]
+
+
+def _pieces(weight: Tensor) -> tuple[Tensor, ...]:
+    """Rows that are rounded together, the same whoever rounds them: fewer than `2 BATCH_WEIGHTS` weights."""
+    parts = weight.numel() // BATCH_WEIGHTS if weight.device.type == "cpu" else 1
+    return weight.tensor_split(max(min(parts, len(weight)), 1))
 
 
 class _Chooser:

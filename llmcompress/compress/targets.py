@@ -13,13 +13,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from llmcompress.compress.feedback import dampings, factorise
+from llmcompress.compress.feedback import damped, dampings, factorise
 from llmcompress.compress.rounding import Seen
 from llmcompress.types import QuantizerOptions
 
 PLENTY, ENOUGH = 30, 8  # tokens per column
 ALPHAS = (0.75, 0.5, 0.25)
-STRIPE = 1024  # rows and columns that are in float64 at a time, beside the factor
+STRIPE = 256  # rows and columns that are in float64 at a time, beside the factor
 
 
 def alpha_for(tokens: int, columns: int) -> float:
@@ -37,8 +37,8 @@ class Targets:
         self._lower: Tensor | None = None
         if not self.alpha or not seen.finite:
             return
-        for _, full in dampings(seen.hessian, damp):
-            lower = full.T
+        for tried in dampings(damp):
+            lower = damped(seen.hessian, tried).T
             if not factorise(lower):
                 self._lower = lower
                 return
@@ -52,24 +52,31 @@ class Targets:
         """
         if self._lower is None or (self.seen.drift is None and term is None):
             return weight
-        found = torch.empty_like(weight)
+        found = torch.empty(weight.shape, device=weight.device)
         for start in range(0, len(weight), STRIPE):
             part = slice(start, start + STRIPE)
             cross = self._cross(weight[part], None if term is None else term[part])
             if not bool(torch.isfinite(cross).all()):
                 return weight
-            found[part] = weight[part] + self.alpha * torch.cholesky_solve(cross.T, self._lower).T
+            found[part] = weight[part] + self.alpha * _solved(cross.T, self._lower).T
         return found
 
     def _cross(self, weight: Tensor, term: Tensor | None) -> Tensor:
         """`W C + R` of some rows in float64."""
-        cross = torch.zeros_like(weight, dtype=torch.float64)
+        cross = torch.zeros(weight.shape, dtype=torch.float64, device=weight.device)
         if self.seen.drift is not None:
             wide = weight.double()
             for start in range(0, weight.shape[1], STRIPE):
                 part = slice(start, start + STRIPE)
                 cross[:, part] = wide @ self.seen.drift[:, part].double()
         return cross if term is None else cross.add_(term)
+
+
+def _solved(right: Tensor, lower: Tensor) -> Tensor:
+    """`(L L^T)^-1 B` in the place of `B`, both lying by columns; `torch.cholesky_solve` would copy `L`."""
+    torch.linalg.solve_triangular(lower, right, upper=False, out=right)
+    torch.linalg.solve_triangular(lower.T, right, upper=True, out=right)
+    return right
 
 
 def aim(

@@ -18,13 +18,14 @@ class Stage:
     """One stage of a run and what is in memory at its height, bytes by name.
 
     `hidden` are hidden states and what else waits for the next block: in files instead, where memory is limited.
-    `limited` are terms that are others then.
+    `limited` are terms that are others then, `files` what that puts into files.
     """
 
     name: str
     terms: Mapping[str, int]
     hidden: int = 0
     limited: Mapping[str, int] = field(default_factory=dict)
+    files: int = 0
 
     def total(self, *, spilled: bool) -> int:
         """Bytes, with hidden states in memory or not."""

@@ -187,9 +187,9 @@ def peak_of(words: list[str], folder: Path) -> int:
 
 
 def test_a_run_takes_what_was_forecast(text_file: Path, tmp_path: Path) -> None:
-    config = llama_config(hidden_size=128, intermediate_size=256, num_hidden_layers=2, max_position_embeddings=256)
+    config = llama_config(hidden_size=128, intermediate_size=1536, num_hidden_layers=2, max_position_embeddings=256)
     model = save_model(tmp_path / "model", config, shard_size="1GB")
-    sets = ("calibration.samples=32", "calibration.sequence_length=256", "calibration.score_samples=8",
+    sets = ("calibration.samples=16", "calibration.sequence_length=256", "calibration.score_samples=4",
             "plan.bits=[3, 4]", "plan.trials=false", "quantize.sweeps=0")  # fmt: skip
     text = text_file.with_name("long.txt")
     text.write_text(text_file.read_text() * 4)

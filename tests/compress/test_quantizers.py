@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmcompress.compress.feedback import Integers, Loop, inverse_factor, round_columns
+from llmcompress.compress import sequential
+from llmcompress.compress.descent import metric_of
+from llmcompress.compress.feedback import Integers, Loop, damped, inverse_factor, round_columns
 from llmcompress.compress.grid import expand_scale, find_scale, proxy_loss, round_weight
 from llmcompress.compress.rounding import Quantized, Request, Seen
 from llmcompress.plugins import available, find
@@ -123,6 +125,40 @@ def test_the_factor_is_that_of_the_damped_inverse() -> None:
     upper = factor.upper.double()
     damped = hessian.double() + torch.eye(128).double() * 0.01 * hessian.double().diagonal().mean()
     assert torch.allclose(torch.linalg.inv(damped), upper.T @ upper, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_damped_hessian_in_another_order_is_the_same_and_the_hessian_stays(dtype: torch.dtype) -> None:
+    _, hessian = problem()
+    hessian[5], hessian[:, 5] = 0, 0  # never seen
+    hessian, order = hessian.to(dtype), torch.randperm(128, generator=torch.Generator().manual_seed(1))
+    before, mean = hessian.clone(), hessian.double().diagonal().mean()
+    oracle = before.double().clone()
+    oracle[5, 5] = mean
+    oracle += torch.eye(128, dtype=torch.float64) * 0.01 * oracle.diagonal().mean()
+    assert torch.allclose(damped(hessian, 0.01), oracle, rtol=1e-12, atol=0)
+    assert torch.equal(damped(hessian, 0.01, order), damped(hessian, 0.01)[order][:, order])
+    metric = metric_of(hessian, 0.01)
+    assert metric.dtype == torch.float32
+    assert torch.equal(metric, (damped(hessian, 0.01) / damped(hessian, 0.01).diagonal().clone().mean()).float())
+    assert torch.equal(hessian, before)
+
+
+@pytest.mark.parametrize("order", ["group", "act"])
+def test_rows_of_a_large_weight_are_rounded_some_at_a_time(
+    order: Literal["group", "act"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, hessian = problem()
+    options, spec = QuantizerOptions(order=order, sweeps=2), LinearSpec(bits=3, group_size=64)
+    work, _ = sequential._work_of(Seen(hessian), 64, options, torch.bfloat16)
+    assert work is not None
+    (whole,) = work.round_plainly([Request(weight, spec)])
+    monkeypatch.setattr(sequential, "BATCH_WEIGHTS", 10 * 128)
+    (found,) = work.round_plainly([Request(weight, spec)])
+    pieces = [work.round_plainly([Request(rows, spec)])[0] for rows in weight.split(12)]
+    assert torch.equal(found.codes, torch.cat([x.codes for x in pieces]))
+    assert torch.equal(found.scale, torch.cat([x.scale for x in pieces]))
+    assert float((found.codes != whole.codes).float().mean()) < 2e-3  # a tie may fall either way in float32
 
 
 def test_dead_inputs_are_rounded_not_zeroed() -> None:

@@ -90,6 +90,12 @@ def test_large_tensors_stay_out_of_the_heap_whatever_was_freed(forker: Forker, t
     assert found.returncode == 0, found.stderr
 
 
+@pytest.mark.skipif(not map_large_tensors(), reason="another C library than glibc")
+def test_what_comes_of_a_hessian_takes_no_more_than_is_forecast(forker: Forker, tmp_path: Path) -> None:
+    found = forker.run((), tmp_path, call="tests.heap_cases:factors")
+    assert found.returncode == 0, found.stderr
+
+
 def test_what_the_environment_says_of_huge_pages_stays() -> None:
     asked: dict[str, str] = {}
     use_huge_pages(asked)

@@ -254,7 +254,8 @@ class _Backward:
         known: dict[int, Seen] = {}
         if self.job.quantizer.NEEDS_HESSIAN:
             runs = [partial(self._run, info, h, c) for h, c in zip(entering, self.calls, strict=True)]
-            known = collect_hessians(block, info, runs, self.share, only=part)
+            found = collect_hessians(block, info, runs, self.share, only=part)
+            known = {group: found.pop(group).waiting(self.stream.keep) for group in list(found)}
         members = [x for x in info.linears if x.shared_input in part and x.name in self.job.candidates]
         linears, errors = {x.name: x for x in members}, Errors()
         for group in part:
@@ -277,7 +278,7 @@ class _Backward:
 def _errors(job: ScoreJob, weights: Mapping[str, Tensor], seen: Seen | None) -> Errors:
     found = Errors()
     for name, spec, error in rounding_errors(job, weights, seen):
-        found.setdefault(name, []).append((spec, error.to(torch.bfloat16)))
+        found.setdefault(name, []).append((spec, job.skeleton.shelf.keep(error.to(torch.bfloat16))))
     return found
 
 
