@@ -74,7 +74,7 @@ class BlockRounds:
         mix_inputs(block, info, specs)
         self.stored = Replay(block, info, streams.keep)
         compares = self.looks and streams.full is not None
-        self.full = Replay(_copied(block, streams.keep), info, streams.keep) if compares else None
+        self.full = Replay(copied(block, streams.keep), info, streams.keep) if compares else None
         self.routed = Routed(block, info, streams.keep)
         self.full_routed = None if self.full is None else Routed(self.full.block, info, streams.keep)
         self._keep, self._keep_full = Tray(streams.keep), Tray(streams.keep)
@@ -245,7 +245,7 @@ class BlockRounds:
         return found
 
 
-def _copied(block: nn.Module, keep: Keep) -> nn.Module:
+def copied(block: nn.Module, keep: Keep) -> nn.Module:
     """A copy of a block for reading alone, its parameters where hidden states wait."""
     parts = [(p, keep(p.detach())) for p in block.parameters()]
     own = {id(p): nn.Parameter(kept, requires_grad=False) for p, kept in parts if kept.data_ptr() != p.data_ptr()}

@@ -85,6 +85,7 @@ class Sizes:
 
     @property
     def length(self) -> int:
+        """Tokens of a sequence."""
         wanted = self.recipe.calibration.sequence_length
         return min(wanted, self.opened.context_tokens or wanted)
 

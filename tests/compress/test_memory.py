@@ -15,6 +15,7 @@ from conftest import llama_config, program, save_model
 from llmcompress.compress.allocate.budget import parse_budget, parse_size
 from llmcompress.compress.forecast import fitted, forecast
 from llmcompress.compress.pipeline import Opened, open_model
+from llmcompress.compress.rounds import copied
 from llmcompress.compress.run import Planned, QuantizeRequest, Warned, quantize
 from llmcompress.errors import InputError, MachineError
 from llmcompress.hub.source import resolve
@@ -78,6 +79,17 @@ def test_what_is_put_away_is_no_anonymous_memory(tmp_path: Path) -> None:
     assert name.startswith(str(tmp_path / "shelf.tmp-"))
     assert anonymous_kb == 0
     assert mapping(tensor.data_ptr())[1] > 0
+
+
+@pytest.mark.parametrize("filed", [True, False])
+def test_the_full_precision_block_is_a_copy_that_waits_where_states_do(filed: bool, tmp_path: Path) -> None:
+    block = torch.nn.Linear(300, 1000)
+    before = block.weight.detach().clone()
+    found = copied(block, Shelf(tmp_path, everything=filed).keep)
+    with torch.no_grad():
+        block.weight.zero_()
+    assert torch.equal(found.weight, before)
+    assert mapping(found.weight.data_ptr())[0].startswith(str(tmp_path / "shelf.tmp-")) == filed
 
 
 def test_a_disk_that_refuses_is_the_machines_fault(tmp_path: Path) -> None:
@@ -187,10 +199,10 @@ def peak_of(words: list[str], folder: Path) -> int:
 
 
 def test_a_run_takes_what_was_forecast(text_file: Path, tmp_path: Path) -> None:
-    config = llama_config(hidden_size=128, intermediate_size=1536, num_hidden_layers=2, max_position_embeddings=256)
+    config = llama_config(hidden_size=128, intermediate_size=2048, num_hidden_layers=2, max_position_embeddings=256)
     model = save_model(tmp_path / "model", config, shard_size="1GB")
     sets = ("calibration.samples=16", "calibration.sequence_length=256", "calibration.score_samples=4",
-            "plan.bits=[3, 4]", "plan.trials=false", "quantize.sweeps=0")  # fmt: skip
+            "calibration.batch_size=1", "plan.bits=[3, 4]", "plan.trials=false", "quantize.sweeps=1")  # fmt: skip
     text = text_file.with_name("long.txt")
     text.write_text(text_file.read_text() * 4)
     flags = [word for one in sets for word in ("--set", one)]
@@ -200,6 +212,7 @@ def test_a_run_takes_what_was_forecast(text_file: Path, tmp_path: Path) -> None:
     needed = fitted(opened, recipe, BUDGET, limit=limit)[1]
     assert needed.spilled
     assert needed.peak_memory_bytes <= limit
+    assert needed.memory["Hessian"] > 2**25  # of the widest input, in every form it takes: what a copy too many exceeds
     bounded = ["--max-memory", f"{limit}B"]
     words = program("quantize", model, "--budget", "3.5bits", "-o", "out", "--calibration", text, *flags, *bounded)
     taken = peak_of(words, tmp_path)
