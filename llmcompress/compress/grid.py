@@ -14,6 +14,7 @@ from torch import Tensor
 
 from llmcompress.kernels import fourbit, native_grid
 from llmcompress.kernels.codes import Codes as Codes
+from llmcompress.model.products import linear
 from llmcompress.spec import HIGH_BITS
 from llmcompress.types import LinearSpec
 
@@ -196,7 +197,7 @@ def table_codes(weight: Tensor, spec: LinearSpec) -> Codes:
 def proxy_loss(weight: Tensor, dequantized: Tensor, hessian: Tensor) -> float:
     """`tr(dW H dW^T)`: squared output error summed over outputs, in the units of `hessian`."""
     error = (dequantized - weight).to(hessian.dtype)
-    return float((error @ hessian).mul_(error).sum())
+    return float(linear(error, hessian).mul_(error).sum())
 
 
 def gaussian_distortion(spec: LinearSpec) -> float:

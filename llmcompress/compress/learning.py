@@ -17,6 +17,7 @@ from torch.func import functional_call
 
 from llmcompress.compress.grid import Codes
 from llmcompress.compress.observe import local_name
+from llmcompress.model.products import Quick
 from llmcompress.model.stream import BlockCall, hidden_of
 from llmcompress.types import BlockTrace, LinearInfo, QuantizerOptions
 
@@ -112,8 +113,9 @@ class _Course:
         for name, (linear, _) in self.learned.items():
             stored = weights[name].T if linear.transposed else weights[name]
             parameters[f"{local_name(self.lesson.info, linear)}.weight"] = stored
-        output = functional_call(self.lesson.block, parameters, (self.lesson.inputs[place], *call.args), call.kwargs)
-        return hidden_of(output)
+        given = (self.lesson.inputs[place], *call.args)
+        with Quick():
+            return hidden_of(functional_call(self.lesson.block, parameters, given, call.kwargs))
 
     def _error(self, leaving: Tensor, place: int) -> Tensor:
         wanted, logits = self.lesson.outputs[place], self.lesson.logits

@@ -8,9 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from llmcompress.compress.observe import local_name
-from llmcompress.model.products import Quick
 from llmcompress.model.shelf import Keep, Tray
-from llmcompress.model.stream import BlockCall, hidden_of
 from llmcompress.types import BlockTrace
 
 INPUT_BYTES = 1 << 30  # of inputs of last linears kept at a time: they can be several times as wide as hidden states
@@ -19,12 +17,6 @@ INPUT_BYTES = 1 << 30  # of inputs of last linears kept at a time: they can be s
 def in_memory(hidden: Tensor) -> Tensor:
     """Hidden states where they are."""
     return hidden
-
-
-def call_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
-    """Hidden states leaving a block."""
-    with Quick():
-        return hidden_of(block(hidden, *call.args, **call.kwargs))
 
 
 class Replay:

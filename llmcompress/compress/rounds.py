@@ -25,12 +25,12 @@ from llmcompress.compress.observe import (
 )
 from llmcompress.compress.online import mix_inputs
 from llmcompress.compress.ranges import InputRanges
-from llmcompress.compress.replay import Replay, call_block, in_memory
+from llmcompress.compress.replay import Replay, in_memory
 from llmcompress.compress.routed import Routed, rows_of
 from llmcompress.kernels.inputs import InputQuantizer
 from llmcompress.model.shares import Share
 from llmcompress.model.shelf import Keep, Tray
-from llmcompress.model.stream import BlockCall
+from llmcompress.model.stream import BlockCall, call_block
 from llmcompress.runtime.attention import AttentionRounding, attention_modules, forget
 from llmcompress.runtime.inputs import attach, attach_stored, detach
 from llmcompress.types import BlockTrace, Fallback, LinearSpec

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from llmcompress.compress.feedback import damped, dampings, factorise
-from llmcompress.compress.rounding import Seen
+from llmcompress.compress.rounding import Seen, finite
+from llmcompress.model.products import linear
 from llmcompress.types import QuantizerOptions
 
 PLENTY, ENOUGH = 30, 8  # tokens per column
@@ -35,6 +36,7 @@ class Targets:
         self.seen = seen
         self.alpha = alpha_for(seen.tokens, len(seen.hessian)) if alpha is None else alpha
         self._lower: Tensor | None = None
+        self._solved: Tensor | None = None
         if not self.alpha or not seen.finite:
             return
         for tried in dampings(damp):
@@ -42,6 +44,17 @@ class Targets:
             if not factorise(lower):
                 self._lower = lower
                 return
+
+    def prepare(self, rows: int) -> None:
+        """Work `C H^-1` out once, where so many rows without a term of their own are more than it has."""
+        drift = self.seen.drift
+        if self._lower is None or drift is None or rows <= len(drift) or not finite(drift):
+            return
+        solved = torch.empty_like(drift, dtype=torch.float32)  # transposed
+        for start in range(0, len(drift), STRIPE):
+            part = slice(start, start + STRIPE)
+            solved[:, part] = _solved(drift[part].double().T, self._lower)
+        self._solved = solved if finite(solved) else None
 
     def of(self, weight: Tensor, term: Tensor | None = None) -> Tensor:
         """`W + alpha (W C + R) H^-1`, float32; the weight itself where there is nothing to correct.
@@ -52,11 +65,13 @@ class Targets:
         """
         if self._lower is None or (self.seen.drift is None and term is None):
             return weight
+        if term is None and self._solved is not None:
+            return weight + self.alpha * linear(weight, self._solved)
         found = torch.empty(weight.shape, device=weight.device)
         for start in range(0, len(weight), STRIPE):
             part = slice(start, start + STRIPE)
             cross = self._cross(weight[part], None if term is None else term[part])
-            if not bool(torch.isfinite(cross).all()):
+            if not finite(cross):
                 return weight
             found[part] = weight[part] + self.alpha * _solved(cross.T, self._lower).T
         return found
@@ -87,5 +102,6 @@ def aim(
     if options.target in ("layer", "gptaq") or (seen.drift is None and all(term is None for term in known)):
         return list(weights), seen
     targets = Targets(seen, options.damp, options.alpha)
+    targets.prepare(sum(len(weight) for weight, term in zip(weights, known, strict=True) if term is None))
     found = [targets.of(weight, term) for weight, term in zip(weights, known, strict=True)]
     return found, replace(seen, drift=None)

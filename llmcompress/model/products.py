@@ -2,7 +2,7 @@
 
 torch hands them to MKL, which keeps to AVX2 on processors that are not Intel's: half the speed of the oneDNN that
 torch also brings along where there is AVX-512. Results are the same for any number of threads. Calls that this module
-knows nothing about, inputs elsewhere or in another dtype, and whatever needs gradients go the usual way.
+knows nothing about, and inputs elsewhere or in another dtype, go the usual way.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
@@ -44,10 +45,33 @@ def cached_batch(most: int, tokens: int, width: int, device: torch.device) -> in
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x W^T + b`: x `(..., columns)`, weight `(rows, columns)`, bias `(rows,)`; returns `(..., rows)`."""
     kernel = _kernel()
-    usual = kernel is None or (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
-    if usual or weight.dim() != 2 or not _plain(x, weight) or x.numel() < FEWEST_ROWS * x.shape[-1]:
+    if kernel is None or weight.dim() != 2 or not _plain(x, weight) or x.numel() < FEWEST_ROWS * x.shape[-1]:
         return functional.linear(x, weight, bias)
-    return kernel(x, weight.contiguous(), bias, "none", [], "")  # type: ignore[misc]
+    if torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in (x, weight, bias)):
+        found: Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+        return found
+    return kernel(x, weight.contiguous(), bias, "none", [], "")
+
+
+class _Linear(torch.autograd.Function):
+    """`linear` with gradients, which are products of the same kind; they have none of their own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Called without gradients."""
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None)
+        return linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Of inputs, weight and bias, as far as they are needed."""
+        (x, weight), flat = ctx.saved_tensors, gradient.flatten(0, -2)
+        return (
+            None if weight is None else linear(gradient, weight.T),
+            None if x is None else inner(turned(flat), turned(x.flatten(0, -2))),
+            flat.sum(0) if ctx.needs_input_grad[2] else None,
+        )
 
 
 def turned(x: Tensor) -> Tensor:

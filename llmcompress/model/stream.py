@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from llmcompress.errors import InputError
 from llmcompress.experts import Experts
+from llmcompress.model.products import Quick
 from llmcompress.model.shelf import Tray
 from llmcompress.model.skeleton import Skeleton
 
@@ -47,6 +48,12 @@ def _same(left: Any, right: Any) -> bool:
 
 class _Stop(Exception):
     """Leaves the model's forward once the last block was reached."""
+
+
+def call_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
+    """Hidden states leaving a block."""
+    with Quick():
+        return hidden_of(block(hidden, *call.args, **call.kwargs))
 
 
 class BlockStream:
@@ -120,8 +127,8 @@ class BlockStream:
         return calls
 
     def run_block(self, index: int, hidden: Tensor, call: BlockCall) -> Tensor:
-        """Hidden states leaving block `index`, which must be loaded."""
-        return hidden_of(self.skeleton.blocks[index](hidden, *call.args, **call.kwargs))
+        """Hidden states leaving block `index`, which must be loaded, by this package's own products."""
+        return call_block(self.skeleton.blocks[index], hidden, call)
 
     @torch.no_grad()
     def leave(self, tokens: Tensor, hidden: Tensor) -> Tensor:
@@ -172,10 +179,14 @@ class BlockStream:
 
     @torch.no_grad()
     def pass_block(self, index: int, hidden: list[Tensor], calls: Sequence[Sequence[BlockCall]]) -> None:
-        """Load block `index`, put what leaves it in the place of every batch's hidden states, and free it."""
+        """Load block `index`, put what leaves it in the place of every batch's hidden states, and free it.
+
+        To the bit what the model itself computes.
+        """
         block = self.skeleton.load_block(index)
-        for place, call in enumerate(calls):
-            hidden[place] = self.keep(self.run_block(index, hidden[place], call[index]))
+        for place, calls_of in enumerate(calls):
+            call = calls_of[index]
+            hidden[place] = self.keep(hidden_of(block(hidden[place], *call.args, **call.kwargs)))
         self.skeleton.free(block)
 
     def keep(self, hidden: Tensor) -> Tensor:

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from llmcompress.compress.observe import collect_hessians, module_of
-from llmcompress.compress.replay import call_block, in_memory
+from llmcompress.compress.replay import in_memory
 from llmcompress.compress.rounding import Seen
 from llmcompress.compress.routed import Routed, rows_of
 from llmcompress.compress.scorers.fisher import Sums
 from llmcompress.model.skeleton import Skeleton
-from llmcompress.model.stream import BlockStream
+from llmcompress.model.stream import BlockStream, call_block
 from llmcompress.model.trace import trace
 from llmcompress.types import BlockTrace, LinearInfo, LinearSpec
 from tests.compress.scoring_help import job_for, scored

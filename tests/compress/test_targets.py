@@ -16,7 +16,7 @@ from llmcompress.compress.measuring import MeasureJob, Text
 from llmcompress.compress.pipeline import open_model
 from llmcompress.compress.quantizers import gptq
 from llmcompress.compress.rounding import Request, Seen
-from llmcompress.compress.targets import Targets, alpha_for
+from llmcompress.compress.targets import Targets, aim, alpha_for
 from llmcompress.compress.trial import measure_allocations
 from llmcompress.hub.source import Source
 from llmcompress.model.skeleton import Skeleton
@@ -74,6 +74,21 @@ def test_the_residual_term_also_undoes_what_the_stream_carries() -> None:
         return float((stream_full + full @ weight.T - stream - stored @ candidate.T).square().sum())
 
     assert harm(found) < harm(Targets(seen_of(full, stored), DAMP, 1.0).of(weight.float()).double()) < harm(weight)
+
+
+def test_more_rows_than_columns_are_corrected_by_one_solution() -> None:
+    full, stored, _ = streams()
+    seen = seen_of(full.float(), stored.float())
+    weights = [torch.randn(rows, 24, generator=torch.Generator().manual_seed(rows)) for rows in (20, 9)]
+    term = torch.randn(9, 24, generator=torch.Generator().manual_seed(2))
+    one_by_one = Targets(seen, 0.01, 0.5)
+    for terms in ([None, None], [None, term]):
+        found, left = aim(QuantizerOptions(alpha=0.5), seen, weights, terms)
+        assert left.drift is None
+        for corrected, weight, own in zip(found, weights, terms, strict=True):
+            assert torch.allclose(corrected, one_by_one.of(weight, own), rtol=1e-5, atol=1e-6)
+    broken = Seen(seen.hessian, 600, torch.full((24, 24), float("inf")))
+    assert all(map(torch.equal, aim(QuantizerOptions(), broken, weights, [None, None])[0], weights))
 
 
 def test_nothing_is_corrected_without_a_difference_or_with_alpha_zero() -> None:

@@ -41,6 +41,20 @@ def test_products_are_those_of_float64(way: str, shape: tuple[int, int, int]) ->
     _close(inner(turned(x)[half:], turned(x)[:half]), x.double().T[half:] @ x.double()[:, :half])
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradients_are_those_of_float64(way: str, shape: tuple[int, int, int]) -> None:
+    tokens, columns, rows = shape
+    given = torch.randn(1, tokens, columns), torch.randn(rows, columns), torch.randn(rows)
+    above = torch.randn(1, tokens, rows)
+    exact = [x.double().requires_grad_(True) for x in given]
+    wanted = torch.autograd.grad(functional.linear(*exact), exact, above.double())
+    for learned in ((0,), (1,), (0, 1, 2)):
+        leaves = [x.clone().requires_grad_(place in learned) for place, x in enumerate(given)]
+        found = torch.autograd.grad(linear(*leaves), [leaves[place] for place in learned], above)
+        for place, gradient in zip(learned, found, strict=True):
+            _close(gradient, wanted[place])
+
+
 def test_products_are_the_same_for_any_number_of_threads(way: str) -> None:
     x, weight, query = torch.randn(1024, 256), torch.randn(128, 256), torch.randn(2, 3, 150, 32)
     before = torch.get_num_threads()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress.model.skeleton import Skeleton
-from llmcompress.model.stream import BlockCall, BlockStream, hidden_of
+from llmcompress.model.stream import BlockCall, BlockStream, call_block, hidden_of
 from llmcompress.runtime.skipping import ATTENTION, MLP, PARTS, left_out
 
 PROBE_TOKENS = 8
@@ -121,7 +121,7 @@ class _Finder:
         self.children: list[_Child] = []
 
     def _run(self) -> Tensor:
-        return hidden_of(self.block(self.hidden, *self.call.args, **self.call.kwargs))
+        return call_block(self.block, self.hidden, self.call)
 
     def find(self) -> dict[str, HalfModules | str]:
         """Modules of each half, or why there is none."""

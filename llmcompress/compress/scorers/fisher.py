@@ -28,6 +28,7 @@ from llmcompress.compress.observe import collect_hessians, groups_of, module_of,
 from llmcompress.compress.overflow import checked
 from llmcompress.compress.rounding import Seen
 from llmcompress.compress.scoring import Measured, ScoreJob, layer_score, rounding_errors
+from llmcompress.model.products import linear
 from llmcompress.model.shares import OrderedSums, Share
 from llmcompress.model.stream import BlockCall, BlockStream
 from llmcompress.types import BlockTrace, LayerScore, LinearInfo, LinearSpec, Unit
@@ -105,9 +106,9 @@ class Sums:
             return  # an expert that no token was routed to
         step = max(CHUNK // gradient.shape[1], 1)
         for spec, error in self.errors[name]:
-            matrix = error.float().T
+            change = error.float()
             parts = [
-                (inputs[start : start + step] @ matrix).mul_(gradient[start : start + step])
+                linear(inputs[start : start + step], change).mul_(gradient[start : start + step])
                 for start in range(0, len(inputs), step)
             ]
             if self.reduce == "sum":
@@ -157,15 +158,15 @@ def _measuring(modules: Mapping[str, nn.Module], sums: Sums, hidden: Tensor) -> 
     """Add to `sums` while a backward from `hidden` `(batch, tokens, hidden)` runs through the modules."""
     handles = []
     sums.shape = (hidden.shape[0], hidden.shape[1])
-    for linear in modules:
+    for known in modules:
 
-        def after(module: nn.Module, args: tuple[Any, ...], output: Tensor, name: str = linear) -> None:
+        def after(module: nn.Module, args: tuple[Any, ...], output: Tensor, name: str = known) -> None:
             inputs, rows = args[0].detach(), getattr(module, "rows", None)
             output.register_hook(  # type: ignore[no-untyped-call]
                 lambda gradient: sums.add(name, inputs, gradient, rows)
             )
 
-        handles.append(modules[linear].register_forward_hook(after))
+        handles.append(modules[known].register_forward_hook(after))
     try:
         yield
     finally:
