@@ -13,6 +13,7 @@ from torch import Tensor
 BLOCK_COLUMNS = 128
 INNER_COLUMNS = 32
 DAMP_RETRIES = 3
+TRIANGLE = 128  # columns that are inverted at once
 STRIPE = 256  # rows of a Hessian that are copied at a time, while it becomes another matrix
 
 Scales = Callable[[int, int, Tensor], Tensor]  # (start, stop, left): a block of columns as it stands
@@ -78,20 +79,39 @@ def factorise(matrix: Tensor, *, upper: bool = False) -> int:
     return int(failed)
 
 
+def invert_triangular(lower: Tensor) -> None:
+    """Put the inverse of a lower triangular matrix, which lies by columns, in its place; above it anything may lie."""
+    size, half = len(lower), len(lower) // 2
+    if size <= TRIANGLE:
+        lower.copy_(torch.linalg.solve_triangular(lower, torch.eye(size).to(lower), upper=False))
+        return
+    first, last, below = lower[:half, :half], lower[half:, half:], lower[half:, :half]
+    solved = torch.linalg.solve_triangular(last, below, upper=False)
+    below.copy_(torch.linalg.solve_triangular(first, solved, upper=False, left=False)).neg_()
+    del solved
+    invert_triangular(first)
+    invert_triangular(last)
+
+
 def inverse_factor(hessian: Tensor, order: Tensor, damp: float) -> tuple[Factor | None, tuple[str, ...]]:
     """Factorise the damped inverse; tenfold more damping up to three times where it is singular.
 
-    Returns None for a Hessian that cannot be factorised, and the notes to record.
+    Of the Hessian with its columns the other way round, `L L^T`, `L^-1` turned round again is `U`: half the work of
+    inverting first. Returns None for a Hessian that cannot be factorised, and the notes to record.
     """
     for attempt, tried in enumerate(dampings(damp)):
-        found = damped(hessian, tried, order).T
-        failed = factorise(found)
-        if not failed:
-            torch.cholesky_inverse(found, out=found)
-            failed = factorise(found, upper=True)
-        if not failed:
-            notes = () if attempt == 0 else (f"singular Hessian: damping raised to {tried:g}",)
-            return Factor(order, found.to(torch.float32)), notes
+        lower = damped(hessian, tried, order.flip(0)).T
+        if factorise(lower):
+            continue
+        invert_triangular(lower)
+        upper = hessian.new_empty(hessian.shape, dtype=torch.float32)
+        for start in range(0, len(upper), STRIPE):
+            stop = min(start + STRIPE, len(upper))
+            upper[start:stop] = lower[len(upper) - stop : len(upper) - start].flip(0, 1)
+        if not bool(torch.isfinite(upper.diagonal()).all()):
+            continue
+        notes = () if attempt == 0 else (f"singular Hessian: damping raised to {tried:g}",)
+        return Factor(order, upper.triu_()), notes
     return None, (f"Hessian still singular at damping {tried:g}",)
 
 

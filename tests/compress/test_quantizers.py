@@ -118,13 +118,18 @@ def test_gptq_equals_exact_least_squares_feedback() -> None:
     assert float((codes != slow).float().mean()) < 2e-3  # a tie may fall either way in float32
 
 
-def test_the_factor_is_that_of_the_damped_inverse() -> None:
-    _, hessian = problem()
-    factor, _ = inverse_factor(hessian, torch.arange(128), 0.01)
+@pytest.mark.parametrize("columns", [1, 2, 128, 129, 300, 517])
+def test_the_factor_is_that_of_the_damped_inverse(columns: int) -> None:
+    _, hessian = problem(columns=columns, tokens=2000)
+    order = torch.randperm(columns, generator=torch.Generator().manual_seed(columns))
+    factor, notes = inverse_factor(hessian, order, 0.01)
     assert factor is not None
+    assert notes == ()
     upper = factor.upper.double()
-    damped = hessian.double() + torch.eye(128).double() * 0.01 * hessian.double().diagonal().mean()
-    assert torch.allclose(torch.linalg.inv(damped), upper.T @ upper, rtol=1e-4, atol=1e-6)
+    assert torch.equal(upper, upper.triu())
+    assert bool((upper.diagonal() > 0).all())
+    wanted = torch.linalg.inv(damped(hessian, 0.01))[order][:, order]
+    assert torch.allclose(wanted, upper.T @ upper, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
