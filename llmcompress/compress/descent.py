@@ -11,6 +11,7 @@ from torch import Tensor
 from llmcompress.compress.feedback import BLOCK_COLUMNS, STRIPE, damped_diagonal
 from llmcompress.compress.grid import Codes, expand_scale, stored_scale
 from llmcompress.kernels import native_columns
+from llmcompress.kernels.triton import rounds_columns
 
 
 def metric_of(hessian: Tensor, damp: float) -> Tensor:
@@ -53,6 +54,7 @@ class _State:
         self.half = 1 << (codes.spec.bits - 1)
         self.gradient = metric @ codes.dequantize().sub_(weight).T
         self.diagonal = metric.diagonal().tolist()
+        self.fused = rounds_columns(self.gradient)
 
     def sweep_codes(self) -> int:
         """One pass over the columns; returns how many codes changed."""
@@ -61,18 +63,28 @@ class _State:
         for start in range(0, columns, BLOCK_COLUMNS):
             stop = min(start + BLOCK_COLUMNS, columns)
             moves = torch.empty_like(self.gradient[start:stop])
-            local = self.gradient[start:stop].clone()
-            for column in range(start, stop):
-                step, old = steps[column], self.codes[column].float()
-                wanted = old - local[column - start] / (self.diagonal[column] * step)
-                new = torch.round(wanted).clamp_(0, 2 * self.half - 1)
-                move = (new - old) * step
-                self.codes[column] = new
-                moves[column - start] = move
-                local.addr_(self.metric[column, start:stop], move)
+            self._settle(steps, moves, start, stop)
             changed += int(torch.count_nonzero(moves))
             self.gradient.addmm_(self.metric[:, start:stop], moves)
         return changed
+
+    def _settle(self, steps: Tensor, moves: Tensor, start: int, stop: int) -> None:
+        """Best codes of columns `start` to `stop`, one after the other; `moves` become the changes of their weights."""
+        if self.fused:
+            from llmcompress.kernels.triton.columns import settle_block  # lazy: triton is an extra
+
+            top = 2 * self.half - 1
+            settle_block(self.gradient, self.metric, steps, codes=self.codes, moves=moves, start=start, top=top)
+            return
+        local = self.gradient[start:stop].clone()
+        for column in range(start, stop):
+            step, old = steps[column], self.codes[column].float()
+            wanted = old - local[column - start] / (self.diagonal[column] * step)
+            new = torch.round(wanted).clamp_(0, 2 * self.half - 1)
+            move = (new - old) * step
+            self.codes[column] = new
+            moves[column - start] = move
+            local.addr_(self.metric[column, start:stop], move)
 
     def sweep_scales(self) -> int:
         """One pass over the groups; returns how many scales changed."""

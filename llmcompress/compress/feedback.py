@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llmcompress.kernels.triton import rounds_columns
+
 BLOCK_COLUMNS = 128
 INNER_COLUMNS = 32
 DAMP_RETRIES = 3
@@ -134,6 +136,7 @@ class Loop:
     block    columns of such a block
     extra    (columns, columns)  GPTAQ's `P`, or None
     pull     FOEM's: how strongly compensated weights are drawn back to where they began, 0 is not at all
+    grid     whose `nearest` it is, where that rounds to integers: a GPU then takes many columns at once
     """
 
     nearest: Nearest
@@ -141,6 +144,7 @@ class Loop:
     block: int = BLOCK_COLUMNS
     extra: Tensor | None = None
     pull: float = 0.0
+    grid: "Integers | None" = None
 
 
 class Integers:
@@ -151,18 +155,22 @@ class Integers:
     """
 
     def __init__(self, half: Tensor, scales: Scales) -> None:
-        self._half, self._top, self._scales = half, 2 * half - 1, scales
+        self.half, self._top, self._scales = half, 2 * half - 1, scales
         self._start, self._steps = 0, half
 
     def enter(self, start: int, stop: int, left: Tensor) -> None:
         """Choose the steps of a block."""
         self._start, self._steps = start, self._scales(start, stop, left).T.contiguous()
 
+    def steps(self, start: int, stop: int) -> Tensor:
+        """Those of some columns of the block that was entered, `(stop - start, rows)`."""
+        return self._steps[start - self._start : stop - self._start]
+
     def nearest(self, column: int, values: Tensor) -> tuple[Tensor, Tensor]:
         """Codes, as floats, and what they stand for."""
         step = self._steps[column - self._start]
-        code = torch.minimum(torch.round(values / step).add_(self._half).clamp_(min=0), self._top)
-        return code, (code - self._half) * step
+        code = torch.minimum(torch.round(values / step).add_(self.half).clamp_(min=0), self._top)
+        return code, (code - self.half) * step
 
 
 def round_columns(weight: Tensor, upper: Tensor, loop: Loop) -> Tensor:
@@ -178,10 +186,9 @@ def round_columns(weight: Tensor, upper: Tensor, loop: Loop) -> Tensor:
         stop = min(start + loop.block, columns)
         if loop.enter is not None:
             loop.enter(start, stop, rounds.left[start:stop].T)
-        for inner in range(start, stop, INNER_COLUMNS):
-            end = min(inner + INNER_COLUMNS, stop)
-            for column in range(inner, end):
-                rounds.column(column, end)
+        for inner in range(start, stop, rounds.inner):
+            end = min(inner + rounds.inner, stop)
+            rounds.block(inner, end)
             rounds.push(inner, end, stop)
         rounds.push(start, stop, columns)
     return rounds.codes.T
@@ -197,6 +204,19 @@ class _Rounds:
         self.errors = torch.empty_like(self.left)
         self.before = torch.empty_like(self.left) if loop.extra is not None else self.left
         self.diagonal = upper.diagonal().tolist()
+        self.fused = None if loop.pull or loop.extra is not None or not rounds_columns(self.left) else loop.grid
+        self.inner = INNER_COLUMNS if self.fused is None else BLOCK_COLUMNS
+
+    def block(self, start: int, stop: int) -> None:
+        """Round columns `start` to `stop`, each as those before it leave it."""
+        if self.fused is None:
+            for column in range(start, stop):
+                self.column(column, stop)
+            return
+        from llmcompress.kernels.triton.columns import round_block  # lazy: triton is an extra
+
+        steps, half = self.fused.steps(start, stop), self.fused.half
+        round_block(self.left, self.upper, steps, half, codes=self.codes, errors=self.errors, start=start)
 
     def column(self, column: int, end: int) -> None:
         """Round one column and correct those before `end`."""

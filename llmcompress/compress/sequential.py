@@ -134,6 +134,7 @@ class _Work:
             block=BLOCK_COLUMNS if static else size,
             extra=self.extra,
             pull=self.options.pull,
+            grid=grid,
         )
         turned = [r.weight.T.index_select(0, order) for r in requests]  # as the loop has it: no copy is made of it
         codes = round_columns((turned.pop() if len(turned) == 1 else torch.cat(turned, 1)).T, self.factor.upper, loop)

@@ -79,6 +79,7 @@ WEIGHT = {"words": "*i32", "scale": "*bf16", "zero": "*u8", "table": "*fp32", "o
 INT8 = {"x_scale": "*fp32", "zero": "*i8", "scale": "*bf16", "weight_sums": "*i32", "out": "*bf16"}
 SIZES = dict.fromkeys(("first", "last", "N", "K", "stride"), "i32")
 PARTS = {"partials": "*i32", "counters": "*i32", "M": "i32", "N": "i32", "K": "i32"}
+COLUMNS = dict.fromkeys(("first", "count", "N", "K"), "i32")
 OTHERS: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
     "strips of planar codes": (
         "dequantize.dequantize_planar", WEIGHT | {"words": "*i16"} | SIZES,
@@ -91,6 +92,16 @@ OTHERS: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
     "strips of codes as in the file": (
         "dequantize.dequantize_dense", WEIGHT | SIZES,
         {"BITS": 5, "GROUP": 128, "ZERO": False, "TABLE": 0, "BN": 16, "BK": 256},
+    ),
+    "columns with feedback": (
+        "columns.round_block",
+        dict.fromkeys(("left", "upper", "steps", "half"), "*fp32") | {"codes": "*u8", "errors": "*fp32"} | COLUMNS,
+        {"BK": 128, "BN": 16},
+    ),
+    "columns settled": (
+        "columns.settle_block",
+        dict.fromkeys(("gradient", "metric", "steps"), "*fp32") | {"codes": "*u8", "moves": "*fp32"} | COLUMNS
+        | {"top": "i32"}, {"BK": 128, "BN": 16},
     ),
     "8-bit inputs of a token": (
         "int8.quantize",

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmcompress.compress import descent, feedback
 from llmcompress.kernels import fourbit, stored
 from llmcompress.kernels import triton as backend
 from llmcompress.kernels.codes import Codes
@@ -139,10 +140,34 @@ def integer_products(device: str) -> Iterator[Case]:
                    "error": error(found, rounded @ (codes.double() * scales.double()).T)}  # fmt: skip
 
 
+def columns_in_turn(device: str) -> Iterator[Case]:
+    """Rounding with feedback and descent, of whole numbers: sums are exact in any order, so codes are torch's."""
+    for rows, columns, size, bits in ((5, 96, 32, 2), (37, 288, 288, 4), (16, 200, 200, 8), (40, 144, 144, 3)):
+        signs = torch.randint(2, (columns, columns), generator=GENERATOR) * 2.0 - 1
+        sparse = torch.triu(signs * (torch.rand(columns, columns, generator=GENERATOR) < 3 / columns), 1)
+        sizes = 2.0 ** torch.randint(-1, 2, (columns,), generator=GENERATOR)
+        upper, metric = (sparse + torch.diag(sizes)).to(device), (sparse + sparse.T + torch.diag(8 * sizes)).to(device)
+        weight = torch.randint(-60, 61, (rows, columns), generator=GENERATOR).float().to(device)
+        scale = (2.0 ** torch.randint(0, 3, (rows, columns // size), generator=GENERATOR)).to(device)
+        spec = LinearSpec(bits=bits, group_size=size)
+        steps, half = scale.repeat_interleave(size, 1), torch.full((rows,), 2.0 ** (bits - 1), device=device)
+        found: list[list[Tensor]] = []
+        for fused in (True, False):
+            feedback.rounds_columns = descent.rounds_columns = lambda _, fused=fused: fused
+            grid = feedback.Integers(half, lambda start, stop, _, steps=steps: steps[:, start:stop])
+            loop = feedback.Loop(grid.nearest, grid.enter, block=size, grid=grid)
+            codes = feedback.round_columns(weight, upper, loop)
+            settled = descent.descend_plainly(weight, Codes(codes.contiguous(), scale, spec), metric, 1)
+            found.append([codes, settled.codes, settled.scale] if columns == size else [codes])
+        feedback.rounds_columns = descent.rounds_columns = backend.rounds_columns
+        differ = max(float((one != other).float().mean()) for one, other in zip(*found, strict=True))
+        yield {"name": f"columns {rows}x{columns}, {bits} bits", "dtype": "torch.float32", "error": differ}
+
+
 def errors(device: str, dtypes: tuple[torch.dtype, ...], share: tuple[int, int] = (0, 1)) -> list[Case]:
     """Every case, or one of several shares of the formats, with poison where memory is fresh."""
     torch.empty = poisoned
-    others = (shared_tiles(device), integer_products(device)) if share[0] == 0 else ()
+    others = (shared_tiles(device), integer_products(device), columns_in_turn(device)) if share[0] == 0 else ()
     try:
         return [*products(device, dtypes, share), *(case for cases in others for case in cases)]
     finally:

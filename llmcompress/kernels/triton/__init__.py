@@ -16,7 +16,7 @@ from llmcompress.kernels.triton.layout import join, packing_of, part, prepare
 from llmcompress.kernels.triton.tuning import Lean, choose
 from llmcompress.spec import LinearSpec
 
-__all__ = ["LARGE", "join", "linear", "part", "prepare", "why_not"]
+__all__ = ["LARGE", "join", "linear", "part", "prepare", "rounds_columns", "why_not"]
 
 LARGE = 256  # tokens from which on strips of weights are unpacked and multiplied
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -41,6 +41,10 @@ def why_not(spec: LinearSpec, rows: int, columns: int, *, tokens: int, dtype: to
         return f"inputs are {dtype}"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
+    return _no_device(device)
+
+
+def _no_device(device: str) -> str | None:
     if interpreted():
         return None
     if not device.startswith("cuda"):
@@ -48,6 +52,12 @@ def why_not(spec: LinearSpec, rows: int, columns: int, *, tokens: int, dtype: to
     if not torch.cuda.is_available():
         return "PyTorch sees no GPU"
     return "the GPU is older than compute capability 8.0" if torch.cuda.get_device_capability(device) < OLDEST else None
+
+
+def rounds_columns(where: Tensor) -> bool:
+    """Whether the kernels of `columns` can be used for float32 tensors that lie where this one does."""
+    there = importlib.util.find_spec("triton") is not None and _no_device(str(where.device)) is None
+    return there and where.dtype == torch.float32
 
 
 def linear(x: Tensor, prepared: Mapping[str, Tensor], spec: LinearSpec, rows: int, columns: int) -> Tensor:
