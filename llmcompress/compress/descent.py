@@ -74,7 +74,7 @@ class _State:
             from llmcompress.kernels.triton.columns import settle_block  # lazy: triton is an extra
 
             top = 2 * self.half - 1
-            settle_block(self.gradient, self.metric, steps, codes=self.codes, moves=moves, start=start, top=top)
+            settle_block(self.gradient, self.metric, steps, out=(self.codes, moves), start=start, top=top)
             return
         local = self.gradient[start:stop].clone()
         for column in range(start, stop):

@@ -215,8 +215,8 @@ class _Rounds:
             return
         from llmcompress.kernels.triton.columns import round_block  # lazy: triton is an extra
 
-        steps, half = self.fused.steps(start, stop), self.fused.half
-        round_block(self.left, self.upper, steps, half, codes=self.codes, errors=self.errors, start=start)
+        grid = self.fused.steps(start, stop), self.fused.half
+        round_block(self.left, self.upper, grid, out=(self.codes, self.errors), start=start)
 
     def column(self, column: int, end: int) -> None:
         """Round one column and correct those before `end`."""
