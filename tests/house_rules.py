@@ -22,7 +22,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "options": (("spec", "errors"), ("torch", "transformers", "click", "rich")),
     "pictures": (("types", "errors", "files"), ("torch", "transformers", "click", "rich")),
     "files": (("errors",), ("torch", "transformers", "click", "rich")),
-    "preflight": (("errors", "files"), ("torch", "transformers", "numpy", "click", "rich")),
+    "preflight": (("errors", "files", "plugins"), ("torch", "transformers", "numpy", "click", "rich")),
     "hub": (("errors", "files"), ("torch", "transformers", "numpy", "click", "rich")),
     "plugins": (("errors",), ("torch", "transformers", "click", "rich")),
     "runtimes": (("types", "traces", "spec", "errors", "plugins"), ("torch", "transformers", "click", "rich")),

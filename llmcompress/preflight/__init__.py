@@ -20,8 +20,10 @@ from llmcompress.preflight.documents import (
     read_documents,
     vocabulary_of,
 )
+from llmcompress.preflight.fit import check_fit
 from llmcompress.preflight.folder import check_folder
 from llmcompress.preflight.header import TensorEntry
+from llmcompress.preflight.installed import check_words
 from llmcompress.preflight.weights import (
     ADAPTER,
     ADAPTER_CONFIG,
@@ -77,6 +79,8 @@ def check_source(folder: Path, *, packed: bool = False) -> SourceFiles:
     except InputError as error:
         findings += error.findings if isinstance(error, Refused) else [Finding(error.what, error.hint)]
     findings += check_adapter(folder, documents.get(f"{ADAPTER}/{ADAPTER_CONFIG}"), refused)
+    if not findings:  # only then is it worth comparing the two
+        findings += [*check_words(config), *islice(check_fit(config, tensors), MOST_FINDINGS)]
     if findings:
         raise Refused(findings[:MOST_FINDINGS])
     return SourceFiles(folder, config, shards, tensors)

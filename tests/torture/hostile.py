@@ -14,7 +14,7 @@ from tests.torture.starts import Ended, need_strace, traced, whole
 WORDS = ("quantize", "model", "--recipe", "fast", "--budget", "4bits", "-o", "out")
 READING = ("export", "model", "--format", "bf16", "-o", "out")  # for what is found when weights are read
 SECONDS, LINES = 5.0, 6
-WITH_LIBRARIES = 10.0  # seconds, where PyTorch and transformers have to be imported to see the fault
+SHOWN = 5  # how many of the slowest are named
 PICKLES = (".bin", ".pt", ".ckpt", ".pth")
 EVERY = attacks.FAULTS | attacks.WEIGHTS | attacks.MISFITS
 
@@ -23,7 +23,7 @@ def hostile(scratch: Path, names: list[str]) -> Tally:
     """Each attack twice: timed, from nothing; and traced, to see which files were opened."""
     need_strace()
     tally = Tally("hostile and damaged inputs")
-    slowest = {True: 0.0, False: 0.0}
+    seconds: dict[str, float] = {}
     for name in names:
         place = scratch / "hostile"
         shutil.rmtree(place, ignore_errors=True)
@@ -35,9 +35,8 @@ def hostile(scratch: Path, names: list[str]) -> Tally:
         log = scratch / "hostile.log"
         found = traced(words, place, ["-e", "trace=open,openat,openat2,execve"], log)
         wrong = [*_refusal(timed, EVERY[name].word), *_refusal(found, EVERY[name].word)]
-        late = name in attacks.MISFITS
-        slowest[late] = max(slowest[late], timed.seconds)
-        if timed.seconds > (WITH_LIBRARIES if late else SECONDS):
+        seconds[name] = timed.seconds
+        if timed.seconds > SECONDS:
             wrong.append(f"{timed.seconds:.1f} s of processor time")
         if _seen(place) != before:
             wrong.append("something was written")
@@ -45,7 +44,8 @@ def hostile(scratch: Path, names: list[str]) -> Tally:
         tally.add("refused")
         for text in wrong:
             tally.wrong(f"{name}: {text}")
-    tally.add(f"in at most {slowest[False]:.1f} s of processor time, with PyTorch {slowest[True]:.1f} s:")
+    for name in sorted(seconds, key=lambda name: -seconds[name])[:SHOWN]:
+        tally.add(f"took {seconds[name]:.2f} s of processor time: {name}")
     return tally
 
 
