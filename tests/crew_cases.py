@@ -3,12 +3,17 @@
 import os
 import signal
 import time
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from llmcompress.errors import CompressError, InputError, MachineError
-from llmcompress.model.crew import Crew, Joined
+from llmcompress.cli import main
+from llmcompress.cli.crew import rank
+from llmcompress.compress import rounds
+from llmcompress.errors import CompressError, InputError, MachineError, out_of_memory
+from llmcompress.model.crew import ALONE, Crew, Joined, OutOfMemoryError
 from llmcompress.model.shares import OrderedSums, Share
 from llmcompress.types import LinearSpec
 
@@ -120,6 +125,58 @@ def failing() -> int:
     with pytest.raises(InputError, match="disk of strangers"):
         fail()
     return 2
+
+
+def scarce() -> int:
+    """Memory runs out in one process, in the midst of a sum of the others, and in all; then they meet again."""
+    with Joined(ending, worded) as crew:
+        for turn, poor in enumerate(({crew.size - 1}, {0}, set(range(crew.size)))):
+            share = Share(BATCHES, crew)
+            with pytest.raises(MemoryError) if crew.rank in poor else pytest.raises(OutOfMemoryError) as caught:
+                if crew.rank in poor:
+                    raise MemoryError
+                sums(share)
+            assert out_of_memory(caught.value)
+            crew.meet_again(caught.value)
+            assert crew.first(lambda turn=turn: turn) == turn
+            assert torch.equal(sums(share)["all"], in_order())
+            crew.wait()
+            dist.barrier()  # nobody begins the next turn while another is in this one
+        ALONE.meet_again(MemoryError())
+    return 0
+
+
+def ruined() -> int:
+    """Memory runs out in the first process, and the last fails on its way there."""
+    with pytest.raises(InputError, match="disk of strangers"):
+        miss()
+    return 2
+
+
+def miss() -> None:
+    """All but the last process wait to meet again."""
+    with Joined(ending, worded) as crew:
+        if crew.rank == crew.size - 1:
+            raise InputError("disk of strangers", "try another")
+        crew.meet_again(MemoryError())
+
+
+def short_of_memory() -> int:
+    """The program, where memory runs out in the second block, in process SCARCE_RANK."""
+    genuine, calls = rounds.BlockRounds.rounded, []
+
+    def rounded(*args: Any, **more: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2 and rank() == int(os.environ["SCARCE_RANK"]):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return genuine(*args, **more)
+
+    rounds.BlockRounds.rounded = rounded  # type: ignore[method-assign]
+    try:
+        main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
 
 
 def stopped() -> int:

@@ -78,7 +78,8 @@ def eval_command(model: str, ref: str, output: Path | None, speaker: Speaker, **
     from llmcompress.pages.reading import run_of
 
     speaker.talk(f"comparing {request.model.name} with {request.reference.name} ...")
-    report = with_half(lambda size: run_eval(replace(request, batch_size=size)), request.batch_size, speaker)
+    size, crew = request.batch_size, request.crew
+    report = with_half(lambda size: run_eval(replace(request, batch_size=size)), size, speaker, crew=crew)
     if rank():
         return
     if flags["skip_voids"]:

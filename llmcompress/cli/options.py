@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import click
 
-from llmcompress.cli.crew import rank, several
+from llmcompress.cli.crew import rank
 from llmcompress.cli.say import Speaker, open_log
 from llmcompress.errors import InputError, MachineError, out_of_memory
 from llmcompress.files import ALLOW_EXTERNAL, ALLOW_NONFINITE, read_json
@@ -72,13 +72,18 @@ def _allowing(wanted: dict[str, bool]) -> Iterator[None]:
             os.environ.update({} if value is None else {name: value})
 
 
-def with_half(call: Callable[[int], Answer], batch_size: int, speaker: Speaker) -> Answer:
-    """What `call` answers for a batch size; for half of it where memory runs out the first time, and it is alone."""
+def with_half(call: Callable[[int], Answer], batch_size: int, speaker: Speaker, *, crew: Any = None) -> Answer:
+    """What `call` answers for a batch size; for half of it where memory runs out the first time, in any process."""
     try:
-        return call(batch_size)
-    except (MemoryError, RuntimeError) as error:
-        if batch_size < 2 or several() or not out_of_memory(error):
+        answer = call(batch_size)
+        if crew is not None:
+            crew.wait()
+        return answer
+    except (MemoryError, RuntimeError, MachineError) as error:
+        if batch_size < 2 or not out_of_memory(error):
             raise
+        if crew is not None:
+            crew.meet_again(error)
     gc.collect()
     speaker.talk(f"warning: memory ran out: again with batches of {batch_size // 2}; last bits may differ")
     return call(batch_size // 2)

@@ -84,7 +84,7 @@ def _score(model: str, recipe: Any, flags: dict[str, Any], speaker: Speaker, sco
     speaker.talk(f"scoring {source.name} with {', '.join(names)} ...")
     where, size, crew = pick_device(flags["device"]), recipe.calibration.batch_size, flags["crew"] or ALONE
     return with_half(
-        lambda n: score_file(source, batches_of(recipe, n), where, names, fit=fit, crew=crew), size, speaker
+        lambda n: score_file(source, batches_of(recipe, n), where, names, fit=fit, crew=crew), size, speaker, crew=crew
     )
 
 

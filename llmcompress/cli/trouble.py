@@ -20,7 +20,7 @@ def understood(error: BaseException) -> BaseException:
     if isinstance(error, click.Abort | KeyboardInterrupt):
         return Interrupted(signal.SIGINT)
     if out_of_memory(error):
-        hint = "`quantize --max-memory SIZE` takes less; else --set calibration.batch_size=1"
+        hint = "--max-memory SIZE takes less; else --set calibration.batch_size=1, or fewer processes (--nproc)"
         return MachineError("out of memory; finished blocks are kept", hint)
     if _device_failed(error):
         hint = "run the same command again to go on, on another device if it fails again (--device)"

@@ -1,6 +1,5 @@
 """`quantize`: the whole chain on one output, resumable, published by one rename."""
 
-import gc
 import platform
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack
@@ -53,7 +52,7 @@ from llmcompress.compress.reuse import expected, reuse
 from llmcompress.compress.shards import outside_linears
 from llmcompress.compress.together import begun, kept, publish, published_before, verified_before
 from llmcompress.compress.verify import Check, probe_of, require, verify
-from llmcompress.errors import InputError, out_of_memory
+from llmcompress.errors import InputError, MachineError, out_of_memory
 from llmcompress.files import commit_bytes
 from llmcompress.hub.source import Source
 from llmcompress.model.checkpoint import folder_bytes
@@ -184,23 +183,21 @@ def quantize(request: QuantizeRequest) -> Iterator[Event]:
 def _twice(
     request: QuantizeRequest, journal: Journal, opened: Opened, *, batches: Batches, asked: dict[str, str]
 ) -> Iterator[Event]:
-    """The run; once more with half the batch, from the last finished block on, where memory ran out.
-
-    Several processes end instead: where one of them has none left, the others are in the midst of a sum.
-    """
+    """The run; once more with half the batch, from the last finished block on, where memory ran out in any process."""
+    crew = request.crew
     try:
         yield from _locked(request, journal, opened, batches=batches, asked=asked)
         return
-    except (MemoryError, RuntimeError) as error:
-        alone, largest = (
-            request.crew.size == 1,
-            max(map(len, split_text(request.recipe, opened.skeleton, batches)), default=0),
-        )
-        if not out_of_memory(error) or not alone or not halve(journal, largest):
+    except (MemoryError, RuntimeError, MachineError) as error:
+        if not out_of_memory(error):
             raise
-    gc.collect()
+        crew.meet_again(error)
+        largest = max(map(len, split_text(request.recipe, opened.skeleton, batches)), default=0)
+        if not crew.first(partial(halve, journal, largest)):
+            raise
     shelf = opened.skeleton.shelf  # what was opened is half changed
     opened = open_model(request.source, request.recipe, request.device, whole_file=request.budget.whole_file)
+    opened.skeleton.join(crew)
     opened.skeleton.shelf = shelf
     yield from _locked(replace(request, restart=False), journal, opened, batches=batches, asked=asked)
 

@@ -9,6 +9,7 @@ process that dies closes its connections, which ends the others at their next wo
 is gone, each has a thread that shows every few seconds that it lives and looks whether the others do.
 """
 
+import gc
 import json
 import os
 import threading
@@ -16,21 +17,25 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from traceback import clear_frames
 from types import TracebackType
 from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from llmcompress.errors import BusyError, CompressError, InputError, MachineError
+from llmcompress.errors import BusyError, CompressError, InputError, MachineError, out_of_memory
 from llmcompress.files import parse_json
 from llmcompress.model.checkpoint import DTYPE_NAMES, TORCH_DTYPES
 from llmcompress.types import Noun
 
 BEAT_SECONDS = 5.0
+POLL_SECONDS = 0.05
 LOST_SECONDS = 120.0
+MEETING_SECONDS = 1800.0  # for a process to come to its next word
 LONGEST = timedelta(days=7)  # of one wait: it is the threads that notice
 GONE = "gone"
 FAILED = "failed"
@@ -40,6 +45,10 @@ HINT = "the same command goes on, with any number of processes"
 
 class LostError(MachineError):
     """Another process of this run is gone."""
+
+
+class OutOfMemoryError(MachineError):
+    """Another process of this run has no memory left, and waits for all to begin again."""
 
 
 def lost() -> LostError:
@@ -58,6 +67,7 @@ class Crew:
     def __init__(self, rank: int = 0, size: int = 1, store: Any = None) -> None:
         self.rank, self.size, self.store = rank, size, store
         self.device = torch.device("cpu")
+        self._meeting = 0
 
     @contextmanager
     def speaking(self) -> Iterator[None]:
@@ -65,7 +75,7 @@ class Crew:
         try:
             yield
         except (RuntimeError, ValueError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
+            if out_of_memory(error):
                 raise
             raise self._told() from error
 
@@ -75,7 +85,41 @@ class Crew:
             if self.store.check([FAILED]):
                 said = parse_json(self.store.get(FAILED), "another process")
                 return KINDS.get(said["code"], MachineError)(f"process {said['rank']}: {said['what']}", said["hint"])
+            places = self._places()
+            if any(self.store.check([key]) for key in places if key != places[self.rank]):
+                return OutOfMemoryError("another process of this run has no memory left", HINT)
         return lost()
+
+    def _places(self) -> list[str]:
+        """What every process sets where the next meeting is asked for."""
+        return [f"meeting/{self._meeting}/{rank}" for rank in range(self.size)]
+
+    def meet_again(self, ended: BaseException) -> None:
+        """Begin anew with all, where memory ran out in one of them: whatever was being said is not said to its end.
+
+        What the frames that `ended` came through hold is let go of: memory, and connections the others listen at. They
+        learn of it at their next word, which raises OutOfMemoryError, and have to come here, too. Raises what another
+        process has ended with.
+        """
+        following: BaseException | None = ended
+        while following is not None:
+            clear_frames(following.__traceback__)
+            following = following.__cause__ or following.__context__
+        gc.collect()
+        if self.size == 1:
+            return
+        places = self._places()
+        with self.speaking():
+            self.store.set(places[self.rank], "")
+            _leave()
+            end = time.monotonic() + MEETING_SECONDS
+            while not self.store.check(places):
+                if self.store.check([FAILED]) or time.monotonic() > end:
+                    raise self._told()
+                time.sleep(POLL_SECONDS)
+            store = PrefixStore(f"group/{self._meeting}", self.store)
+            dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.size, timeout=LONGEST)
+        self._meeting += 1
 
     def confess(self, error: CompressError) -> None:
         """Leave word for the others of why this process ends, unless it is that another one has."""
@@ -165,6 +209,12 @@ class Crew:
 
 
 ALONE = Crew()
+
+
+def _leave() -> None:
+    """Close all connections, which ends what others wait for."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 class Form(NamedTuple):
@@ -260,11 +310,12 @@ class Joined:
         patience: float = LOST_SECONDS,
     ) -> None:
         self._end, self._known, self._patience = end, known, patience
-        self._crew, self._pulse = Crew(), cast(_Pulse | None, None)
+        self._crew, self._pulse, self._store = Crew(), cast(_Pulse | None, None), cast(Any, None)
 
     def __enter__(self) -> Crew:
         try:
             store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=self._patience)))
+            self._store = store  # in process 0 it is what all others talk to, for as long as it is kept
             self._crew = Crew(rank, size, store.clone())
             self._pulse = _Pulse(self._crew, self._end, self._patience)
             self._pulse.start()
@@ -286,4 +337,4 @@ class Joined:
             self._crew.store.set(f"beat/{self._crew.rank}", GONE)
         self._pulse.join(BEAT_SECONDS)
         with suppress(RuntimeError):
-            dist.destroy_process_group()
+            _leave()

@@ -23,6 +23,16 @@ def test_a_process_that_fails_says_why_to_the_others(forker: Forker, tmp_path: P
     assert found.returncode == 2, found.stderr
 
 
+def test_where_memory_runs_out_all_meet_again(forker: Forker, tmp_path: Path) -> None:
+    found = forker.run((), tmp_path, ranks=3, call="tests.crew_cases:scarce", timeout=60)
+    assert found.returncode == 0, found.stderr
+
+
+def test_who_waits_to_meet_again_hears_why_another_does_not_come(forker: Forker, tmp_path: Path) -> None:
+    found = forker.run((), tmp_path, ranks=3, call="tests.crew_cases:ruined", timeout=60)
+    assert found.returncode == 2, found.stderr
+
+
 def test_a_process_that_does_not_answer_ends_the_others(forker: Forker, tmp_path: Path) -> None:
     def end_the_stopped() -> None:
         time.sleep(8)

@@ -56,6 +56,24 @@ def test_quantize_gives_the_bytes_of_one(
     assert found.stdout.count("written to") == found.stderr.count("opening") == 1  # only one speaks
 
 
+def test_memory_that_runs_out_in_one_process_halves_the_batches_of_all(
+    forker: Forker, model: Path, text_file: Path, tmp_path: Path
+) -> None:
+    made = []
+    for ranks in (1, 2):
+        folder = tmp_path / str(ranks)
+        folder.mkdir()
+        words = quantize(model, text_file, "--set", "calibration.batch_size=4")
+        changes = {"SCARCE_RANK": str(ranks - 1)}
+        found = forker.run(words, folder, ranks=ranks, changes=changes, call="tests.crew_cases:short_of_memory")
+        assert found.returncode == 0, found.stderr
+        assert found.stderr.count("memory ran out: batches of 2; last bits may differ") == 1
+        assert "resuming: 1 of 2" in found.stderr
+        made.append(contents(folder / "out"))
+        assert sorted(p.name for p in folder.iterdir()) == ["out"]
+    assert made[0] == made[1]
+
+
 VARIANTS = {
     "head, inputs, cache and exchange": (
         "--set", "quantize.inputs=int8", "--set", "quantize.input_clip=grid", "--set", "quantize.kv_cache=int8",
