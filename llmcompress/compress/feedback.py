@@ -88,9 +88,13 @@ def invert_triangular(lower: Tensor) -> None:
         lower.copy_(torch.linalg.solve_triangular(lower, torch.eye(size).to(lower), upper=False))
         return
     first, last, below = lower[:half, :half], lower[half:, half:], lower[half:, :half]
-    solved = torch.linalg.solve_triangular(last, below, upper=False)
-    below.copy_(torch.linalg.solve_triangular(first, solved, upper=False, left=False)).neg_()
-    del solved
+    solver = last.T.contiguous().T  # once for all parts: who solves would copy what is no whole matrix
+    for part in torch.split(below, STRIPE, 1):
+        part.copy_(torch.linalg.solve_triangular(solver, part, upper=False))
+    solver = first.T.contiguous().T
+    for part in torch.split(below, STRIPE):
+        part.copy_(torch.linalg.solve_triangular(solver, part, upper=False, left=False)).neg_()
+    del solver
     invert_triangular(first)
     invert_triangular(last)
 
