@@ -10,7 +10,7 @@ python bench/outliers.py MODEL --calibration TEXT --data OTHER_TEXT
 import argparse
 import copy
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from llmcompress.hub.source import resolve
 from llmcompress.model.config import quiet_transformers
 from llmcompress.model.skeleton import find_blocks
 from llmcompress.model.stream import linear_modules
-from llmcompress.model.text import TextRequest, token_batches
+from llmcompress.model.text import TextRequest, token_batches, unseen_tokens
 from llmcompress.options import ReparamOptions
 from llmcompress.plugins import find
 
@@ -40,6 +40,7 @@ METHODS: tuple[tuple[str, str | None, dict[str, Any]], ...] = (
     ("naive", None, {}),
     ("smooth", "smooth", {"smooth": {"alpha": 0.5}}),
     ("repquant", "repquant", {}),
+    ("repquant, seen tokens", "repquant", {"repquant": {"unseen": False}}),
     ("repquant, norms alone", "repquant", {"repquant": {"links": False}}),
     ("repquant, grid", "repquant", {"repquant": {"clip": "grid"}}),
     ("repquant, learned", "repquant", {"repquant": {"clip": "learn"}}),
@@ -104,10 +105,12 @@ def block_calls(model: Any, batches: Sequence[Tensor]) -> list[list[Call]]:
 
 
 def subjects(model: Any, batches: Sequence[Tensor]) -> list[Subject]:
-    """Every block with its calibration calls, and a short call to check rewrites with."""
+    """Every block with its calibration calls, a short call to check edits with, and calls with tokens not in them."""
     probes = block_calls(model, [batches[0][:1, :32]])
-    calls = block_calls(model, batches)
-    return [Subject(block, seen, probe[0]) for block, seen, probe in zip(blocks_of(model), calls, probes, strict=True)]
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    unseen = block_calls(model, unseen_tokens(batches, vocabulary, most=ReparamOptions().tokens))
+    parts = zip(blocks_of(model), block_calls(model, batches), probes, unseen, strict=True)
+    return [Subject(block, calls, probe[0], unseen=absent) for block, calls, probe, absent in parts]
 
 
 def inject(model: Any, tokens: Tensor, *, share: float, low: float, high: float, seed: int) -> int:
@@ -152,6 +155,8 @@ def measure(bench: Bench, label: str, method: str | None, changes: dict[str, Any
     rewritten, refused, difference = 0, 0, 0.0
     for subject in subjects(model, bench.calibration):
         block, fixed = subject.module, {}
+        if not options.repquant.unseen:
+            subject = replace(subject, unseen=())
         if method is not None:
             result = find(REPARAM, method).rewrite(subject, options)
             fixed = dict(result.quantizers)

@@ -145,7 +145,8 @@ class RepquantOptions(Noun):
 
     `bias` lets a norm without one be given one, so that zero-points may differ between channels; the file then needs
     a norm its architecture does not have. Without it such norms are rewritten by scale only. `links` evens out
-    what `o` and `down` read too, by the rows of `v` and `up`.
+    what `o` and `down` read too, by the rows of `v` and `up`. `unseen`: ranges also hold what tokens cause that the
+    calibration text lacks, as far as the model shows it for each of them once, among others.
     """
 
     bits: int = Field(default=8, ge=2, le=8)
@@ -153,6 +154,7 @@ class RepquantOptions(Noun):
     steps: int = Field(default=200, ge=1)
     bias: bool = False
     links: bool = True
+    unseen: bool = True
 
 
 class SmoothOptions(Noun):

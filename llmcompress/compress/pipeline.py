@@ -307,7 +307,7 @@ def request_of(opened: Opened, recipe: Recipe, batches: Batches, model_digest: s
         "recipe": recipe.digest(),
         "calibration tokens": batches.digest,
         "budget": budget.text,
-        "algorithm": "3",
+        "algorithm": "4",
     }
 
 

@@ -26,6 +26,7 @@ from llmcompress.files import commit_bytes, commit_json, sync_folder
 from llmcompress.model.checkpoint import TORCH_DTYPES
 from llmcompress.model.skeleton import Skeleton
 from llmcompress.model.stream import BlockStream
+from llmcompress.model.text import unseen_tokens
 from llmcompress.options import RewriteOptions
 from llmcompress.plugins import find
 from llmcompress.types import RewriteOutcome, RewriteRecord
@@ -163,7 +164,8 @@ class _BlockRewriter:
 
     def _blocks(self) -> Iterator[RewriteOutcome]:
         stream = BlockStream(self.skeleton)
-        hidden, calls = stream.start([*self.job.batches, self.job.probe])
+        text = len(self.job.batches)
+        hidden, calls = stream.start([*self.job.batches, self.job.probe, *self._unseen()])
         self.skeleton.free_rest()
         for index in range(len(self.skeleton.blocks)):
             block = self.skeleton.load_block(index)
@@ -171,14 +173,23 @@ class _BlockRewriter:
             given = [Call((state, *call.args), call.kwargs) for state, call in zip(hidden, here, strict=True)]
             before = {name: parameter.detach().clone() for name, parameter in block.named_parameters()}
             methods = self.job.methods("block")
+            subject = Subject(block, given[:text], given[text], unseen=given[text + 1 :])
             for place, (name, module) in enumerate(methods):
-                result = module.rewrite(Subject(block, given[:-1], given[-1]), self.job.options)
+                result = module.rewrite(subject, self.job.options)
                 yield _outcome(name, index, result)
                 self._keep_hints(index, name, result, last=place == len(methods) - 1)
             self._write(index + 1, self._stored(index, block, before))
             with torch.no_grad():  # not around all of it: a generator would leave gradients off for its caller
                 hidden = [stream.run_block(index, *pair) for pair in zip(hidden, here, strict=True)]
             self.skeleton.free(block)
+
+    def _unseen(self) -> list[Tensor]:
+        """Tokens that the text lacks, for the rewrite that sets static ranges."""
+        options = self.job.options
+        if "repquant" not in options.methods or not options.repquant.unseen:
+            return []
+        vocabulary = int(self.skeleton.config.get_text_config().vocab_size)
+        return unseen_tokens(self.job.batches, vocabulary, most=options.tokens)
 
     def _keep_hints(self, index: int, method: str, result: Rewritten, *, last: bool) -> None:
         """Note what rounding should know. Raises InputError where a later rewrite would make it untrue."""

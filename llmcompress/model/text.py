@@ -1,7 +1,7 @@
 """Text to fixed token batches: the same for every rank and every rerun."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -71,6 +71,26 @@ class Batches:
 def same_text(text_digest: str, batches: Batches) -> bool:
     """Whether `batches` come from the text with that digest, so that evaluation on it must be refused."""
     return text_digest == batches.text_digest
+
+
+def unseen_tokens(batches: Sequence[Tensor], vocabulary: int, *, most: int) -> list[Tensor]:
+    """Tokens that a text lacks, each once and in random order, in batches of its shape: for ranges that must hold them.
+
+    batches  int64 `(batch, tokens)` each. Of more than `most` absent tokens every second, third, ... is taken.
+    Every sequence begins with the text's first token, because beginnings are often left out of ranges.
+    """
+    absent = torch.ones(vocabulary, dtype=torch.bool)
+    for tokens in batches:
+        absent[torch.unique(tokens).cpu()] = False
+    found = torch.nonzero(absent).flatten()
+    found = found[:: max(-(-len(found) // most), 1)]
+    if not batches or not len(found):
+        return []
+    found = found[torch.randperm(len(found), generator=torch.Generator().manual_seed(0))]
+    rows, length = batches[0].shape[0], min(max(batches[0].shape[1] - 1, 1), len(found))
+    filled = torch.cat([found, found[: -len(found) % length]]).view(-1, length)
+    first = batches[0][0, 0].cpu().expand(len(filled), 1)
+    return list(torch.split(torch.cat([first, filled], 1), rows))
 
 
 class _TokenizerErrors:

@@ -1,5 +1,6 @@
 """RepQuant: the algebra of its paper in float64, identical codes, and thresholds against slow searches."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -22,6 +23,7 @@ from llmcompress.compress.rewriting.edits import matrix
 from llmcompress.compress.rewriting.exact import exact
 from llmcompress.compress.rewriting.samples import input_samples
 from llmcompress.compress.rewriting.sites import norm_sites
+from llmcompress.compress.rewriting.work import Call
 from llmcompress.options import ReparamOptions
 
 
@@ -170,3 +172,27 @@ def test_norm_gains_are_what_the_block_holds() -> None:
     ratio = matrix(subject.module.get_submodule("self_attn.q_proj"))[0] / column[0]
     assert torch.allclose((1 + gain) / (1 + after), ratio)  # type: ignore[operator, arg-type]
     assert result.native
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_ranges_hold_what_unseen_tokens_do(family: str) -> None:
+    """Channels that calls on absent tokens make larger than text does are rounded there as finely as elsewhere."""
+    found = {}
+    for known in (True, False):
+        subject = block_subject(tiny(family))
+        absent = Call((subject.first.args[0] * torch.linspace(-4, 4, subject.first.args[0].shape[-1]),), {})
+        absent = Call(absent.args + subject.first.args[1:], subject.first.kwargs)
+        subject = replace(subject, unseen=(absent,) if known else ())
+        with exact():
+            result = rewrite(subject, ReparamOptions())
+            names = list(result.quantizers)
+            after = input_samples(subject.module, [absent], names, tokens=10**6, skip_first=True)
+        sites = norm_sites(subject.module, absent)
+        worst = [
+            float((result.quantizers[name](after[name]) - after[name]).abs().max() / result.quantizers[name].scale)
+            for site in sites
+            for name in site.readers
+        ]
+        found[known] = max(worst)
+    assert found[True] <= 0.5 + 1e-4
+    assert found[False] > 5

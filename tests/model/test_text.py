@@ -14,7 +14,15 @@ from hypothesis import strategies as st
 
 from llmcompress.errors import InputError
 from llmcompress.model.corpus import documents, split_of
-from llmcompress.model.text import Batches, TextRequest, load_tokenizer, sample_tokens, token_batches, tokenizer_digest
+from llmcompress.model.text import (
+    Batches,
+    TextRequest,
+    load_tokenizer,
+    sample_tokens,
+    token_batches,
+    tokenizer_digest,
+    unseen_tokens,
+)
 
 
 def request(spec: object, samples: int = 4, length: int = 16, seed: int = 0) -> TextRequest:
@@ -115,6 +123,21 @@ def test_batches_split_in_order() -> None:
     batches = Batches(torch.arange(24).view(6, 4), "x", "y")
     assert torch.equal(torch.cat(batches.split(4)), batches.tokens)
     assert [len(part) for part in batches.split(4)] == [4, 2]
+
+
+@pytest.mark.parametrize(("vocabulary", "most"), [(100, 1000), (100, 20), (24, 1000), (25, 7), (27, 9)])
+def test_unseen_tokens_are_those_a_text_lacks(vocabulary: int, most: int) -> None:
+    batches = Batches(torch.arange(24).view(6, 4), "x", "y").split(4)
+    found = unseen_tokens(batches, vocabulary, most=most)
+    ids = [token for batch in found for row in batch.tolist() for token in row[1:]]
+    absent = set(range(24, vocabulary))
+    assert set(ids) <= absent
+    assert min(len(absent), most) / 2 <= len(set(ids)) <= most
+    assert len(absent) > most or set(ids) == absent
+    assert all(batch.shape[1] == min(4, len(set(ids)) + 1) and len(batch) <= 4 for batch in found)
+    assert all(bool((batch[:, 0] == 0).all()) for batch in found)
+    assert len(ids) < len(set(ids)) + 4
+    assert len(ids) < 8 or ids != sorted(ids)
 
 
 def test_tokenizer_digest_sees_every_byte(llama: Path, tmp_path: Path) -> None:

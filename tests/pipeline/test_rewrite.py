@@ -13,11 +13,13 @@ from conftest import SMALL, llama_config, program, save_model
 from torch import Tensor
 
 from llmcompress.compress.pipeline import rewrite_model
+from llmcompress.compress.rewrite import RewriteJob, rewrite
 from llmcompress.compress.rewriting.clipping import ActivationQuantizer
 from llmcompress.compress.rewriting.hints import Hints
 from llmcompress.errors import InputError
 from llmcompress.hub.source import resolve
 from llmcompress.model.stream import BlockCall, BlockStream
+from llmcompress.options import RewriteOptions
 from llmcompress.recipes import load_recipe
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -183,3 +185,25 @@ def test_hidden_states_carry_no_gradients_from_block_to_block(
     rewrite_model(resolve(str(llama)), load_recipe("balanced", changes), tmp_path / "out", device="cpu")
     assert seen
     assert not any(seen)
+
+
+@torch.no_grad()
+def test_static_ranges_hold_tokens_that_the_text_lacks(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = save_model(tmp_path / "model", llama_config())
+    text, probe = torch.arange(40)[None] % 20, torch.arange(8)[None]
+    errors = {}
+    for unseen in (True, False):
+        options = RewriteOptions.model_validate({"methods": ("repquant",), "repquant": {"unseen": unseen}})
+        list(rewrite(RewriteJob(model, options, [text], probe), tmp_path / f"out-{unseen}"))
+        quantizer = Hints.read(tmp_path / f"out-{unseen}").quantizers["model.layers.0.self_attn.q_proj"]
+        read: list[Tensor] = []
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / f"out-{unseen}", dtype=torch.float32)
+        loaded.model.layers[0].self_attn.q_proj.register_forward_pre_hook(
+            lambda _, args, read=read: read.append(args[0])
+        )
+        loaded(torch.arange(20, 96)[None])
+        errors[unseen] = float((quantizer(read[0]) - read[0]).abs().max() / quantizer.scale)
+    assert errors[False] > 5
+    assert errors[True] < 1

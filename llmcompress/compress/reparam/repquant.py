@@ -6,7 +6,8 @@ is unchanged, and the tensor-wise quantizer emits on the new activations the cod
 the old. A norm without a bias has nowhere to put `r2`: its channels share one zero-point and only `r1` is folded.
 
 Norms feed only half of a block's linears. What `o` and `down` read gets even ranges too, with scales folded into
-the rows of `v` and `up` (`rewriting/evening.py`; not in the paper).
+the rows of `v` and `up` (`rewriting/evening.py`; not in the paper). Static ranges fail on single sequences where tokens
+come up that calibration text lacks: what those do (`Subject.unseen`) widens the ranges of channels here and there.
 """
 
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from llmcompress.compress.rewriting.clipping import ActivationQuantizer, find_quantizer
 from llmcompress.compress.rewriting.edits import BiasedNorm, add_bias, matrix, read_gain, scale_columns
 from llmcompress.compress.rewriting.evening import Evened, Reader, by_rows, even_out
-from llmcompress.compress.rewriting.samples import input_samples
+from llmcompress.compress.rewriting.samples import input_samples, unseen_ends
 from llmcompress.compress.rewriting.sites import Link, links, norm_sites, rescale
 from llmcompress.compress.rewriting.work import Rewritten, Subject, working
 from llmcompress.errors import InputError
@@ -67,6 +68,7 @@ def rewrite(subject: Subject, options: ReparamOptions) -> Rewritten:
     sites = norm_sites(block, subject.first)
     names = [site.readers[0] for site in sites]
     seen = input_samples(block, subject.calls, names, tokens=options.tokens, skip_first=options.skip_first)
+    unseen = unseen_ends(subject, names, tokens=options.tokens)
     linked = _linked(subject, options) if asked.links else ()
     quantizers: dict[str, ActivationQuantizer] = {}
     added = False
@@ -75,7 +77,8 @@ def rewrite(subject: Subject, options: ReparamOptions) -> Rewritten:
             norm, readers = block.get_submodule(site.norm), [block.get_submodule(name) for name in site.readers]
             whole = _takes_shift(norm) or asked.bias
             weights = torch.cat([matrix(linear) for linear in readers])
-            inputs = seen[site.readers[0]].double()
+            first = site.readers[0]
+            inputs = torch.cat([part[first] for part in (seen, unseen) if first in part]).double()
             gram = weights.T @ weights
             channelwise = find_quantizer(
                 inputs, asked.bits, symmetric=not whole, clip=asked.clip, gram=gram, steps=asked.steps
@@ -104,11 +107,13 @@ def _linked(subject: Subject, options: ReparamOptions) -> list[tuple[Link, Evene
     if not found:
         return []
     seen = input_samples(block, subject.calls, list(found), tokens=options.tokens, skip_first=False)
+    unseen = unseen_ends(subject, list(found), tokens=options.tokens)
     chosen = []
     for target, link in found.items():
         weight, rows = matrix(block.get_submodule(target)).double(), len(matrix(block.get_submodule(link.source)))
         rounding = partial(subject.rounding, target) if subject.rounding else by_rows
-        chosen.append((link, even_out(seen[target], Reader(link, rows, weight, rounding), options.repquant.bits)))
+        reader = Reader(link, rows, weight, rounding)
+        chosen.append((link, even_out(seen[target], reader, options.repquant.bits, unseen=unseen.get(target))))
     return chosen
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress.compress.rewriting.sites import reading
-from llmcompress.compress.rewriting.work import Call
+from llmcompress.compress.rewriting.work import Call, Subject
 from llmcompress.errors import InputError
 
 
@@ -33,6 +33,17 @@ def input_samples(
     if silent:
         raise InputError(f"{silent[0]}: no calibration tokens reached it", "calibrate on sequences of several tokens")
     return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def unseen_ends(subject: Subject, names: Sequence[str], *, tokens: int) -> dict[str, Tensor]:
+    """Least and largest `(2, columns)` of what the named linears read in calls with tokens that the text lacks.
+
+    Nothing where there are no such calls.
+    """
+    if not subject.unseen:
+        return {}
+    seen = input_samples(subject.module, subject.unseen, names, tokens=tokens, skip_first=True)
+    return {name: torch.stack([inputs.amin(0), inputs.amax(0)]) for name, inputs in seen.items()}
 
 
 def _after_first(tensor: Tensor, call: Call) -> Tensor:

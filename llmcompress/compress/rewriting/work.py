@@ -50,6 +50,8 @@ class Call:
 class Subject:
     """What is rewritten, and the calibration calls it is observed on.
 
+    unseen    calls with tokens that calibration text lacks: static ranges are to hold them, nothing else looks at them
+
     probe     the call that sites are found and every edit is checked with: short, but of several tokens; where it is
               not given, the first of `calls`
     rounding  (name of a linear inside the module, its weight (rows, columns)) -> the weight a reader of the file would
@@ -60,6 +62,7 @@ class Subject:
     calls: Sequence[Call]
     probe: Call | None = None
     rounding: Rounding | None = None
+    unseen: Sequence[Call] = ()
 
     @property
     def first(self) -> Call:
