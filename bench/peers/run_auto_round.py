@@ -32,6 +32,14 @@ def _text(job: Job, tokens: torch.Tensor) -> str:
     return str(path)
 
 
+def _narrower(job: Job) -> dict[str, dict[str, int]]:
+    """Linears whose inputs groups do not divide, with the widest halved groups that do: a mixture it can reload."""
+    sizes = [job.group_size >> shift for shift in range(1, 4)]
+    found = {name: next((size for size in sizes if columns % size == 0), None) for name, _, columns in job.linears}
+    odd = {name for name, _, columns in job.linears if columns % job.group_size}
+    return {name: {"group_size": size} for name, size in found.items() if name in odd and size}
+
+
 def quantize(job: Job) -> None:
     tokens = job.tokens()
     data: Any = [{"input_ids": b, "attention_mask": torch.ones_like(b)} for b in tokens.split(BATCH)]
@@ -56,6 +64,7 @@ def quantize(job: Job) -> None:
             seed=job.seed,
             enable_torch_compile=False,
             iters=job.settings["iters"],
+            layer_config=_narrower(job),
             **job.settings.get("more", {}),
         )
         maker.quantize_and_save(str(job.output), format="auto_round")
