@@ -35,10 +35,13 @@ from llmcompress.options import ReparamOptions
 from llmcompress.plugins import find
 
 BITS = 8
+NORMS = "norms"
 REPARAM = "llmcompress.compress.reparam"
 METHODS: tuple[tuple[str, str | None, dict[str, Any]], ...] = (
     ("naive", None, {}),
     ("smooth", "smooth", {"smooth": {"alpha": 0.5}}),
+    ("smooth, 0.65", "smooth", {"smooth": {"alpha": 0.65}}),
+    ("smooth, 0.8", "smooth", {"smooth": {"alpha": 0.8}}),
     ("repquant", "repquant", {}),
     ("repquant, seen tokens", "repquant", {"repquant": {"unseen": False}}),
     ("repquant, norms alone", "repquant", {"repquant": {"links": False}}),
@@ -71,7 +74,8 @@ class Bench:
     data: list[Tensor]
     skip_first: bool
     bits: int  # of activations
-    norms_only: bool
+    inputs: list[str]  # last names of the linears whose inputs are rounded, NORMS for those behind norms; or all
+    weights: bool  # whether they are rounded
     reference: list[Tensor] = field(default_factory=list)
 
     @torch.no_grad()
@@ -166,10 +170,12 @@ def measure(bench: Bench, label: str, method: str | None, changes: dict[str, Any
         fed = {name for site in norm_sites(block, subject.first) for name in site.readers}
         seen = input_samples(block, subject.calls, names, tokens=options.tokens, skip_first=options.skip_first)
         for name, linear in linear_modules(block).items():
-            if name in fed or not bench.norms_only:
+            own = NORMS if name in fed else name.rpartition(".")[2]
+            if not bench.inputs or own in bench.inputs:
                 low, high = seen[name].min(), seen[name].max()
                 attach(linear, fixed.get(name) or range_quantizer(low, high, bench.bits))
-            quantize_weight(linear)
+            if bench.weights:
+                quantize_weight(linear)
     found: list[SequenceFidelity] = []
     for before, after, tokens in zip(bench.reference, bench.logits(model), bench.data, strict=True):
         found += compare(before, after, tokens)
@@ -206,7 +212,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--high", type=float, default=100.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bits", type=int, default=BITS, help="of the activations")
-    parser.add_argument("--norms-only", action="store_true", help="round only the activations that norms return")
+    parser.add_argument("--inputs", nargs="+", default=[], help=f"round only these: {NORMS}, or last names of linears")
+    parser.add_argument("--keep-weights", action="store_true", help="round inputs alone")
     parser.add_argument("--only", nargs="+", choices=[each[0] for each in METHODS], help="methods to measure")
     parser.add_argument("--with-first", action="store_true", help="let first tokens widen the static ranges")
     parser.add_argument("--json", type=Path, help="also write the table here")
@@ -223,7 +230,10 @@ def main() -> None:
     )
     data = token_batches(TextRequest(options.data, options.samples, options.length, options.seed, "evaluation"), folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
-    bench = Bench(model, calibration.split(8), data.split(8), not options.with_first, options.bits, options.norms_only)
+    weights = not options.keep_weights
+    bench = Bench(
+        model, calibration.split(8), data.split(8), not options.with_first, options.bits, options.inputs, weights
+    )
     bench.reference = bench.logits(model)
     rows = [measure(bench, "naive, without outliers", None, {})]
     channels = inject(
@@ -243,7 +253,8 @@ def main() -> None:
             "outliers": {"share": options.share, "low": options.low, "high": options.high, "channels": channels},
             "skip_first": bench.skip_first,
             "activation_bits": bench.bits,
-            "norms_only": bench.norms_only,
+            "inputs": bench.inputs,
+            "weights": bench.weights,
             "seed": options.seed,
             "ratios": ratios,
         }
