@@ -134,12 +134,15 @@ def test_a_verdict_needs_no_torch_and_half_a_second(tmp_path: Path) -> None:
     path = write(tmp_path / "report.json", document(0.01, documents=tasks))
     old = write(tmp_path / "old.json", document(0.02, name="old", documents=tasks))
     words = [sys.executable, "-c", ALONE, "gate", str(path), "--baseline", str(old), "--junit", str(tmp_path / "j.xml")]
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    found = subprocess.run(words, capture_output=True, text=True, check=False)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert (found.returncode, "PASS" in found.stdout) == (0, True), found.stderr
-    # processor time, which is the time on the wall of a machine that does nothing else
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime <= 0.5
+    seconds = []
+    for _ in range(3):  # the first may have modules to compile, and other work may slow any of them down
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        found = subprocess.run(words, capture_output=True, text=True, check=False)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert (found.returncode, "PASS" in found.stdout) == (0, True), found.stderr
+        # processor time, which is the time on the wall of a machine that does nothing else
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(seconds) <= 0.5
     evaluating = subprocess.run([*words[:5], "--ref", "demo"], capture_output=True, text=True, check=False)
     assert (evaluating.returncode, evaluating.stdout) == (2, "")
     assert "error: --ref evaluates a model, which needs torch" in evaluating.stderr
