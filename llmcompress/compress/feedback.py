@@ -16,7 +16,7 @@ BLOCK_COLUMNS = 128
 INNER_COLUMNS = 32
 DAMP_RETRIES = 3
 TRIANGLE = 128  # columns that are inverted at once
-STRIPE = 256  # rows of a Hessian that are copied at a time, while it becomes another matrix
+STRIPE = 256  # rows or columns of a Hessian that are copied at a time, while it becomes another matrix
 
 Scales = Callable[[int, int, Tensor], Tensor]  # (start, stop, left): a block of columns as it stands
 Nearest = Callable[[int, Tensor], tuple[Tensor, Tensor]]  # (column, its values as they stand): codes, stored values
@@ -74,10 +74,10 @@ def dampings(damp: float) -> Iterator[float]:
         damp *= 10
 
 
-def factorise(matrix: Tensor, *, upper: bool = False) -> int:
+def factorise(matrix: Tensor) -> int:
     """Put the Cholesky factor of a symmetric matrix, which lies by columns, in its place; not 0 where it has none."""
     failed = torch.empty((), dtype=torch.int32, device=matrix.device)
-    torch.linalg.cholesky_ex(matrix, upper=upper, out=(matrix, failed))
+    torch.linalg.cholesky_ex(matrix, out=(matrix, failed))
     return int(failed)
 
 

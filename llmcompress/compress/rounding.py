@@ -18,7 +18,6 @@ from torch import Tensor
 from llmcompress.compress.grid import Codes, find_scale, round_weight
 from llmcompress.types import LinearSpec, QuantizerOptions
 
-STRIPE = 256  # rows of a Hessian that are looked at together
 NOT_FINITE = "second moments of its calibration inputs are not finite"
 
 

@@ -13,14 +13,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from llmcompress.compress.feedback import damped, dampings, factorise
+from llmcompress.compress.feedback import STRIPE, damped, dampings, factorise
 from llmcompress.compress.rounding import Seen, finite
 from llmcompress.model.products import linear
 from llmcompress.types import QuantizerOptions
 
 PLENTY, ENOUGH = 30, 8  # tokens per column
 ALPHAS = (0.75, 0.5, 0.25)
-STRIPE = 256  # rows and columns that are in float64 at a time, beside the factor
 
 
 def alpha_for(tokens: int, columns: int) -> float:
