@@ -68,6 +68,21 @@ def _tool(name: str, *arguments: str) -> str:
 
 def _loop(text: str) -> tuple[str, ...]:
     """The longest stretch between a label and a branch back to it."""
+    lines, spans = _spans(text)
+    first, last = max(spans, key=lambda span: span[1] - span[0], default=(0, len(lines) - 1))
+    return tuple(lines[first : last + 1])
+
+
+def loop_with(text: str, operation: str) -> tuple[str, ...]:
+    """The shortest of nvdisasm's loops that has the operation."""
+    lines, spans = _spans(text)
+    having = [span for span in spans if any(operation in line for line in lines[span[0] : span[1]])]
+    first, last = min(having, key=lambda span: span[1] - span[0])
+    return tuple(lines[first : last + 1])
+
+
+def _spans(text: str) -> tuple[list[str], list[tuple[int, int]]]:
+    """Instructions, and from where to where loops go, both included."""
     labels: dict[str, int] = {}
     lines: list[str] = []
     for line in text.splitlines():
@@ -75,8 +90,8 @@ def _loop(text: str) -> tuple[str, ...]:
             labels[label[1]] = len(lines)
         elif found := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*);", line):
             lines.append(found[1].strip())
-    best = (0, 0)
+    spans = []
     for end, line in enumerate(lines):
-        if (branch := re.search(r"\bBRA\b.*(\.L_x_\d+)", line)) and labels.get(branch[1], end + 1) <= end:
-            best = max(best, (labels[branch[1]], end), key=lambda span: span[1] - span[0])
-    return tuple(lines[best[0] : best[1] + 1]) if best[1] else tuple(lines)
+        if (branch := re.search(r"\bBRA\b.*(\.L_x_\d+)", line)) and labels.get(branch[1], end) < end:
+            spans.append((labels[branch[1]], end))
+    return lines, spans

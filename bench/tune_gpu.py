@@ -30,7 +30,8 @@ FORMATS = {
 def trials(packing: Packing, most: int, lean: bool) -> Iterator[Config | Lean]:
     """What has a chance."""
     if lean and most <= 16:
-        yield from (Lean(warps) for warps in (4, 8, 16))
+        yield from (Lean(warps, 2, early) for warps in (4, 8, 16) for early in (0, 1))
+        yield from (Lean(warps, 3, 1) for warps in (4, 8))
     if most == 16:
         yield from (Config(rows, 16, split, warps, 3) for rows, warps in ((64, 4), (128, 8)) for split in (1, 2, 4))
         yield from (Config(32, 16, split, 2, 2) for split in (2, 4))

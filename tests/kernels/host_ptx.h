@@ -1,5 +1,7 @@
 // The CUDA C++ kernels on a CPU: a thread for every thread of a block, the instructions of `ptx.cu` in plain C++.
-// Compiled together with `codes.cu` and one kernel; `WARPS` as there.
+// Compiled together with `codes.cu` and one kernel; `WARPS` as there. Of the copies to shared memory every second one is
+// made when it is begun and the others when they are waited for, so that a slot read too early, or filled again before it
+// was read, shows in the values.
 
 #include <algorithm>
 #include <barrier>
@@ -23,13 +25,13 @@ typedef long long i64;
 struct alignas(16) uint4 {
     u32 x, y, z, w;
 };
-struct Place {
+struct Index {
     int x, y;
 };
 
 using std::min;
 constexpr int THREADS = WARPS * 32;
-static thread_local Place threadIdx, blockIdx;
+static thread_local Index threadIdx, blockIdx, gridDim;
 static std::barrier<> everyone(THREADS);
 static std::barrier<> *warps[WARPS];
 static u32 fragments[WARPS][32][6];
@@ -74,6 +76,49 @@ inline float from_half(u16 half) {
     return (float)found;
 }
 
+static unsigned char launched[1 << 18];  // shared memory, and its addresses are places in it
+#define SHARED_AT_LAUNCH(name) unsigned char *const name = launched
+struct Copy {
+    u32 to;
+    const void *from;
+};
+static thread_local std::vector<std::vector<Copy>> groups;
+static thread_local std::vector<Copy> begun;
+static thread_local int copies;
+
+inline u32 shared_place(const void *place) { return (u32)((const unsigned char *)place - launched); }
+inline void shared16(u32 (&to)[4], u32 from) { std::memcpy(to, launched + from, 16); }
+inline u32 shared4(u32 from) {
+    u32 found;
+    std::memcpy(&found, launched + from, 4);
+    return found;
+}
+inline u32 shared2(u32 from) { return shared4(from) & 0xffff; }
+inline u32 shared1(u32 from) { return launched[from]; }
+
+inline void copy16(u32 to, const void *from) {
+    if (copies++ % 2)
+        std::memcpy(launched + to, from, 16);
+    else
+        begun.push_back({to, from});
+}
+
+inline void copies_end() {
+    groups.push_back(begun);
+    begun.clear();
+}
+
+template <int LEFT> void copies_are_there() {
+    while (groups.size() > LEFT) {
+        for (const Copy &copy : groups.front()) std::memcpy(launched + copy.to, copy.from, 16);
+        groups.erase(groups.begin());
+    }
+    warps[threadIdx.x / 32]->arrive_and_wait();
+}
+
+inline void next_may_start() {}
+inline void wait_for_kernels_before() {}
+
 inline void load16(u32 (&to)[4], const void *from) { std::memcpy(to, from, 16); }
 template <u32 MASK> u32 chosen(u32 word, u32 others) { return (word & MASK) | others; }
 inline u32 rounded(float left, float right) { return half_of(left) | (u32)half_of(right) << 16; }
@@ -112,13 +157,14 @@ inline void multiply(float (&sums)[4], const u32 (&weights)[4], u32 low, u32 hig
 
 // Every block in turn, its threads side by side.
 template <class Kernel> void run(int columns, int rows, Kernel kernel) {
+    std::memset(launched, 0xff, sizeof launched);
     for (auto &warp : warps) warp = new std::barrier<>(32);
     for (int y = 0; y < rows; y++)
         for (int x = 0; x < columns; x++) {
             std::vector<std::thread> threads;
             for (int thread = 0; thread < THREADS; thread++)
                 threads.emplace_back([=] {
-                    threadIdx = {thread, 0}, blockIdx = {x, y};
+                    threadIdx = {thread, 0}, blockIdx = {x, y}, gridDim = {columns, rows};
                     kernel();
                 });
             for (auto &thread : threads) thread.join();

@@ -1,9 +1,12 @@
 """The kernels in CUDA C++, on a CPU: their own source compiled by the C++ compiler there is, warps of threads."""
 
 import ctypes
+import itertools
 import re
 import shutil
 import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -19,7 +22,7 @@ from llmcompress.kernels.triton.tuning import Lean
 from llmcompress.spec import LinearSpec
 
 HERE = Path(__file__).resolve().parent
-WARPS, ROWS = 2, 37
+WARPS = 2
 MOST_STACK = 16  # bytes of a thread that are not in registers
 BFLOAT, HALF = torch.bfloat16, torch.float16
 ENTRIES = """
@@ -27,20 +30,33 @@ extern "C" void all_decode(int blocks_x, const u16 *x, const u16 *words, const v
     const float *table, u16 *out, int M, int N, int K, int stride, int blocks) {
     run(blocks_x, 1, [=] { decode(x, words, scale, zero, table, out, M, N, K, stride, blocks); });
 }
+extern "C" int slot_bytes() { return SLOT; }
 extern "C" void all_expand(int blocks_x, int blocks_y, const u16 *words, const void *scale, const u8 *zero,
     const float *table, u16 *out, int first, int last, int N, int K, int stride, int blocks) {
     run(blocks_x, blocks_y, [=] { expand(words, scale, zero, table, out, first, last, N, K, stride, blocks); });
 }
 """
-CASES = [  # format, columns (whole blocks or not), inputs, tokens
-    (LinearSpec(bits=2, group_size=128), 1024, BFLOAT, 3),
-    (LinearSpec(bits=3, group_size=64, kind="asymmetric"), 2496, HALF, 16),
-    (LinearSpec(bits=4, group_size=32), 384, BFLOAT, 9),
-    (LinearSpec(bits=4, group_size=256, kind="asymmetric"), 768, HALF, 1),
-    (LinearSpec(bits=8, group_size=320), 320, BFLOAT, 8),
-    (LinearSpec(bits=4, group_size=64, kind="nf4"), 512, BFLOAT, 5),
+CASES = [  # format, rows (whole tiles of 16 or not), columns (whole blocks or not), inputs, tokens, slots
+    (LinearSpec(bits=2, group_size=128), 48, 4096, BFLOAT, 3, 2),
+    (LinearSpec(bits=2, group_size=32, kind="asymmetric"), 32, 2048, BFLOAT, 2, 3),
+    (LinearSpec(bits=3, group_size=64, kind="asymmetric"), 48, 2496, HALF, 16, 2),
+    (LinearSpec(bits=4, group_size=32), 37, 384, BFLOAT, 9, 2),
+    (LinearSpec(bits=4, group_size=256, kind="asymmetric"), 48, 2816, HALF, 1, 4),
+    (LinearSpec(bits=8, group_size=320), 37, 320, BFLOAT, 8, 3),
+    (LinearSpec(bits=4, group_size=64, kind="nf4"), 48, 1600, BFLOAT, 5, 2),
 ]
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
+
+
+Case = tuple[LinearSpec, int, int, torch.dtype, int, int]
+
+
+def definitions(case: Case, packing: layout.Packing, scale: torch.dtype, config: Lean) -> compiler.Definitions:
+    """As `small.multiply` would have them."""
+    _, rows, _, dtype, tokens, _ = case
+    return small.definitions(
+        packing, dtype, scale, tiles=-(-tokens // small.TILE), config=config, whole=rows % small.ROWS == 0
+    )
 
 
 def built(folder: Path, made: compiler.Definitions) -> ctypes.CDLL:
@@ -63,30 +79,34 @@ def given(*values: Tensor | int | None) -> list[ctypes.c_void_p | ctypes.c_int]:
 
 
 @needs_compiler
-@pytest.mark.parametrize(("spec", "columns", "dtype", "tokens"), CASES, ids=lambda value: getattr(value, "label", None))
-def test_values_are_those_of_the_stored_codes(
-    spec: LinearSpec, columns: int, dtype: torch.dtype, tokens: int, tmp_path: Path
-) -> None:
-    codes = triton_cases.random_codes(spec, ROWS, columns)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case[0].label)
+def test_values_are_those_of_the_stored_codes(case: Case, tmp_path: Path) -> None:
+    """However many thread blocks share the tiles."""
+    spec, height, columns, dtype, tokens, slots = case
+    codes = triton_cases.random_codes(spec, height, columns)
     prepared = layout.prepare(stored.tensors_of("", codes), spec)
     packing = layout.packing_of(spec, columns)
     assert packing.planar is not None
     assert packing.planar.words >= small.SHORTEST
     scale = prepared["scale"]
-    made = small.definitions(packing, dtype, scale.dtype, tiles=-(-tokens // small.TILE), config=Lean(WARPS))
+    made = definitions(case, packing, scale.dtype, Lean(WARPS, slots))
     library = built(tmp_path, made)
+    assert library.slot_bytes() == small.slot_bytes(packing, scale.dtype, height % small.ROWS == 0)
     x = torch.randn((tokens, columns), generator=triton_cases.GENERATOR).to(dtype)
     weight = (prepared["words"], scale, prepared.get("zero"), prepared.get("table"))
     numbers = (columns, prepared["words"].shape[1], packing.planar.blocks(columns))
-    out = torch.full((tokens, ROWS), float("nan"), dtype=dtype)
-    library.all_decode(*given(-(-ROWS // 16), x, *weight, out, tokens, ROWS, *numbers))
-    dense = codes.dequantize()
-    limit = {BFLOAT: 4e-3, HALF: 6e-4}[dtype]
-    assert triton_cases.error(out, x.double() @ dense.double().T) <= limit
+    dense, sums = codes.dequantize(), []
+    for blocks in (-(-height // 16), 2, 1):
+        out = torch.full((tokens, height), float("nan"), dtype=dtype)
+        library.all_decode(*given(blocks, x, *weight, out, tokens, height, *numbers))
+        limit = {BFLOAT: 4e-3, HALF: 6e-4}[dtype]
+        assert triton_cases.error(out, x.double() @ dense.double().T) <= limit
+        sums.append(out)
+    assert all(torch.equal(sums[0], other) for other in sums)
     first, last = 3, 30
     rows = torch.full((last - first, columns), float("nan"), dtype=dtype)
     grid = (-(-(last - first) // 16), -(-numbers[-1] // WARPS))
-    library.all_expand(*given(*grid, *weight, rows, first, last, ROWS, *numbers))
+    library.all_expand(*given(*grid, *weight, rows, first, last, height, *numbers))
     assert torch.equal(rows, dense[first:last].to(dtype))
 
 
@@ -97,13 +117,17 @@ def test_machine_code_for_gpus_that_are_not_here(architecture: str, tmp_path: Pa
     """It compiles, keeps everything in registers, and has matrix instructions."""
     import triton
 
+    sys.path.insert(0, str(HERE.parents[1] / "bench"))
+    import sass
+
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     nvrtc = compiler.library()
     assert nvrtc is not None
-    for number, (spec, columns, dtype, tokens) in enumerate(CASES):
+    for number, case in enumerate(CASES):
+        spec, columns = case[0], case[2]
         packing = layout.packing_of(spec, columns)
         scale = torch.float32 if spec.kind == "nf4" else torch.bfloat16
-        made = small.definitions(packing, dtype, scale, tiles=-(-tokens // small.TILE), config=Lean(8))
+        made = definitions(case, packing, scale, Lean(8, 2, int(architecture == "sm_90")))
         path = tmp_path / "kernel.cubin"
         name = ("decode", "expand")[number % 4 == 3]
         path.write_bytes(compiler.compiled(compiler.source_of(name), dict(made), architecture, nvrtc))
@@ -115,6 +139,17 @@ def test_machine_code_for_gpus_that_are_not_here(architecture: str, tmp_path: Pa
         assert int(stack[1]) <= MOST_STACK
         code = subprocess.run([tools / "nvdisasm", "-c", path], capture_output=True, text=True).stdout
         assert ("HMMA" in code) == (name == "decode")
+        if name == "decode":
+            check_loop(sass.loop_with(code, "HMMA"))
+        assert ("ACQBULK" in code) == (name == "decode" and architecture == "sm_90")
+
+
+def check_loop(lines: Sequence[str]) -> None:
+    """Nothing that comes from memory and not from a cache goes into registers: the loop would wait for it."""
+    loads = [line for line in lines if "LDG" in line and "LDGSTS" not in line and "LDGDEPBAR" not in line]
+    assert any("LDGSTS" in line for line in lines)
+    assert any("DEPBAR.LE" in line for line in lines)
+    assert all(".128" in line and ".NA" not in line for line in loads), loads  # inputs alone
 
 
 @pytest.mark.skipif(compiler.library() is None, reason="NVRTC is not installed")
@@ -130,3 +165,53 @@ def test_what_was_compiled_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.undo()
     with pytest.raises(MachineError, match="does not compile"):
         compiler.compiled(b"nonsense", {}, "sm_90", nvrtc)
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+def on_gpu(spec: LinearSpec, rows: int, columns: int) -> tuple[dict[str, Tensor], layout.Packing, Tensor]:
+    """A random weight as kernels read it, how it lies there, and its values."""
+    codes = triton_cases.random_codes(spec, rows, columns)
+    prepared = {name: part.cuda() for name, part in layout.prepare(stored.tensors_of("", codes), spec).items()}
+    return prepared, layout.packing_of(spec, columns), codes.dequantize().double()
+
+
+@needs_gpu
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case[0].label)
+def test_a_gpu_has_the_same_values(case: Case) -> None:
+    """The sums of any number of slots, early or not, are those of the same number of warps."""
+    spec, height, columns, dtype, tokens, _ = case
+    prepared, packing, dense = on_gpu(spec, height, columns)
+    x = torch.randn((tokens, columns), generator=triton_cases.GENERATOR).to(dtype)
+    for warps in (4, 8, 16):
+        first, *others = (
+            small.multiply(x.cuda(), prepared, packing, height, Lean(warps, slots, early)).cpu()
+            for slots, early in itertools.product((2, 3), (0, 1))
+        )
+        assert triton_cases.error(first, x.double() @ dense.T) <= {BFLOAT: 4e-3, HALF: 6e-4}[dtype]
+        assert all(torch.equal(first, other) for other in others)
+
+
+@needs_gpu
+def test_early_kernels_read_what_the_one_before_wrote() -> None:
+    """Each product is the next one's input, also in a captured graph that is replayed."""
+    prepared, packing, _ = on_gpu(LinearSpec(bits=4, group_size=128), 2048, 2048)
+    begin = torch.randn((1, 2048), dtype=BFLOAT, device="cuda")
+    x = begin.clone()
+
+    def chain(early: int) -> Tensor:
+        found = x
+        for _ in range(12):
+            found = small.multiply(found, prepared, packing, 2048, Lean(8, 2, early))
+        return found
+
+    wanted = chain(0)
+    assert torch.equal(chain(1), wanted)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = chain(1)
+    for turn in range(20):
+        x.copy_(begin * (turn + 1))
+        graph.replay()
+        assert torch.equal(found, chain(0))

@@ -19,15 +19,31 @@ struct Block {  // what one lane holds of a block: rows `lane / 4` and `lane / 4
     u32 words[RUNS][PLANES][2][4];
 };
 
-__device__ __forceinline__ float scale_at(const void *scale, u32 place) {
+constexpr int SCALE_BYTES = SCALE == 0 ? 4 : 2;
+
+__device__ __forceinline__ float scale_of(u32 bits) {
 #if SCALE == 0
-    return __ldg((const float *)scale + place);
+    return __uint_as_float(bits);
 #elif SCALE == 1
-    return __uint_as_float((u32)__ldg((const u16 *)scale + place) << 16);
+    return __uint_as_float(bits << 16);
 #else
-    return from_half(__ldg((const u16 *)scale + place));
+    return from_half((u16)bits);
 #endif
 }
+
+__device__ __forceinline__ float scale_at(const void *scale, u32 place) {
+#if SCALE == 0
+    return ((const float *)scale)[place];
+#else
+    return scale_of(((const u16 *)scale)[place]);
+#endif
+}
+
+#if ZERO
+__device__ __forceinline__ float middle_of(u32 zero) {  // a zero-point less the centre of codes
+    return zero * (1.0f / (1 << (8 - BITS))) - (1 << (BITS - 1));
+}
+#endif
 
 __device__ constexpr u32 twice(u32 half) { return half | half << 16; }
 

@@ -8,6 +8,7 @@ import ctypes
 import functools
 import hashlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,6 +18,8 @@ from llmcompress.files import cache_folder, commit_bytes, own_folder
 
 FOLDER = Path(__file__).parent
 OPTIONS = ("-std=c++17", "-diag-suppress=177")
+MOST_DYNAMIC_SHARED = 8  # of CUfunction_attribute
+PROGRAMMATIC_SERIALIZATION = 6  # of CUlaunchAttributeID
 Definitions = tuple[tuple[str, int], ...]
 Given = ctypes.c_void_p | ctypes.c_int
 
@@ -81,11 +84,39 @@ def cached(source: bytes, definitions: Mapping[str, int], architecture: str, nvr
     return made
 
 
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute: a number for what, and 64 bytes at 8 for its value."""
+
+    _fields_ = (("what", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_char * 60))
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        *((name, ctypes.c_uint) for name in ("grid_x", "grid_y", "grid_z", "block_x", "block_y", "block_z", "shared")),
+        ("stream", ctypes.c_void_p), ("attributes", ctypes.POINTER(_Attribute)), ("count", ctypes.c_uint),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Thread blocks, threads of each, and bytes of shared memory beyond those the kernel declares.
+
+    early   the kernel may begin while the one before it in the stream still runs: it waits for that one itself
+    """
+
+    grid: tuple[int, int]
+    threads: int
+    shared: int = 0
+    early: bool = False
+
+
 class Function:
     """One kernel on one device."""
 
     def __init__(self, code: bytes, name: str) -> None:
-        self._driver = ctypes.CDLL("libcuda.so.1")
+        self._driver, self._shared = ctypes.CDLL("libcuda.so.1"), 0
         self._module, self._handle = ctypes.c_void_p(), ctypes.c_void_p()
         self._do("cuModuleLoadData", ctypes.byref(self._module), code)
         self._do("cuModuleGetFunction", ctypes.byref(self._handle), self._module, name.encode())
@@ -95,11 +126,17 @@ class Function:
         if code:
             raise MachineError(f"the GPU's driver: {what} returned {code}", "LLMCOMPRESS_NVRTC=0 does without it")
 
-    def launch(self, grid: tuple[int, int], threads: int, given: list[Given]) -> None:
+    def launch(self, how: Launch, given: list[Given]) -> None:
         """On PyTorch's current stream of the current device."""
+        if how.shared > self._shared:
+            self._do("cuFuncSetAttribute", self._handle, MOST_DYNAMIC_SHARED, how.shared)
+            self._shared = how.shared
         places = (ctypes.c_void_p * len(given))(*(ctypes.addressof(value) for value in given))
-        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        self._do("cuLaunchKernel", self._handle, *grid, 1, threads, 1, 1, 0, stream, places, None)
+        config = _Config(*how.grid, 1, how.threads, 1, 1, how.shared, torch.cuda.current_stream().cuda_stream)
+        if how.early:
+            attribute = _Attribute(PROGRAMMATIC_SERIALIZATION, value=1)
+            config.attributes, config.count = ctypes.pointer(attribute), 1
+        self._do("cuLaunchKernelEx", ctypes.byref(config), self._handle, places, None)
 
 
 def source_of(name: str) -> bytes:

@@ -1,27 +1,31 @@
 // Few tokens against a packed weight. A warp takes 16 rows and every WARPS-th block of them; weights are the tall
-// operand of m16n8k16 matrix instructions, up to 8 * TILES tokens the narrow one. Codes come from memory straight into
-// the registers in which the instruction wants them, a block ahead of their use. Products of a group add up in float32
-// and meet its scale there, once. The warps of a thread block share its rows, and add their sums in order at the end:
-// equal inputs give equal bits.
+// operand of m16n8k16 matrix instructions, up to 8 * TILES tokens the narrow one. Blocks are on their way to shared
+// memory, each with its scales, while the SLOTS - 1 before them are used or on theirs: had they registers for a target,
+// the assembler would wait for the last load with the first. Products of a group add up in float32 and meet its scale
+// there, once. The warps of a thread block share its rows, and add their sums in order at the end: equal inputs give
+// equal bits.
+//
+// Compiled with, beside what `codes.cu` says: TILES; SLOTS of a warp in shared memory; WHOLE (rows are whole tiles of
+// 16, and scales and zero-points lie at multiples of 16 bytes).
 
-struct Sums {
-    float products[TILES][4];
+struct Sums {  // two of each, so that a matrix instruction does not wait for the last one
+    float products[2][TILES][4];
 #if ZERO
-    float inputs[TILES][4];  // sums of inputs, in every row
+    float inputs[2][TILES][4];  // sums of inputs, in every row
 #endif
 };
 
 struct Lane {
     const u16 *x[TILES];  // this lane's tokens and columns; lanes without a token of their own repeat the last one
     int left;             // columns from there to the end of the row
-    u32 bank;             // which copy of a pair is its own
+    u32 number;           // and which copy of a pair is its own
 };
 
 template <int OFFSET> __device__ __forceinline__ void inputs_at(u32 (&to)[TILES][4], const Lane &lane) {
 #pragma unroll
     for (int tile = 0; tile < TILES; tile++) {
         uint4 found = {0, 0, 0, 0};
-        if (EVEN || OFFSET < lane.left) found = __ldg((const uint4 *)(lane.x[tile] + OFFSET));
+        if (EVEN || OFFSET < lane.left) found = *(const uint4 *)(lane.x[tile] + OFFSET);
         to[tile][0] = found.x, to[tile][1] = found.y, to[tile][2] = found.z, to[tile][3] = found.w;
     }
 }
@@ -38,14 +42,14 @@ __device__ __forceinline__ void field(Sums &sums, const Block &held, const Lane 
 #pragma unroll
             for (int plane = 0; plane < PLANES; plane++)
                 planes[part][plane] = held.words[RUN][plane][part % 2][2 * half + part / 2];
-            weights[part] = pair_of<FIELD>(planes[part], lane.bank);
+            weights[part] = pair_of<FIELD>(planes[part], lane.number);
         }
 #pragma unroll
         for (int tile = 0; tile < TILES; tile++) {
-            multiply(sums.products[tile], weights, inputs[tile][2 * half], inputs[tile][2 * half + 1]);
+            multiply(sums.products[half][tile], weights, inputs[tile][2 * half], inputs[tile][2 * half + 1]);
 #if ZERO
             const u32 ones[4] = {half_to_the(0), half_to_the(0), half_to_the(0), half_to_the(0)};
-            multiply(sums.inputs[tile], ones, inputs[tile][2 * half], inputs[tile][2 * half + 1]);
+            multiply(sums.inputs[half][tile], ones, inputs[tile][2 * half], inputs[tile][2 * half + 1]);
 #endif
         }
     }
@@ -62,105 +66,193 @@ __device__ __forceinline__ void fields(Sums &sums, const Block &held, const Lane
 
 __device__ __forceinline__ void clear(Sums &sums) {
 #pragma unroll
+    for (int place = 0; place < 2 * TILES * 4; place++) {
+        sums.products[place / (TILES * 4)][place / 4 % TILES][place % 4] = 0;
+#if ZERO
+        sums.inputs[place / (TILES * 4)][place / 4 % TILES][place % 4] = 0;
+#endif
+    }
+}
+
+
+constexpr int SCALES = GROUP != 0 && WHOLE ? GROUPS * SCALE_BYTES : 0;  // copies of 16 bytes, for 16 rows
+constexpr int ZEROS = GROUP != 0 && WHOLE && ZERO ? GROUPS : 0;
+constexpr int SLOT = LOADS * 512 + (SCALES + ZEROS) * 16;  // bytes
+
+struct Place {  // of a block that is there: its slot and first column, and the lane's rows
+    u32 slot, column, rows[2];
+};
+
+struct Given {
+    const u16 *words;
+    const void *scale;
+    const u8 *zero;
+    int N, K, stride, blocks;
+
+    __device__ __forceinline__ u32 group_at(u32 column) const { return column / (GROUP ? GROUP : 1) * (u32)N; }
+};
+
+struct Coming {  // the next block to bring: this lane's words in either row, the first of 16 rows, which block
+    const u16 *words[2];
+    int first, block;
+};
+
+__device__ __forceinline__ Coming first_block(const Given &given, int first, int warp, int lane) {
+    Coming found = {{}, first, warp};
+#pragma unroll
+    for (int low = 0; low < 2; low++)
+        found.words[low] = given.words + (i64)min(first + lane / 4 + 8 * low, given.N - 1) * given.stride +
+                           warp * PLANES * WORDS + 8 * (lane % 4);
+    return found;
+}
+
+// Begins to bring a block into a slot: each lane what it needs itself, and some of them scales and zero-points.
+// `slot` has the lane's share of each 512 bytes. Then the next block: of these rows, or the first of those to follow.
+__device__ __forceinline__ void bring(u32 slot, Coming &coming, const Given &given, int warp, int lane) {
+    if (coming.first < given.N && coming.block < given.blocks) {
+#pragma unroll
+        for (int load = 0; load < LOADS; load++)
+            copy16(slot + load * 512, place_of(load, coming.words[0], coming.words[1]));
+#pragma unroll
+        for (int first = 0; first < SCALES + ZEROS; first += 32) {
+            const int copy = first + lane, part = copy < SCALES ? copy / SCALE_BYTES : copy - SCALES;
+            const u32 column = coming.block * BLOCK + part * IN_GROUP * WORDS;
+            if (copy >= SCALES + ZEROS || (!EVEN && column >= given.K)) continue;
+            const u32 place = given.group_at(column) + coming.first;
+            const u8 *from = (const u8 *)given.scale + (i64)place * SCALE_BYTES + copy % SCALE_BYTES * 16;
+            copy16(slot + (LOADS + first / 32) * 512, copy < SCALES ? from : given.zero + place);
+        }
+        coming.block += WARPS;
+        coming.words[0] += WARPS * PLANES * WORDS, coming.words[1] += WARPS * PLANES * WORDS;
+        if (coming.block >= given.blocks) coming = first_block(given, coming.first + gridDim.x * 16, warp, lane);
+    }
+    copies_end();
+}
+
+// Of a group, for rows `lane / 4` and `lane / 4 + 8`.
+struct Scales {
+    float scale[2], middle[2];
+};
+
+__device__ __forceinline__ Scales scales_in(u32 slot, int part, int lane) {
+    Scales found;
+#pragma unroll
+    for (int low = 0; low < 2; low++) {
+        const u32 own = slot + LOADS * 512, row = lane / 4 + 8 * low;
+        const u32 place = own + (part * 16 + row) * SCALE_BYTES;
+        found.scale[low] = scale_of(SCALE_BYTES == 4 ? shared4(place) : shared2(place));
+#if ZERO
+        found.middle[low] = middle_of(shared1(own + (SCALES + part) * 16 + row));
+#endif
+    }
+    return found;
+}
+
+__device__ __forceinline__ Scales scales_at(const Given &given, u32 column, const u32 (&rows)[2]) {
+    Scales found;
+#pragma unroll
+    for (int low = 0; low < 2; low++) {
+        const u32 place = given.group_at(column) + rows[low];
+        found.scale[low] = scale_at(given.scale, place);
+#if ZERO
+        found.middle[low] = middle_of(given.zero[place]);
+#endif
+    }
+    return found;
+}
+
+// total += scale * (products - zero-point * inputs), for one group.
+__device__ __forceinline__ void settle(float (&total)[TILES][4], const Sums &sums, const Scales &scales) {
+#pragma unroll
     for (int tile = 0; tile < TILES; tile++)
 #pragma unroll
         for (int part = 0; part < 4; part++) {
-            sums.products[tile][part] = 0;
+            float found = sums.products[0][tile][part] + sums.products[1][tile][part];
 #if ZERO
-            sums.inputs[tile][part] = 0;
+            found -= scales.middle[part / 2] * (sums.inputs[0][tile][part] + sums.inputs[1][tile][part]);
 #endif
+            total[tile][part] += scales.scale[part / 2] * found;
         }
-}
-
-struct Weights {
-    const void *scale;
-    const u8 *zero;
-    u32 rows[2], N;  // of this lane
-};
-
-// total += scale * (products - zero-point * inputs), for one group.
-__device__ __forceinline__ void settle(float (&total)[TILES][4], const Sums &sums, const Weights &weights, u32 group) {
-#pragma unroll
-    for (int low = 0; low < 2; low++) {
-        const u32 place = group * weights.N + weights.rows[low];
-        const float scale = scale_at(weights.scale, place);
-#if ZERO
-        const float middle = __ldg(weights.zero + place) * (1.0f / (1 << (8 - BITS))) - (1 << (BITS - 1));
-#endif
-#pragma unroll
-        for (int tile = 0; tile < TILES; tile++)
-#pragma unroll
-            for (int part = 2 * low; part < 2 * low + 2; part++) {
-                float found = sums.products[tile][part];
-#if ZERO
-                found -= middle * sums.inputs[tile][part];
-#endif
-                total[tile][part] += scale * found;
-            }
-    }
 }
 
 template <int PART>
 __device__ __forceinline__ void parts(float (&total)[TILES][4], Sums &sums, const Block &held, const Lane &lane,
-                                      const Weights &weights, int block) {
+                                      const Given &given, const Place &place) {
     if constexpr (PART < GROUPS) {
         if (GROUP != 0) clear(sums);
         fields<PART * IN_GROUP, (PART + 1) * IN_GROUP>(sums, held, lane);
-        if (GROUP != 0 && (EVEN || PART * IN_GROUP * WORDS < lane.left))
-            settle(total, sums, weights, (u32)(block * BLOCK + PART * IN_GROUP * WORDS) / (GROUP ? GROUP : 1));
-        parts<PART + 1>(total, sums, held, lane, weights, block);
+        constexpr int COLUMN = PART * IN_GROUP * WORDS;
+        if (SCALES)
+            settle(total, sums, scales_in(place.slot, PART, lane.number));
+        else if (GROUP != 0 && (EVEN || COLUMN < lane.left))
+            settle(total, sums, scales_at(given, place.column + COLUMN, place.rows));
+        parts<PART + 1>(total, sums, held, lane, given, place);
     }
 }
 
 // out[m, n] = sum over k of x[m, k] * weight[n, k]
 //   x (M, K) 16-bit floats    words (N, stride) int16    scale (groups, N)    zero (groups, N) uint8
-//   table (16,) float32, values of codes    out (M, N)
+//   table (16,) float32, values of codes    out (M, N)    at launch: WARPS * SLOTS * SLOT bytes of shared memory
+// Thread blocks take every gridDim.x-th tile of 16 rows.
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
 decode(const u16 *x, const u16 *words, const void *scale, const u8 *zero, const float *table, u16 *out, int M, int N,
        int K, int stride, int blocks) {
+    SHARED_AT_LAUNCH(ring);
     __shared__ float shared[WARPS][TILES * 8][16];
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, quad = lane % 4, row = blockIdx.x * 16 + lane / 4;
-    Lane own = {{}, K - warp * BLOCK - 8 * quad, (u32)lane};
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, quad = lane % 4;
+    const Given given = {words, scale, zero, N, K, stride, blocks};
+    const u32 slots = shared_place(ring) + warp * SLOTS * SLOT, last = slots + (SLOTS - 1) * SLOT;
+    Coming coming = first_block(given, blockIdx.x * 16, warp, lane);
 #pragma unroll
-    for (int tile = 0; tile < TILES; tile++)
-        own.x[tile] = x + (i64)min(8 * tile + lane / 4, M - 1) * K + warp * BLOCK + 8 * quad;
-    const Weights weights = {scale, zero, {(u32)min(row, N - 1), (u32)min(row + 8, N - 1)}, (u32)N};
-    const u16 *low = words + (i64)weights.rows[0] * stride + warp * PLANES * WORDS + 8 * quad;
-    const u16 *high = words + (i64)weights.rows[1] * stride + warp * PLANES * WORDS + 8 * quad;
-    float total[TILES][4] = {};
-    Sums sums;
-    clear(sums);
-    Block held, next;
-    if (warp < blocks) fetch(held, low, high);
+    for (int slot = 0; slot < SLOTS - 1; slot++) bring(slots + slot * SLOT + lane * 16, coming, given, warp, lane);
+    next_may_start();
 #if TABLE
 #pragma unroll
     for (int place = threadIdx.x; place < 256 * 8; place += WARPS * 32) {
-        const u32 pair = rounded(__ldg(table + place / 8 % 16), __ldg(table + place / 128));
+        const u32 pair = rounded(table[place / 8 % 16], table[place / 128]);
         ((uint4 *)pairs)[place] = make_uint4(pair, pair, pair, pair);
     }
     __syncthreads();
 #endif
-    for (int block = warp; block < blocks; block += WARPS) {
-        low += WARPS * PLANES * WORDS, high += WARPS * PLANES * WORDS;
-        if (block + WARPS < blocks) fetch(next, low, high);
-        parts<0>(total, sums, held, own, weights, block);
+    wait_for_kernels_before();
+    u32 used = slots, free = last;  // slots of a block, and of the one before it
+    for (int first = blockIdx.x * 16; first < N; first += gridDim.x * 16) {
+        Lane own = {{}, K - warp * BLOCK - 8 * quad, (u32)lane};
 #pragma unroll
-        for (int tile = 0; tile < TILES; tile++) own.x[tile] += WARPS * BLOCK;
-        own.left -= WARPS * BLOCK;
-        held = next;
-    }
-    if (GROUP == 0) settle(total, sums, weights, 0);
+        for (int tile = 0; tile < TILES; tile++)
+            own.x[tile] = x + (i64)min(8 * tile + lane / 4, M - 1) * K + warp * BLOCK + 8 * quad;
+        Place place = {used, (u32)warp * BLOCK, {(u32)min(first + lane / 4, N - 1), (u32)min(first + lane / 4 + 8, N - 1)}};
+        float total[TILES][4] = {};
+        Sums sums;
+        clear(sums);
+        for (int block = warp; block < blocks; block += WARPS) {
+            Block held;
+            copies_are_there<SLOTS - 2>();
+            bring(free + lane * 16, coming, given, warp, lane);
 #pragma unroll
-    for (int tile = 0; tile < TILES; tile++)
+            for (int load = 0; load < LOADS; load++)
+                shared16(held.words[load / 2 / PLANES][load / 2 % PLANES][load % 2], used + lane * 16 + load * 512);
+            place.slot = used;
+            parts<0>(total, sums, held, own, given, place);
+            free = used, used = used == last ? slots : used + SLOT;
+            place.column += WARPS * BLOCK, own.left -= WARPS * BLOCK;
 #pragma unroll
-        for (int part = 0; part < 4; part++)
-            shared[warp][tile * 8 + 2 * quad + part % 2][lane / 4 + 8 * (part / 2)] = total[tile][part];
-    __syncthreads();
-    for (int place = threadIdx.x; place < TILES * 8 * 16; place += WARPS * 32) {
-        const int token = place / 16, column = blockIdx.x * 16 + place % 16;
-        float sum = 0;
+            for (int tile = 0; tile < TILES; tile++) own.x[tile] += WARPS * BLOCK;
+        }
+        if (GROUP == 0) settle(total, sums, scales_at(given, 0, place.rows));
 #pragma unroll
-        for (int part = 0; part < WARPS; part++) sum += shared[part][token][place % 16];
-        if (token < M && column < N) out[(i64)token * N + column] = (u16)rounded(sum, 0);
+        for (int tile = 0; tile < TILES; tile++)
+#pragma unroll
+            for (int part = 0; part < 4; part++)
+                shared[warp][tile * 8 + 2 * quad + part % 2][lane / 4 + 8 * (part / 2)] = total[tile][part];
+        __syncthreads();
+        for (int at = threadIdx.x; at < TILES * 8 * 16; at += WARPS * 32) {
+            const int token = at / 16, column = first + at % 16;
+            float sum = 0;
+#pragma unroll
+            for (int part = 0; part < WARPS; part++) sum += shared[part][token][at % 16];
+            if (token < M && column < N) out[(i64)token * N + column] = (u16)rounded(sum, 0);
+        }
+        if (first + gridDim.x * 16 < N) __syncthreads();
     }
 }

@@ -28,7 +28,7 @@ __device__ __forceinline__ void spread(const Block &held, const void *scale, con
                 const u32 place = group * strip.N + strip.rows[low];
                 const float factor = scale_at(scale, place);
 #if ZERO
-                const float middle = __ldg(zero + place) * (1.0f / (1 << (8 - BITS))) - (1 << (BITS - 1));
+                const float middle = middle_of(zero[place]);
 #else
                 const float middle = 0;
 #endif

@@ -1,6 +1,6 @@
 // What there is a machine instruction for and no word in C++; `tests/kernels/host_ptx.h` says the same in plain C++.
 //
-// Compiled with: BFLOAT (16-bit floats are bfloat16, else float16).
+// Compiled with: BFLOAT (16-bit floats are bfloat16, else float16); EARLY (the kernel before may still run).
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -10,6 +10,59 @@ typedef long long i64;
 __device__ __forceinline__ void load16(u32 (&to)[4], const void *from) {  // 16 bytes that nobody needs again
     asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];"
                  : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "l"(from));
+}
+
+#define SHARED_AT_LAUNCH(name) extern __shared__ __align__(16) unsigned char name[]
+
+// Shared memory by its own 32-bit addresses.
+__device__ __forceinline__ u32 shared_place(const void *place) { return (u32)__cvta_generic_to_shared(place); }
+
+__device__ __forceinline__ void shared16(u32 (&to)[4], u32 from) {
+    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(from));
+}
+
+__device__ __forceinline__ u32 shared4(u32 from) {
+    u32 found;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(found) : "r"(from));
+    return found;
+}
+
+__device__ __forceinline__ u32 shared2(u32 from) {
+    u16 found;
+    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(found) : "r"(from));
+    return found;
+}
+
+__device__ __forceinline__ u32 shared1(u32 from) {
+    u32 found;
+    asm volatile("ld.shared.u8 %0, [%1];" : "=r"(found) : "r"(from));
+    return found;
+}
+
+// 16 bytes on their way to shared memory. Copies that a thread began before a `copies_end` are one group of them.
+__device__ __forceinline__ void copy16(u32 to, const void *from) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+
+__device__ __forceinline__ void copies_end() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// The warp has all groups but its last `LEFT`.
+template <int LEFT> __device__ __forceinline__ void copies_are_there() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
+    __syncwarp();
+}
+
+__device__ __forceinline__ void next_may_start() {
+#if EARLY
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+__device__ __forceinline__ void wait_for_kernels_before() {  // from here on what they wrote can be read
+#if EARLY
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 template <u32 MASK> __device__ __forceinline__ u32 chosen(u32 word, u32 others) {  // (word & MASK) | others

@@ -10,15 +10,17 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from llmcompress.kernels.nvrtc.compiler import Definitions, Function, Given, function, library
+from llmcompress.kernels.nvrtc.compiler import Definitions, Function, Given, Launch, function, library
 from llmcompress.kernels.triton.layout import TABLE_PER_ROW, Packing
 from llmcompress.kernels.triton.tuning import Lean
 
 VARIABLE = "LLMCOMPRESS_NVRTC"
 TILE, MOST_TOKENS, ROWS = 8, 16, 16
 EXPAND = Lean(4)
+EARLY_FROM = (9, 0)
 SHORTEST = 32  # run of words that a warp reads at once
 VECTOR = 8  # of 16-bit inputs, in one load
+TABLE_BYTES, RESERVED = 256 * 32 * 4, 5 << 10  # of pairs; sums, and what the system takes of each thread block
 SCALES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -35,28 +37,56 @@ def fits(packing: Packing, dtype: torch.dtype, device: torch.device) -> bool:
     return whole and packing.columns % VECTOR == 0 and library() is not None
 
 
-def definitions(packing: Packing, dtype: torch.dtype, scale: torch.dtype, *, tiles: int, config: Lean) -> Definitions:
-    """What `decode.cu` is compiled with."""
+def definitions(
+    packing: Packing, dtype: torch.dtype, scale: torch.dtype, *, tiles: int, config: Lean, whole: bool
+) -> Definitions:
+    """What `decode.cu` is compiled with; `whole`: scales and zero-points of 16 rows lie at multiples of 16 bytes."""
     order = packing.planar
     words, fields, planes, block = (order.words, order.fields, order.planes, order.block) if order else (0, 0, 0, 1)
     found = {
         "BITS": packing.bits, "WORDS": words, "FIELDS": fields, "PLANES": planes, "GROUP": packing.group,
         "ZERO": int(packing.zero), "TABLE": int(bool(packing.table)), "EVEN": int(packing.columns % block == 0),
         "TILES": tiles, "WARPS": config.warps, "BFLOAT": int(dtype == torch.bfloat16),
-        "SCALE": SCALES[scale],
+        "SCALE": SCALES[scale], "WHOLE": int(whole), "SLOTS": config.slots, "EARLY": config.early,
     }  # fmt: skip
     return tuple(found.items())
+
+
+def slot_bytes(packing: Packing, scale: torch.dtype, whole: bool) -> int:
+    """Of one block of 16 rows in shared memory: codes, scales and zero-points."""
+    order = packing.planar
+    if order is None or not packing.group or not whole:
+        return order.planes * order.words * 2 * ROWS if order else 0
+    groups = max(order.block // packing.group, 1)
+    return order.planes * order.words * 2 * ROWS + groups * ROWS * (scale.itemsize + packing.zero)
 
 
 def multiply(x: Tensor, prepared: Mapping[str, Tensor], packing: Packing, rows: int, config: Lean) -> Tensor:
     """`x` (M, columns) of up to 16 tokens times the transposed weight, (M, rows)."""
     x = x if x.data_ptr() % 16 == 0 else x.clone()
     out = torch.empty((len(x), rows), dtype=x.dtype, device=x.device)
-    made = definitions(packing, x.dtype, prepared["scale"].dtype, tiles=-(-len(x) // TILE), config=config)
+    scale = prepared["scale"]
+    if config.early and torch.cuda.get_device_capability(x.device) < EARLY_FROM:
+        config = config._replace(early=0)
+    beside = [prepared[part] for part in ("scale", "zero") if part in prepared]
+    whole = rows % ROWS == 0 and all(tensor.data_ptr() % 16 == 0 for tensor in beside)
+    made = definitions(packing, x.dtype, scale.dtype, tiles=-(-len(x) // TILE), config=config, whole=whole)
     numbers = _numbers(packing, prepared["words"], len(x), rows)
     given: list[Given] = [*_pointers(x), *_weight(prepared), *_pointers(out), *numbers]
-    _function("decode", made, x.device).launch((-(-rows // ROWS), 1), 32 * config.warps, given)
+    shared = config.warps * config.slots * slot_bytes(packing, scale.dtype, whole)
+    tiles = -(-rows // ROWS)
+    if packing.table:  # thread blocks that stay, since each makes its table first
+        tiles = min(tiles, _resident(shared, x.device))
+    how = Launch((tiles, 1), 32 * config.warps, shared, bool(config.early))
+    _function("decode", made, x.device).launch(how, given)
     return out
+
+
+def _resident(shared: int, device: torch.device) -> int:
+    """Thread blocks with a table that a GPU holds at a time, as far as shared memory decides."""
+    found = torch.cuda.get_device_properties(device)
+    each = shared + TABLE_BYTES + RESERVED
+    return max(found.shared_memory_per_multiprocessor // each, 1) * found.multi_processor_count
 
 
 def dequantize(prepared: Mapping[str, Tensor], packing: Packing, span: tuple[int, int], dtype: torch.dtype) -> Tensor:
@@ -64,11 +94,11 @@ def dequantize(prepared: Mapping[str, Tensor], packing: Packing, span: tuple[int
     first, last = span
     words, scale = prepared["words"], prepared["scale"]
     out = torch.empty((last - first, packing.columns), dtype=dtype, device=words.device)
-    made = definitions(packing, dtype, scale.dtype, tiles=1, config=EXPAND)
+    made = definitions(packing, dtype, scale.dtype, tiles=1, config=EXPAND, whole=False)
     numbers = _numbers(packing, words, first, last, scale.shape[1])
     given: list[Given] = [*_weight(prepared), *_pointers(out), *numbers]
     grid = (-(-(last - first) // ROWS), -(-packing.blocks // EXPAND.warps))
-    _function("expand", made, words.device).launch(grid, 32 * EXPAND.warps, given)
+    _function("expand", made, words.device).launch(Launch(grid, 32 * EXPAND.warps), given)
     return out
 
 

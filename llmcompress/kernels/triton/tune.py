@@ -71,7 +71,8 @@ def random_weight(packing: Packing, rows: int, device: torch.device) -> dict[str
 def candidates(packing: Packing, most: int, lean: bool = False) -> Iterator[Config | Lean]:
     """What is worth trying for up to `most` tokens: tiles, parts, warps and stages; `lean` with the other kernel."""
     if lean and most <= nvrtc.MOST_TOKENS:
-        yield from (Lean(warps) for warps in (4, 8, 16))
+        yield from (Lean(warps, 2, early) for warps in (4, 8, 16) for early in (0, 1))
+        yield from (Lean(warps, 3, 1) for warps in (4, 8))
     for rows, warps in ((32, 2), (64, 4), (128, 4), (128, 8)):
         for split in (1, 2, 4, 8):
             if split <= packing.blocks and (most <= 32 or split <= 2):

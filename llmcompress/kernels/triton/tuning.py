@@ -2,7 +2,7 @@
 
 Nothing is measured while a model runs, so equal inputs give equal bits, and a captured graph stays valid.
 A table is JSON: device class or name -> what a linear is (`int4`, `int4 4096x4096`) -> most tokens -> five numbers of
-the kernel in Triton, or one of that in CUDA C++.
+the kernel in Triton, or up to three of that in CUDA C++.
 """
 
 import functools
@@ -23,6 +23,7 @@ LEAN_TOKENS = 8  # where nothing was measured, the kernel in CUDA C++ takes up t
 LEAN_ROWS = 8192  # and more warps to a row below so many rows
 PROGRAMS_PER_PROCESSOR = 2
 MOST_PARTS = 16
+SLOTS = (2, 3, 4)
 ROWS, WARPS, MOST_STAGES = (16, 32, 64, 128, 256), (1, 2, 4, 8, 16), 8
 
 
@@ -37,9 +38,14 @@ class Config(NamedTuple):
 
 
 class Lean(NamedTuple):
-    """Of the kernel in CUDA C++: warps that share 16 rows."""
+    """Of the kernel in CUDA C++: warps that share 16 rows, and blocks of each in shared memory.
+
+    early   whether it begins to read the weight while the kernel before it still runs; compute capability 9.0
+    """
 
     warps: int
+    slots: int = 2
+    early: int = 0
 
 
 Table = dict[str, dict[str, Config | Lean]]
@@ -67,10 +73,10 @@ def read_table(path: Path) -> Table:
 
 
 def _checked(numbers: list[int]) -> Config | Lean:
-    if len(numbers) == len(Lean._fields):
+    if len(numbers) <= len(Lean._fields):
         lean = Lean(*numbers)
-        if lean.warps not in WARPS:
-            raise ValueError("no such number of warps")
+        if lean.warps not in WARPS or lean.slots not in SLOTS or lean.early not in (0, 1):
+            raise ValueError("no such number of warps or slots")
         return lean
     config = Config(*numbers)
     whole = all(type(value) is int for value in config)
