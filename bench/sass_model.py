@@ -36,6 +36,7 @@ REGISTERS, SHARED, WARPS, BLOCKS = 1 << 16, 227 << 10, 64, 32  # that a processo
 FIRST_CACHE, SECOND_CACHE, MEMORY, SHARED_LOAD = 38, 280, 850, 30  # cycles until a value is there
 HALF_RATE = ("LOP3", "SHF", "PRMT", "IADD3", "ISETP", "LEA", "SEL", "VIADD", "VIMNMX", "IMNMX")
 OCCUPIED = {"HMMA": 8, **dict.fromkeys(HALF_RATE, 2)}  # cycles that a scheduler's unit is busy
+LOADS = {32: 2, 128: 4}  # cycles of the processor's unit for loads, by a lane's bits; the first as nf4 took on an H200
 NEVER = float("inf")
 
 
@@ -246,7 +247,7 @@ class Processor:
         """When what an instruction loads is there."""
         name = step.operation
         if name.startswith("LDS") and not name.startswith("LDSM"):
-            self.loads = max(self.loads, now) + (4 if ".128" in name else 1)
+            self.loads = max(self.loads, now) + LOADS[128 if ".128" in name else 32]
             return self.loads + SHARED_LOAD
         if not name.startswith("LDG") or name == "LDGDEPBAR":
             return now + SHARED_LOAD
@@ -258,7 +259,7 @@ class Processor:
             self.loads = max(self.loads, now) + (1 if scales else 8)
             self.memory = max(self.memory, now) + size / self.speed
             return max(self.loads + MEMORY, self.memory + 0.6 * MEMORY)
-        self.loads = max(self.loads, now) + 1
+        self.loads = max(self.loads, now) + LOADS[128]
         warp.inputs += 1
         first = self.seen.setdefault((warp.number, warp.inputs), self.loads + SECOND_CACHE)
         return max(first, self.loads + FIRST_CACHE)

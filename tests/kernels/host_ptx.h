@@ -7,6 +7,7 @@
 #include <barrier>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <thread>
 #include <vector>
@@ -14,7 +15,7 @@
 #define __device__
 #define __global__
 #define __forceinline__ inline
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define __shared__ static
 #define __align__(bytes) __attribute__((aligned(bytes)))
 
@@ -123,12 +124,17 @@ inline void load16(u32 (&to)[4], const void *from) { std::memcpy(to, from, 16); 
 template <u32 MASK> u32 chosen(u32 word, u32 others) { return (word & MASK) | others; }
 inline u32 rounded(float left, float right) { return half_of(left) | (u32)half_of(right) << 16; }
 
-template <u32 WHICH> u32 bytes_of(u32 low, u32 high) {
+inline u32 bytes_by(u32 low, u32 high, u32 which) {
     const uint64_t all = low | (uint64_t)high << 32;
     u32 found = 0;
-    for (int byte = 0; byte < 4; byte++) found |= (u32)(all >> (8 * (WHICH >> (4 * byte) & 7)) & 255) << (8 * byte);
+    for (int byte = 0; byte < 4; byte++) {
+        const u32 chosen = which >> (4 * byte) & 15;
+        if (chosen > 7) std::abort();  // repeats a sign
+        found |= (u32)(all >> (8 * chosen) & 255) << (8 * byte);
+    }
     return found;
 }
+template <u32 WHICH> u32 bytes_of(u32 low, u32 high) { return bytes_by(low, high, WHICH); }
 
 inline u32 times_plus(u32 pair, u32 factor, u32 summand) {
     u32 found = 0;

@@ -65,6 +65,33 @@ template <int BY> __device__ __forceinline__ u32 moved(u32 word) { return BY >= 
 
 #if TABLE
 __shared__ __align__(16) u32 pairs[256 * 32];  // of the values of two codes, a copy for each lane: none meet in a bank
+
+struct Values {  // of all codes: their low bytes, then their high ones
+    u32 bytes[2][4];
+};
+
+__device__ __forceinline__ Values values_of(const float *table) {
+    Values found;
+#pragma unroll
+    for (int four = 0; four < 4; four++) {
+        const u32 left = rounded(table[4 * four], table[4 * four + 1]), right = rounded(table[4 * four + 2], table[4 * four + 3]);
+        found.bytes[0][four] = bytes_of<0x6420>(left, right), found.bytes[1][four] = bytes_of<0x7531>(left, right);
+    }
+    return found;
+}
+
+// Of fields 0 and 1, without shared memory: a permutation of bytes finds four codes of three bits among eight values,
+// a third one chooses between two of them by the highest bits.
+__device__ __forceinline__ void low_pairs(u32 word, const Values &values, u32 &first, u32 &second) {
+    const u32 codes = word & 0x77777777u, half = chosen<0x44444444u>(word >> 1, 0x32103210u);
+    u32 bytes[2];
+#pragma unroll
+    for (int high = 0; high < 2; high++) {
+        const u32(&all)[4] = values.bytes[high];
+        bytes[high] = bytes_by(bytes_by(all[0], all[1], codes), bytes_by(all[2], all[3], codes), half);
+    }
+    first = bytes_of<0x5140>(bytes[0], bytes[1]), second = bytes_of<0x7362>(bytes[0], bytes[1]);
+}
 #endif
 
 // Two neighbouring codes of one field, less the centre, in the type of the inputs.

@@ -8,7 +8,7 @@
 // Compiled with, beside what `codes.cu` says: TILES; SLOTS of a warp in shared memory; WHOLE (rows are whole tiles of
 // 16, and scales and zero-points lie at multiples of 16 bytes).
 
-struct Sums {  // two of each, so that a matrix instruction does not wait for the last one
+struct Sums {  // two of each, so that a matrix instruction does not wait for the last one; with TABLE of two fields
     float products[2][TILES][4];
 #if ZERO
     float inputs[2][TILES][4];  // sums of inputs, in every row
@@ -19,6 +19,9 @@ struct Lane {
     const u16 *x[TILES];  // this lane's tokens and columns; lanes without a token of their own repeat the last one
     int left;             // columns from there to the end of the row
     u32 number;           // and which copy of a pair is its own
+#if TABLE
+    Values values;
+#endif
 };
 
 template <int OFFSET> __device__ __forceinline__ void inputs_at(u32 (&to)[TILES][4], const Lane &lane) {
@@ -55,12 +58,47 @@ __device__ __forceinline__ void field(Sums &sums, const Block &held, const Lane 
     }
 }
 
+#if TABLE
+// Two fields, whose codes lie side by side. Half of all values come from shared memory and half from byte permutations:
+// either alone is slower than the memory of an H200.
+template <int FIELD, int RUN>
+__device__ __forceinline__ void two_fields(Sums &sums, const Block &held, const Lane &lane) {
+    u32 inputs[2][TILES][4];
+    inputs_at<FIELD * WORDS + 32 * RUN>(inputs[0], lane);
+    inputs_at<(FIELD + 1) * WORDS + 32 * RUN>(inputs[1], lane);
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        u32 weights[2][4];
+#pragma unroll
+        for (int part = 0; part < 4; part++) {
+            const u32 word = held.words[RUN][0][part % 2][2 * half + part / 2];
+            if constexpr (FIELD == 0)
+                low_pairs(word, lane.values, weights[0][part], weights[1][part]);
+            else
+                weights[0][part] = pair_of<FIELD>(&word, lane.number), weights[1][part] = pair_of<FIELD + 1>(&word, lane.number);
+        }
+#pragma unroll
+        for (int next = 0; next < 2; next++)
+#pragma unroll
+            for (int tile = 0; tile < TILES; tile++)
+                multiply(sums.products[next][tile], weights[next], inputs[next][tile][2 * half], inputs[next][tile][2 * half + 1]);
+    }
+}
+#endif
+
+constexpr int STEP = TABLE ? 2 : 1;  // fields at once
+
 template <int FIELD, int END>
 __device__ __forceinline__ void fields(Sums &sums, const Block &held, const Lane &lane) {
     if constexpr (FIELD < END) {
+#if TABLE
+        two_fields<FIELD, 0>(sums, held, lane);
+        if constexpr (RUNS > 1) two_fields<FIELD, RUNS - 1>(sums, held, lane);
+#else
         field<FIELD, 0>(sums, held, lane);
         if constexpr (RUNS > 1) field<FIELD, RUNS - 1>(sums, held, lane);
-        fields<FIELD + 1, END>(sums, held, lane);
+#endif
+        fields<FIELD + STEP, END>(sums, held, lane);
     }
 }
 
@@ -161,13 +199,17 @@ __device__ __forceinline__ Scales scales_at(const Given &given, u32 column, cons
     return found;
 }
 
-// total += scale * (products - zero-point * inputs), for one group.
+constexpr int BOTH = 2;
+
+// total += scale * (products - zero-point * inputs), for one group; its sums are both, or those of one field.
+template <int WHICH = BOTH>
 __device__ __forceinline__ void settle(float (&total)[TILES][4], const Sums &sums, const Scales &scales) {
 #pragma unroll
     for (int tile = 0; tile < TILES; tile++)
 #pragma unroll
         for (int part = 0; part < 4; part++) {
-            float found = sums.products[0][tile][part] + sums.products[1][tile][part];
+            float found = sums.products[WHICH % BOTH][tile][part];
+            if (WHICH == BOTH) found += sums.products[1][tile][part];
 #if ZERO
             found -= scales.middle[part / 2] * (sums.inputs[0][tile][part] + sums.inputs[1][tile][part]);
 #endif
@@ -175,26 +217,37 @@ __device__ __forceinline__ void settle(float (&total)[TILES][4], const Sums &sum
         }
 }
 
+template <int PART, int WHICH>
+__device__ __forceinline__ void settle_part(float (&total)[TILES][4], const Sums &sums, const Lane &lane,
+                                            const Given &given, const Place &place) {
+    constexpr int COLUMN = PART * IN_GROUP * WORDS;
+    if (SCALES)
+        settle<WHICH>(total, sums, scales_in(place.slot, PART, lane.number));
+    else if (GROUP != 0 && (EVEN || COLUMN < lane.left))
+        settle<WHICH>(total, sums, scales_at(given, place.column + COLUMN, place.rows));
+}
+
 template <int PART>
 __device__ __forceinline__ void parts(float (&total)[TILES][4], Sums &sums, const Block &held, const Lane &lane,
                                       const Given &given, const Place &place) {
     if constexpr (PART < GROUPS) {
+        constexpr int TOGETHER = IN_GROUP < STEP ? STEP : 1;  // groups
         if (GROUP != 0) clear(sums);
-        fields<PART * IN_GROUP, (PART + 1) * IN_GROUP>(sums, held, lane);
-        constexpr int COLUMN = PART * IN_GROUP * WORDS;
-        if (SCALES)
-            settle(total, sums, scales_in(place.slot, PART, lane.number));
-        else if (GROUP != 0 && (EVEN || COLUMN < lane.left))
-            settle(total, sums, scales_at(given, place.column + COLUMN, place.rows));
-        parts<PART + 1>(total, sums, held, lane, given, place);
+        fields<PART * IN_GROUP, (PART + TOGETHER) * IN_GROUP>(sums, held, lane);
+        settle_part<PART, TOGETHER == 1 ? BOTH : 0>(total, sums, lane, given, place);
+        if constexpr (TOGETHER > 1) settle_part<PART + 1, 1>(total, sums, lane, given, place);
+        parts<PART + TOGETHER>(total, sums, held, lane, given, place);
     }
 }
+
+// Warps that a processor's registers shall have room for, as many as spill next to nothing.
+constexpr int RESIDENT = TILES > 1 ? (ZERO ? 12 : 16) : TABLE || ZERO ? 16 : 24;
 
 // out[m, n] = sum over k of x[m, k] * weight[n, k]
 //   x (M, K) 16-bit floats    words (N, stride) int16    scale (groups, N)    zero (groups, N) uint8
 //   table (16,) float32, values of codes    out (M, N)    at launch: WARPS * SLOTS * SLOT bytes of shared memory
 // Thread blocks take every gridDim.x-th tile of 16 rows.
-extern "C" __global__ void __launch_bounds__(WARPS * 32)
+extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT / WARPS)
 decode(const u16 *x, const u16 *words, const void *scale, const u8 *zero, const float *table, u16 *out, int M, int N,
        int K, int stride, int blocks) {
     SHARED_AT_LAUNCH(ring);
@@ -215,9 +268,13 @@ decode(const u16 *x, const u16 *words, const void *scale, const u8 *zero, const 
     __syncthreads();
 #endif
     wait_for_kernels_before();
+    Lane own = {{}, 0, (u32)lane};
+#if TABLE
+    own.values = values_of(table);
+#endif
     u32 used = slots, free = last;  // slots of a block, and of the one before it
     for (int first = blockIdx.x * 16; first < N; first += gridDim.x * 16) {
-        Lane own = {{}, K - warp * BLOCK - 8 * quad, (u32)lane};
+        own.left = K - warp * BLOCK - 8 * quad;
 #pragma unroll
         for (int tile = 0; tile < TILES; tile++)
             own.x[tile] = x + (i64)min(8 * tile + lane / 4, M - 1) * K + warp * BLOCK + 8 * quad;

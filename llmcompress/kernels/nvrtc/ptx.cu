@@ -77,6 +77,12 @@ template <u32 WHICH> __device__ __forceinline__ u32 bytes_of(u32 low, u32 high) 
     return found;
 }
 
+__device__ __forceinline__ u32 bytes_by(u32 low, u32 high, u32 which) {  // the same, of which the lowest 16 bits tell
+    u32 found;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(found) : "r"(low), "r"(high), "r"(which));
+    return found;
+}
+
 __device__ __forceinline__ u32 times_plus(u32 pair, u32 factor, u32 summand) {  // of two 16-bit floats each, one rounding
     u32 found;
 #if BFLOAT
