@@ -9,11 +9,14 @@ from torch import Tensor
 
 from llmcompress.kernels import fourbit
 from llmcompress.kernels.codes import Codes
-from llmcompress.kernels.triton import int8, linear
+from llmcompress.kernels.nvrtc import many
+from llmcompress.kernels.triton import int8, interpreted, linear
 from llmcompress.kernels.triton.layout import COUNTERS, packing_of, planar_words
+from llmcompress.kernels.triton.tuning import Fused
 from llmcompress.spec import LinearSpec
 
 GROUP = 128
+WIDE, NARROW, PROCESSORS = Fused(128, 256, 5), Fused(128, 128, 6), 132
 Tensors = dict[str, Tensor]
 
 
@@ -48,8 +51,8 @@ def rounded(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return codes.to(torch.uint8).view(rows, columns), scale
 
 
-def ours(weight: Tensor, kind: str, bits: int) -> Made:
-    """The kernels of this package; what `layout.prepare` makes of a file, made on the GPU."""
+def packed(weight: Tensor, kind: str, bits: int) -> tuple[Tensors, LinearSpec, Tensor]:
+    """What `layout.prepare` makes of a file, made on the GPU, its format, and the weight it stands for."""
     rows, columns = weight.shape
     spec = LinearSpec.model_validate({"bits": bits, "group_size": 64 if kind == "nf4" else GROUP, "kind": kind})
     order = packing_of(spec, columns).planar
@@ -63,7 +66,27 @@ def ours(weight: Tensor, kind: str, bits: int) -> Made:
         codes, scale = rounded(weight, bits)
     tensors["words"] = planar_words(codes, order)
     tensors["scale"] = scale.view(rows, -1).T.contiguous()
-    return Made(tensors, lambda x: linear(x, tensors, spec, rows, columns), Codes(codes, scale, spec).dequantize())
+    return tensors, spec, Codes(codes, scale, spec).dequantize()
+
+
+def ours(weight: Tensor, kind: str, bits: int) -> Made:
+    """The kernels of this package, as the tables choose them."""
+    tensors, spec, dense = packed(weight, kind, bits)
+    rows, columns = weight.shape
+    return Made(tensors, lambda x: linear(x, tensors, spec, rows, columns), dense)
+
+
+def ours_fused(weight: Tensor, kind: str, bits: int) -> Made:
+    """The kernel for many tokens, whatever the tables say: tiles of 256 tokens where there are enough of them."""
+    tensors, spec, dense = packed(weight, kind, bits)
+    rows, columns = weight.shape
+    packing = packing_of(spec, columns)
+
+    def call(x: Tensor) -> Tensor:
+        enough = len(x) // WIDE.tokens * rows // WIDE.rows >= PROCESSORS
+        return many.multiply(x, tensors, packing, rows, WIDE if enough else NARROW)
+
+    return Made(tensors, call, dense)
 
 
 def ours_int8(weight: Tensor) -> Made:
@@ -127,4 +150,8 @@ def makers() -> dict[str, Callable[[Tensor], Made]]:
         found[f"ours int{bits}"] = lambda w, bits=bits: ours(w, "int", bits)
     found["ours nf4"] = lambda w: ours(w, "nf4", 4)
     found["ours int8 x int8"] = ours_int8
+    if not interpreted() and torch.cuda.is_available() and torch.cuda.get_device_capability() == many.CAPABILITY:
+        for bits in (2, 3, 4, 8):
+            found[f"ours int{bits} fused"] = lambda w, bits=bits: ours_fused(w, "int", bits)
+        found["ours nf4 fused"] = lambda w: ours_fused(w, "nf4", 4)
     return found

@@ -1,4 +1,4 @@
-"""Compile a Triton kernel without a GPU and read what came out: registers, spills, shared memory, the loop."""
+"""Read what a compiler made, without a GPU: registers, spills, shared memory, the loop."""
 
 import inspect
 import re
@@ -53,13 +53,18 @@ def compiled(
     made = triton.compile(
         source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, "num_stages": stages}
     )
+    return read(made.asm["cubin"], made.metadata.shared)
+
+
+def read(cubin: bytes, shared: int) -> Compiled:
+    """Machine code that needs so many bytes of shared memory."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(made.asm["cubin"])
+        file.write(cubin)
         file.flush()
         text = _tool("nvdisasm", "-c", file.name)
         usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
     registers, stack = (int(re.findall(rf"{word}:(\d+)", usage)[-1]) for word in ("REG", "STACK"))
-    return Compiled(registers, stack, made.metadata.shared, _loop(text))
+    return Compiled(registers, stack, shared, _loop(text))
 
 
 def _tool(name: str, *arguments: str) -> str:

@@ -1,6 +1,6 @@
 """Time of the kernels with different tiles, for the formats and shapes of usual models.
 
-    python bench/tune_gpu.py --json OUT [--shapes 4096x4096,...] [--tokens 8,16] [--formats int4,nf4] [--keep]
+    python bench/tune_gpu.py --json OUT [--shapes 4096x4096,...] [--tokens 8,16,512,2048] [--formats int4,nf4] [--keep]
 
 Fewer than `llmcompress tune` tries; `kernels/triton/tuning.json` is made from this. With --keep the best go into the
 table of this GPU in the user's cache, where kernels look first.
@@ -15,8 +15,8 @@ import torch
 import triton
 
 from llmcompress.kernels.triton.layout import Packing
-from llmcompress.kernels.triton.tune import Search, Tuned, tune
-from llmcompress.kernels.triton.tuning import Config, Lean, user_table
+from llmcompress.kernels.triton.tune import Search, Tuned, candidates, tune
+from llmcompress.kernels.triton.tuning import BUCKETS, Choice, Config, Lean, user_table
 from llmcompress.spec import LinearSpec
 
 FORMATS = {
@@ -27,8 +27,11 @@ FORMATS = {
 }
 
 
-def trials(packing: Packing, most: int, lean: bool) -> Iterator[Config | Lean]:
+def trials(packing: Packing, most: int, lean: bool) -> Iterator[Choice]:
     """What has a chance."""
+    if most > BUCKETS[-1]:
+        yield from candidates(packing, most, lean)
+        return
     if lean and most <= 16:
         yield from (Lean(warps, 2, early) for warps in (4, 8, 16) for early in (0, 1))
         yield from (Lean(warps, 3, 1) for warps in (4, 8))
@@ -57,11 +60,12 @@ def row(tuned: Tuned) -> dict[str, object]:
     """As JSON: the best first."""
     tried = sorted(tuned.tried.items(), key=lambda pair: pair[1])
     print(
-        f"{tuned.key:<22} {tuned.tokens:>3}: {tuned.before:8.2f} -> {tuned.microseconds:8.2f} us {tuned.config}",
+        f"{tuned.key:<22} {tuned.tokens:>4}: {tuned.before:8.2f} -> {tuned.microseconds:8.2f} us {tuned.config}",
         flush=True,
     )
     return {"key": tuned.key, "tokens": tuned.tokens, "before": tuned.before,
-            "tried": [[*config, round(time, 3)] for config, time in tried if time < float("inf")]}  # fmt: skip
+            "tried": [[*config, round(time, 3)] for config, time in tried if time < float("inf")],
+            "wrong": [list(config) for config in tuned.wrong]}  # fmt: skip
 
 
 def main() -> None:

@@ -32,7 +32,8 @@ def tune_command(path: Path, dtype: str, device: str, speaker: Speaker) -> None:
     lines = []
     for tuned in _measured(linears, dtype, device, speaker):
         table.setdefault(tuned.key, {})[str(tuned.tokens)] = tuned.config
-        lines.append(f"{tuned.key:<26} {tuned.tokens:>3} tokens  {tuned.before:8.2f} -> {tuned.microseconds:8.2f} us")
+        lines.append(f"{tuned.key:<26} {tuned.tokens:>4} tokens  {tuned.before:8.2f} -> {tuned.microseconds:8.2f} us")
+        lines += [f"  refused: {config} gives wrong products" for config in tuned.wrong]
     document = {key: {most: list(config) for most, config in row.items()} for key, row in table.items()}
     target.parent.mkdir(parents=True, exist_ok=True)
     commit_json(target, document)

@@ -18,36 +18,54 @@ import json, sys, torch
 from llmcompress.kernels.triton import tune
 from llmcompress.spec import LinearSpec
 
-tried = []
+tried, dense = [None], {}
 
 def product(x, weight, packing, rows, config):
     tried.append(config)
     if config.rows == 128 and config.warps == 8:
         raise tune.OutOfResources(1, 0, "shared memory")
+    if weight["words"].data_ptr() not in dense:
+        dense[weight["words"].data_ptr()] = tune.large.dequantize(weight, packing, (0, rows), x.dtype)
+    out = x @ dense[weight["words"].data_ptr()].T
+    if config[2:] == (1, 4, 3):  # the fastest, were it right: one output is a tenth off
+        out[:, -1] *= 1.1
+    return out
 
 def clock(work, copies):
+    tried.append(None)
     work(copies - 1)
-    return abs(tried[-1].rows - 64) + abs(tried[-1].split - 2) + tried[-1].stages / 10
+    if tried[-1] is None:
+        return 50.0
+    fast = 100 * (tried[-1][2:] == (1, 4, 3))
+    return abs(tried[-1].rows - 64) + abs(tried[-1].split - 2) + tried[-1].stages / 10 - fast
 
 tune.multiply = product
 linears = [(LinearSpec(bits=4, group_size=64), 96, 512), (LinearSpec(bits=4, group_size=64), 96, 512),
            (LinearSpec(bits=5, group_size=64), 96, 512)]
 found = list(tune.tune(linears, torch.float16, torch.device("cpu"), timer=clock, workers=0))
-json.dump([[f.key, f.tokens, f.config, f.microseconds, f.before] for f in found], sys.stdout)
+json.dump([[f.key, f.tokens, f.config, f.microseconds, f.before, f.wrong] for f in found], sys.stdout)
 """
 
 
 @pytest.mark.skipif(not triton_cases.HAS_TRITON, reason="Triton is not installed")
-def test_the_fastest_that_runs_wins_once_for_each_linear() -> None:
+def test_the_fastest_that_runs_and_is_right_wins_once_for_each_linear() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(HERE.parents[2]), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", SEARCH], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
-    assert [(key, tokens) for key, tokens, *_ in found] == [("int4 96x512", most) for most in (8, 16, 32, 64, 128)]
-    for _, tokens, config, microseconds, before in found:
+    assert [(key, tokens) for key, tokens, *_ in found] == [
+        ("int4 96x512", most) for most in (8, 16, 32, 64, 128, 512, 2048)
+    ]
+    for _, tokens, config, microseconds, before, wrong in found[:5]:
         assert config[:3] == [64, tokens, 2]
         assert config[4] == 2
         assert microseconds <= before
+        assert [64, tokens, 1, 4, 3] in wrong
+        assert all(other[2:] == [1, 4, 3] for other in wrong)
+    for _, _, config, microseconds, before, wrong in found[5:]:
+        assert config == []  # strips: the tile that would be faster is wrong
+        assert microseconds == before
+        assert wrong == [[64, 128, 1, 4, 3]]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -22,6 +22,7 @@ MOST_DYNAMIC_SHARED = 8  # of CUfunction_attribute
 PROGRAMMATIC_SERIALIZATION = 6  # of CUlaunchAttributeID
 Definitions = tuple[tuple[str, int], ...]
 Given = ctypes.c_void_p | ctypes.c_int
+WARPGROUPS = ("prefill",)  # kernels of `wgmma.cu`, whose instructions no later compute capability has
 
 
 @functools.lru_cache(maxsize=1)
@@ -141,7 +142,8 @@ class Function:
 
 def source_of(name: str) -> bytes:
     """What a kernel is compiled from."""
-    return b"".join((FOLDER / f"{part}.cu").read_bytes() for part in ("ptx", "codes", name))
+    parts = ("ptx", "codes", "wgmma", name) if name in WARPGROUPS else ("ptx", "codes", name)
+    return b"".join((FOLDER / f"{part}.cu").read_bytes() for part in parts)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -151,4 +153,5 @@ def function(name: str, definitions: Definitions, device: int) -> Function:
     nvrtc = library()
     if nvrtc is None:
         raise MachineError("NVRTC is not there", "install a CUDA build of PyTorch")
-    return Function(cached(source_of(name), dict(definitions), f"sm_{major}{minor}", nvrtc), name)
+    architecture = f"sm_{major}{minor}{'a' if name in WARPGROUPS else ''}"
+    return Function(cached(source_of(name), dict(definitions), architecture, nvrtc), name)

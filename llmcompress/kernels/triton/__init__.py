@@ -75,7 +75,7 @@ def linear(x: Tensor, prepared: Mapping[str, Tensor], spec: LinearSpec, rows: in
         return x.new_empty((0, rows))
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         if packing.planar is None or len(x) > LARGE:
-            return large.multiply(x, prepared, packing, rows)
+            return large.product(x, prepared, packing, rows)
         config = choose(packing, rows, len(x), x.device, nvrtc.fits(packing, x.dtype, x.device))
         if isinstance(config, Lean):
             return nvrtc.multiply(x, prepared, packing, rows, config)

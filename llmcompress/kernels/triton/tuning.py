@@ -2,7 +2,8 @@
 
 Nothing is measured while a model runs, so equal inputs give equal bits, and a captured graph stays valid.
 A table is JSON: device class or name -> what a linear is (`int4`, `int4 4096x4096`) -> most tokens -> five numbers of
-the kernel in Triton, or up to three of that in CUDA C++.
+the kernel in Triton, or up to three of that in CUDA C++; for more tokens than its tiles hold, five of the kernel in
+Triton, three of that for many tokens, or none for strips.
 """
 
 import functools
@@ -19,6 +20,7 @@ from llmcompress.kernels.triton.layout import TABLE_PER_ROW, Packing
 
 SHIPPED = Path(__file__).with_name("tuning.json")
 BUCKETS = (8, 16, 32, 64, 128)
+MANY = (512, 2048)  # the same beyond what one tile holds; the last one for all that are more
 LEAN_TOKENS = 8  # where nothing was measured, the kernel in CUDA C++ takes up to so many
 LEAN_ROWS = 8192  # and more warps to a row below so many rows
 PROGRAMS_PER_PROCESSOR = 2
@@ -48,7 +50,21 @@ class Lean(NamedTuple):
     early: int = 0
 
 
-Table = dict[str, dict[str, Config | Lean]]
+class Fused(NamedTuple):
+    """Of the kernel for many tokens: rows and tokens of a tile, slices of the input in shared memory."""
+
+    rows: int
+    tokens: int
+    stages: int
+
+
+class Strips(NamedTuple):
+    """Rows are unpacked a strip at a time, and a library multiplies: there is nothing to choose."""
+
+
+Choice = Config | Lean | Fused | Strips
+Table = dict[str, dict[str, Choice]]
+FUSED_ROWS, FUSED_TOKENS, FUSED_STAGES = (64, 128, 192, 256), (128, 256), range(4, 9)
 
 
 def bucket(tokens: int) -> int:
@@ -66,7 +82,7 @@ def read_table(path: Path) -> Table:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         return {
-            str(key): {str(most): _checked(numbers) for most, numbers in row.items()} for key, row in document.items()
+            str(key): {str(most): _entry(most, numbers) for most, numbers in row.items()} for key, row in document.items()
         }
     except (ValueError, TypeError, AttributeError):
         raise InputError(f"{path}: not a table of the kernels", "delete it and run `llmcompress tune` again") from None
@@ -87,6 +103,21 @@ def _checked(numbers: list[int]) -> Config | Lean:
     return config
 
 
+def _entry(most: str, numbers: list[int]) -> Choice:
+    many = int(most) in MANY and len(numbers) != len(Config._fields)
+    return _checked_many(numbers) if many else _checked(numbers)
+
+
+def _checked_many(numbers: list[int]) -> Fused | Strips:
+    if not numbers:
+        return Strips()
+    fused = Fused(*numbers)
+    known = fused.rows in FUSED_ROWS and fused.tokens in FUSED_TOKENS and fused.stages in FUSED_STAGES
+    if not known or not all(type(value) is int for value in fused):
+        raise ValueError("no such tile")
+    return fused
+
+
 @functools.lru_cache(maxsize=8)
 def _tables(name: str, device_class: str) -> tuple[Table, ...]:
     """The user's table of this GPU, where there is one, and the shipped one of its class."""
@@ -97,7 +128,7 @@ def _tables(name: str, device_class: str) -> tuple[Table, ...]:
 def read_shipped() -> dict[str, Table]:
     """Device class (`sm_90`) -> what a linear is -> most tokens -> configuration."""
     return {
-        device: {key: {most: _checked(numbers) for most, numbers in row.items()} for key, row in table.items()}
+        device: {key: {most: _entry(most, numbers) for most, numbers in row.items()} for key, row in table.items()}
         for device, table in json.loads(SHIPPED.read_text(encoding="utf-8")).items()
     }
 
@@ -118,11 +149,34 @@ def choose(packing: Packing, rows: int, tokens: int, device: torch.device, lean:
             known = table.get(key, {}).get(most)
             if isinstance(known, Config):
                 return fill(known, packing, (rows, tokens), found.multi_processor_count)
-            if known is not None and lean:
+            if isinstance(known, Lean) and lean:
                 return known
     if lean and tokens <= LEAN_TOKENS:
         return Lean(8 if rows < LEAN_ROWS else 4)
     return fill(rule(packing, bucket(tokens)), packing, (rows, tokens), found.multi_processor_count)
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_many(
+    packing: Packing, rows: int, tokens: int, device: torch.device, fused: bool = False
+) -> Config | Fused | Strips:
+    """The way to multiply more than the largest of `BUCKETS`: as a table says, and strips where none does.
+
+    The kernel for many tokens, which nobody has measured on most GPUs, only where `fused` says that it can be used.
+    """
+    if device.type != "cuda":
+        return Strips()
+    found = torch.cuda.get_device_properties(device)
+    most = str(next((size for size in MANY if tokens <= size), MANY[-1]))
+    exact = f"{packing.label} {rows}x{packing.columns}"
+    for table in _tables(found.name, f"sm_{found.major}{found.minor}"):
+        for key in (exact, packing.label):
+            known = table.get(key, {}).get(most)
+            if isinstance(known, Config):
+                return fill(known, packing, (rows, tokens), found.multi_processor_count)
+            if isinstance(known, Strips) or (isinstance(known, Fused) and fused):
+                return known
+    return Strips()
 
 
 def rule(packing: Packing, most: int) -> Config:
