@@ -21,7 +21,8 @@ from llmcompress.spec import LinearSpec
 
 HERE = Path(__file__).resolve().parent
 BFLOAT, HALF = torch.bfloat16, torch.float16
-ROUNDING = {BFLOAT: 1.9e-3, HALF: 2.4e-4}  # of the output; weights are rounded before
+ROUNDING = {BFLOAT: 2.0**-8, HALF: 2.0**-11}  # of an output at most; weights are rounded before
+SUMS = 1e-3  # of a usual output: what float32 sums may lose
 REGISTERS = 65536  # of a processor
 ENTRY = """
 extern "C" void all_prefill(int blocks_x, int blocks_y, const u16 *x, const u16 *words, const void *scale,
@@ -43,6 +44,14 @@ MACHINE_CODE = [
     ("int2", Fused(128, 256, 4)), ("int3z", Fused(192, 128, 6)), ("int4", Fused(128, 256, 5)),
     ("int8", Fused(128, 128, 6)), ("nf4", Fused(192, 128, 6)),
 ]  # fmt: skip
+
+
+def is_rounded(found: torch.Tensor, wanted: torch.Tensor) -> bool:
+    """Whether every output is the nearest of its dtype, but for the order of sums; numbers only."""
+    limit = ROUNDING[found.dtype] * wanted.abs() + SUMS * wanted.abs().mean()
+    return bool(((found.cpu().double() - wanted).abs() <= limit).all())
+
+
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
 
 
@@ -76,8 +85,7 @@ def test_values_are_those_of_the_rounded_weights(
     given = many.given(x, prepared, out, packing)
     library.all_prefill(*map(ctypes.c_int, (-(-tokens // config.tokens), -(-rows // config.rows))), *given)
     dense = codes.dequantize()
-    assert triton_cases.error(out, x.double() @ dense.to(dtype).double().T) <= ROUNDING[dtype]
-    assert triton_cases.error(out, x.double() @ dense.double().T) <= 1.5 * ROUNDING[dtype]
+    assert is_rounded(out, x.double() @ dense.to(dtype).double().T)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -97,7 +105,7 @@ def test_values_on_a_gpu(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
         wanted = x.double() @ codes.dequantize().to(dtype).double().T
         for config in many.candidates(packing):
             found, again = (many.multiply(x.to(device), prepared, packing, rows + more, config) for _ in range(2))
-            assert triton_cases.error(found, wanted) <= ROUNDING[dtype], config
+            assert is_rounded(found, wanted), config
             assert torch.equal(found, again), config
 
 

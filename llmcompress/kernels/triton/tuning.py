@@ -82,7 +82,8 @@ def read_table(path: Path) -> Table:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         return {
-            str(key): {str(most): _entry(most, numbers) for most, numbers in row.items()} for key, row in document.items()
+            str(key): {str(most): _entry(most, numbers) for most, numbers in row.items()}
+            for key, row in document.items()
         }
     except (ValueError, TypeError, AttributeError):
         raise InputError(f"{path}: not a table of the kernels", "delete it and run `llmcompress tune` again") from None
