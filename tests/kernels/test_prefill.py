@@ -25,6 +25,7 @@ ROUNDING = {BFLOAT: 2.0**-8, HALF: 2.0**-11}  # of an output at most; weights ar
 SUMS = 1e-3  # of a usual output: what float32 sums may lose
 REGISTERS = 65536  # of a processor
 ENTRY = """
+extern "C" int shared_bytes() { return SHARED_BYTES; }
 extern "C" void all_prefill(int blocks_x, int blocks_y, const u16 *x, const u16 *words, const void *scale,
     const u8 *zero, const float *table, u16 *out, int M, int N, int K, int stride, int blocks) {
     run_warpgroups(blocks_x, blocks_y, [=] { prefill(x, words, scale, zero, table, out, M, N, K, stride, blocks); });
@@ -80,6 +81,7 @@ def test_values_are_those_of_the_rounded_weights(
     packing = layout.packing_of(spec, columns)
     assert many.knows(packing)
     library = built(tmp_path, many.definitions(packing, dtype, prepared["scale"].dtype, config))
+    assert library.shared_bytes() == many.shared_bytes(packing, config) - many.ALIGNMENT
     x = torch.randn((tokens, columns), generator=triton_cases.GENERATOR).to(dtype)
     out = torch.full((tokens, rows), float("nan"), dtype=dtype)
     given = many.given(x, prepared, out, packing)

@@ -36,7 +36,12 @@ def knows(packing: Packing) -> bool:
 
 def candidates(packing: Packing) -> Iterator[Fused]:
     """The tiles that are worth trying and find room in shared memory."""
-    yield from (config for config in CANDIDATES if shared_bytes(packing, config) <= SHARED_BYTES)
+    yield from (config for config in CANDIDATES if has_room(packing, config))
+
+
+def has_room(packing: Packing, config: Fused) -> bool:
+    """Whether a tile's inputs and words fit into shared memory."""
+    return shared_bytes(packing, config) <= SHARED_BYTES
 
 
 def shared_bytes(packing: Packing, config: Fused) -> int:

@@ -18,7 +18,9 @@ constexpr int BUFFERS = AHEAD / SLICES + 1;                           // blocks 
 constexpr int BANDS = TOKENS / 128, OUT_PITCH = 2 * ROWS + 16;
 constexpr u32 WORDS_AT = STAGES * SLICE_BYTES, TABLE_AT = WORDS_AT + BUFFERS * ROWS * PITCH;
 constexpr bool PACKED = !TABLE && SCALE == (BFLOAT ? 1 : 2);          // scales have the type of the inputs
+constexpr u32 SHARED_BYTES = TABLE_AT + (TABLE ? 256 * 16 * 8 : 0);   // from a multiple of 1024 on
 static_assert(SLICES % 2 == 0 && ROWS == 16 * WARPS && BANDS * 128 == TOKENS, "tiles that nobody planned");
+static_assert(TOKENS * OUT_PITCH <= STAGES * SLICE_BYTES, "results find no room where inputs were");
 
 struct Source {
     const u16 *x, *words;
@@ -27,7 +29,7 @@ struct Source {
     int M, N, K, stride, blocks;
 };
 
-struct Thread {  // of a thread
+struct Thread {
     u32 memory;                    // where shared memory begins
     u32 rows[2];                   // of the weight, whose scales it needs
     int warp, lane, first, token;  // first row of the warp, and token of the thread block

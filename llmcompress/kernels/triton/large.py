@@ -28,7 +28,7 @@ def product(x: Tensor, prepared: Mapping[str, Tensor], packing: Packing, rows: i
     if packing.planar is None or x.dtype == torch.float32:
         return multiply(x, prepared, packing, rows)
     config = choose_many(packing, rows, len(x), x.device, many.fits(packing, x.dtype, x.device))
-    if isinstance(config, Fused):
+    if isinstance(config, Fused) and many.has_room(packing, config):
         return many.multiply(x, prepared, packing, rows, config)
     if isinstance(config, Config):
         return multiply_tiles(x, prepared, packing, rows, config)
