@@ -105,13 +105,20 @@ inline uint4 load_shared(u32 from) {
     std::memcpy(&found, place(from, 16), 16);
     return found;
 }
-inline void load_two(float &left, float &right, u32 from) {
-    std::memcpy(&left, place(from, 8), 4);
-    std::memcpy(&right, memory + from + 4, 4);
+inline u32 constant_at(u32 from) {
+    u32 found;
+    std::memcpy(&found, place(from, 4), 4);
+    return found;
 }
-inline void store_two(u32 to, float left, float right) {
-    const float both[2] = {left, right};
-    write(to, both, 8);
+inline void store_four(u32 to, u32 word) {
+    const u32 all[4] = {word, word, word, word};
+    write(to, all, 16);
+}
+inline u32 halves(float left, float right) {
+    const _Float16 both[2] = {(_Float16)left, (_Float16)right};
+    u32 found;
+    std::memcpy(&found, both, 4);
+    return found;
 }
 
 inline u64 described(u32 address) { return 1ull << 62 | 64ull << 32 | 1ull << 16 | address >> 4; }

@@ -68,6 +68,22 @@ def test_the_fastest_that_runs_and_is_right_wins_once_for_each_linear() -> None:
         assert wrong == [[64, 128, 1, 4, 3]]
 
 
+@pytest.mark.skipif(not triton_cases.HAS_TRITON, reason="Triton is not installed")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_wrong_products_are_told_from_rounded_ones(dtype: torch.dtype) -> None:
+    """One row that is a tenth off, one token that is another's, one output that was not written."""
+    from llmcompress.kernels.triton.tune import is_right
+
+    wanted = torch.randn(8, 300, generator=torch.Generator().manual_seed(1))
+    right = wanted.to(dtype)
+    row, token, hole = right.clone(), right.clone(), right.clone()
+    row[:, 7] *= 1.1
+    token[3] = right[4]
+    hole[7, 299] = float("nan")
+    assert is_right(lambda _: right, wanted)
+    assert not any(is_right(lambda _, found=found: found, wanted) for found in (row, token, hole))
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("json_flag", [(), ("--json",)])
 def test_without_a_gpu_the_command_says_so(run: Callable[..., subprocess.CompletedProcess[str]],

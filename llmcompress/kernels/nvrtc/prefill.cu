@@ -7,6 +7,9 @@
 // The words of a block wait in shared memory too, each warp's own 16 rows, and come from there in the order in which
 // the instructions want them: lane n has pair n % 4 of eight neighbouring codes of row n / 4 (and of row n / 4 + 8).
 //
+// Values of a table are looked up two at a time, as float16: in float32 the look-ups would take more of shared memory's
+// time than the matrix instructions leave.
+//
 // Compiled with, beside those of `codes.cu`: ROWS (16 * WARPS), TOKENS, STAGES.
 
 constexpr int SLICE = 64, SLICE_BYTES = 2 * SLICE * TOKENS;
@@ -18,7 +21,7 @@ constexpr int BUFFERS = AHEAD / SLICES + 1;                           // blocks 
 constexpr int BANDS = TOKENS / 128, OUT_PITCH = 2 * ROWS + 16;
 constexpr u32 WORDS_AT = STAGES * SLICE_BYTES, TABLE_AT = WORDS_AT + BUFFERS * ROWS * PITCH;
 constexpr bool PACKED = !TABLE && SCALE == (BFLOAT ? 1 : 2);          // scales have the type of the inputs
-constexpr u32 SHARED_BYTES = TABLE_AT + (TABLE ? 256 * 16 * 8 : 0);   // from a multiple of 1024 on
+constexpr u32 SHARED_BYTES = TABLE_AT + (TABLE ? 256 * 32 * 4 : 0);   // from a multiple of 1024 on
 static_assert(SLICES % 2 == 0 && ROWS == 16 * WARPS && BANDS * 128 == TOKENS, "tiles that nobody planned");
 static_assert(TOKENS * OUT_PITCH <= STAGES * SLICE_BYTES, "results find no room where inputs were");
 
@@ -146,11 +149,10 @@ __device__ __forceinline__ float upper(u32 pair) {
 
 // Two neighbouring weights of one field.
 template <int FIELD>
-__device__ __forceinline__ u32 weights_of(const u32 (&planes)[PLANES], u32 scale, u32 middle, u32 table) {
+__device__ __forceinline__ u32 weights_of(const u32 (&planes)[PLANES], u32 scale, u32 middle, const Thread &own) {
 #if TABLE
-    float left, right;
-    load_two(left, right, table + chosen<0x7f80>(moved<8 * FIELD - 7>(planes[0]), 0));
-    return rounded(left * __uint_as_float(scale), right * __uint_as_float(scale));
+    const u32 pair = constant_at(chosen<0x7f80>(moved<8 * FIELD - 7>(planes[0]), 4 * own.lane) + own.memory + TABLE_AT);
+    return rounded(from_half((u16)pair) * __uint_as_float(scale), from_half(pair >> 16) * __uint_as_float(scale));
 #else
     u32 pair = pair_of<FIELD>(planes, 0);
     if constexpr (PACKED) {
@@ -163,7 +165,7 @@ __device__ __forceinline__ u32 weights_of(const u32 (&planes)[PLANES], u32 scale
 }
 
 // The weights of instruction STEP of slice SLICE_ of the block in registers.
-template <int SLICE_, int STEP> __device__ __forceinline__ void unpack_step(Running &running, u32 table) {
+template <int SLICE_, int STEP> __device__ __forceinline__ void unpack_step(Running &running, const Thread &own) {
     constexpr int PART = STEP * PARTS / 4, FIELD = SLICE_ * PARTS + PART, PAIR = STEP - PART * 4 / PARTS;
     const Factors &factors = running.factors;
 #pragma unroll
@@ -174,7 +176,7 @@ template <int SLICE_, int STEP> __device__ __forceinline__ void unpack_step(Runn
             planes[plane] = running.words[plane * (WORDS / 8) + 2 * PAIR + part / 2][part % 2];
         constexpr int SET = SETS > 1 ? PART : 0;
         running.weights[SLICE_ % 2][STEP][part] =
-            weights_of<FIELD>(planes, factors.scale[SET][part % 2], factors.middle[SET][part % 2], table);
+            weights_of<FIELD>(planes, factors.scale[SET][part % 2], factors.middle[SET][part % 2], own);
     }
 }
 
@@ -184,11 +186,10 @@ __device__ __forceinline__ void unpack(Running &running, const Source &source, c
     if (SLICE_ == 0) take_words(running, own);
     if (GROUP != 0) take_scales<SLICE_>(running);
     if (GROUP != 0) ask_for_scales<NEXT>(running, source, own, block + (SLICE_ + 1) / SLICES);
-    const u32 table = own.memory + TABLE_AT + own.lane % 16 * 8;
-    unpack_step<SLICE_, 0>(running, table);
-    unpack_step<SLICE_, 1>(running, table);
-    unpack_step<SLICE_, 2>(running, table);
-    unpack_step<SLICE_, 3>(running, table);
+    unpack_step<SLICE_, 0>(running, own);
+    unpack_step<SLICE_, 1>(running, own);
+    unpack_step<SLICE_, 2>(running, own);
+    unpack_step<SLICE_, 3>(running, own);
 }
 
 __device__ __forceinline__ void multiply_slice(Running &running, const u32 (&weights)[4][4], u32 memory) {
@@ -275,9 +276,9 @@ prefill(const u16 *x, const u16 *words, const void *scale, const u8 *zero, const
         for (int block = 0; slice == 0 && block < BUFFERS; block++) send_words(stream, source, own.memory, block);
         commit_copies();
     }
-#if TABLE
-    for (int entry = thread; entry < 256 * 16; entry += 32 * WARPS)
-        store_two(own.memory + TABLE_AT + entry * 8, __ldg(table + entry / 16 % 16), __ldg(table + entry / 256));
+#if TABLE  // a copy of each pair of values for each lane: none meet in a bank
+    for (int four = thread; four < 256 * 8; four += 32 * WARPS)
+        store_four(own.memory + TABLE_AT + four * 16, halves(__ldg(table + four / 8 % 16), __ldg(table + four / 128)));
 #endif
     ask_for_scales<0>(running, source, own, 0);
     if (GROUP == 0) take_scales<0>(running);

@@ -42,12 +42,20 @@ __device__ __forceinline__ uint4 load_shared(u32 from) {
     return found;
 }
 
-__device__ __forceinline__ void load_two(float &left, float &right, u32 from) {  // that nobody writes any more
-    asm("ld.shared.v2.f32 {%0,%1}, [%2];" : "=f"(left), "=f"(right) : "r"(from));
+__device__ __forceinline__ u32 constant_at(u32 from) {  // that nobody writes any more
+    u32 found;
+    asm("ld.shared.u32 %0, [%1];" : "=r"(found) : "r"(from));
+    return found;
 }
 
-__device__ __forceinline__ void store_two(u32 to, float left, float right) {
-    asm volatile("st.shared.v2.f32 [%0], {%1,%2};" : : "r"(to), "f"(left), "f"(right) : "memory");
+__device__ __forceinline__ void store_four(u32 to, u32 word) {  // copies, side by side
+    asm volatile("st.shared.v4.u32 [%0], {%1,%1,%1,%1};" : : "r"(to), "r"(word) : "memory");
+}
+
+__device__ __forceinline__ u32 halves(float left, float right) {  // float16 whatever the type of the inputs
+    u32 found;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(found) : "f"(right), "f"(left));
+    return found;
 }
 
 // Registers written before are those that the next instructions see.
