@@ -26,6 +26,7 @@ ROUNDING = {BFLOAT: 2.0**-8, HALF: 2.0**-11}  # of an output at most; weights ar
 MOST = {BFLOAT: 2.6e-3, HALF: 4e-4}  # relative, weights and outputs rounded
 SUMS = 1e-3  # of a usual output: what float32 sums may lose
 REGISTERS = 65536  # of a processor
+MOST_ROWS, MOST_STACK = 256, 16  # bytes of a thread with few registers that are not in them
 ENTRY = """
 extern "C" int shared_bytes() { return SHARED_BYTES; }
 extern "C" void all_prefill(int blocks_x, int blocks_y, const u16 *x, const u16 *words, const void *scale,
@@ -45,7 +46,7 @@ CASES = [  # format, columns (whole blocks or not), inputs, tokens and rows (who
 ]
 MACHINE_CODE = [
     ("int2", Fused(128, 256, 4)), ("int3z", Fused(192, 128, 6)), ("int4", Fused(128, 256, 5)),
-    ("int8", Fused(128, 128, 6)), ("nf4", Fused(192, 128, 6)),
+    ("int8", Fused(128, 128, 6)), ("nf4", Fused(192, 128, 6)), ("int4", Fused(256, 128, 6)),
 ]  # fmt: skip
 
 
@@ -138,7 +139,7 @@ def test_machine_code(label: str, config: Fused) -> None:
     assert products == slices * 4 * config.tokens // 128
     assert found.count("WARPGROUP.DEPBAR") == slices  # as many waits as slices: the compiler added none
     assert all(re.search(r"HGMMA\S* R\d+, R\d+, gdesc", line) for line in found.loop if "HGMMA" in line)
-    assert found.stack == 0
+    assert found.stack <= (0 if config.rows < MOST_ROWS else MOST_STACK)
     assert found.registers <= REGISTERS // (2 * config.rows)
     assert found.shared <= many.SHARED_BYTES
     assert prefill_static.early_writes(found.loop) == 0

@@ -19,7 +19,10 @@ SHARED_BYTES = 227 << 10  # of one thread block
 SLICE = 64  # columns of the input that are multiplied together
 OF_FEW = ("TILES", "WHOLE", "SLOTS")  # what only the kernel for few tokens is compiled with
 TABLE_BYTES, ALIGNMENT, THREADS = 32 << 10, 1024, 32  # of a warp
-CANDIDATES = (Fused(128, 128, 4), Fused(128, 128, 6), Fused(192, 128, 6), Fused(128, 256, 4), Fused(128, 256, 5))
+CANDIDATES = (
+    *(Fused(rows, 128, 6) for rows in (128, 192, 256)), *(Fused(128, tokens, 4) for tokens in (128, 256)),
+    Fused(128, 256, 5),
+)  # fmt: skip
 
 
 def fits(packing: Packing, dtype: torch.dtype, device: torch.device) -> bool:

@@ -34,15 +34,16 @@ struct Source {
 
 struct Thread {
     u32 memory;                    // where shared memory begins
-    u32 rows[2];                   // of the weight, whose scales it needs
-    int warp, lane, first, token;  // first row of the warp, and token of the thread block
+    u32 row;                       // of the weight: it needs the scales of this one and the eighth after it
+    u32 words;                     // its 16 bytes in a block of words, to be written and to be read
+    u32 lane;
 };
 
 struct Stream {  // of inputs and words to shared memory
     const u16 *x, *words;     // this thread's place in the next slice, and in the next block of its row
     int left, tokens;         // columns from there to the end of the row, tokens from its own to the end
     u32 to, slice;            // its place in a slice in shared memory, and where the next slice begins
-    u32 words_to, buffer;     // its place in a block in shared memory, and the next of them
+    u32 buffer;               // of a block of words, the next
 };
 
 struct Raw {
@@ -78,8 +79,8 @@ __device__ __forceinline__ void send_inputs(Stream &stream, const Source &source
     stream.slice = next_stage(stream.slice);
 }
 
-__device__ __forceinline__ void send_words(Stream &stream, const Source &source, u32 memory, int block) {
-    const u32 to = memory + WORDS_AT + stream.buffer * ROWS * PITCH + stream.words_to;
+__device__ __forceinline__ void send_words(Stream &stream, const Source &source, const Thread &own, int block) {
+    const u32 to = own.memory + WORDS_AT + stream.buffer * ROWS * PITCH + own.words;
     if (block < source.blocks)
 #pragma unroll
         for (int copy = 0; copy < CHUNKS / 2; copy++) copy16(to + copy * 32, stream.words + copy * 16, 16);
@@ -88,8 +89,7 @@ __device__ __forceinline__ void send_words(Stream &stream, const Source &source,
 }
 
 __device__ __forceinline__ void take_words(Running &running, const Thread &own) {
-    const u32 row = own.lane % 8 + 8 * (own.lane / 8 % 2), half = own.lane / 16;
-    const u32 from = own.memory + WORDS_AT + (running.buffer * ROWS + 16 * own.warp + row) * PITCH + half * 16;
+    const u32 from = own.memory + WORDS_AT + running.buffer * ROWS * PITCH + own.words;
 #pragma unroll
     for (int chunk = 0; chunk < CHUNKS; chunk += 2)
         load_matrices(running.words[chunk][0], running.words[chunk][1], running.words[chunk + 1][0],
@@ -107,7 +107,7 @@ __device__ __forceinline__ void ask_for_scales(Running &running, const Source &s
         const u32 last = GROUP ? source.K / (GROUP ? GROUP : 1) - 1 : 0;
 #pragma unroll
         for (int low = 0; low < 2; low++) {
-            const u32 at = min((u32)group, last) * source.N + own.rows[low];
+            const u32 at = min((u32)group, last) * source.N + min(own.row + 8 * low, (u32)source.N - 1);
             running.coming.scale[set][low] = scale_at(source.scale, at);
 #if ZERO
             running.coming.zero[set][low] = __ldg(source.zero + at);
@@ -214,7 +214,7 @@ __device__ __forceinline__ void slices(Running &running, Stream &stream, const S
         __syncthreads();
         multiply_slice(running, running.weights[SLICE_ % 2], own.memory);
         if (block * SLICES + SLICE_ + AHEAD < source.blocks * SLICES) send_inputs(stream, source, own.memory);
-        if (SLICE_ == 0) send_words(stream, source, own.memory, block + BUFFERS);
+        if (SLICE_ == 0) send_words(stream, source, own, block + BUFFERS);
         commit_copies();
         await_products<1>();
 #pragma unroll
@@ -225,9 +225,9 @@ __device__ __forceinline__ void slices(Running &running, Stream &stream, const S
 }
 
 // Sums of all warps through shared memory, so that a token's rows are written side by side.
-__device__ __forceinline__ void finish(const Running &running, const Source &source, const Thread &own, u16 *out) {
-    const u32 matrix = own.lane / 8;
-    const u32 to = own.memory + (own.lane % 8 + 8 * (matrix / 2)) * OUT_PITCH + 2 * (16 * own.warp + 8 * (matrix % 2));
+__device__ __forceinline__ void finish(const Running &running, const Source &source, u32 memory, u16 *out) {
+    const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, matrix = lane / 8;
+    const u32 to = memory + (lane % 8 + 8 * (matrix / 2)) * OUT_PITCH + 2 * (16 * warp + 8 * (matrix % 2));
 #pragma unroll
     for (int tile = 0; tile < BANDS; tile++)
 #pragma unroll
@@ -237,12 +237,12 @@ __device__ __forceinline__ void finish(const Running &running, const Source &sou
                              rounded(sums[4], sums[5]), rounded(sums[6], sums[7]));
         }
     __syncthreads();
-    const int begin = own.first - 16 * own.warp;
+    const int begin = blockIdx.y * ROWS, first = blockIdx.x * TOKENS;
     for (int chunk = threadIdx.x; chunk < TOKENS * ROWS / 8; chunk += 32 * WARPS) {
         const int token = chunk / (ROWS / 8), row = begin + chunk % (ROWS / 8) * 8;
-        if (own.token + token >= source.M) break;
-        const uint4 found = load_shared(own.memory + token * OUT_PITCH + 2 * (row - begin));
-        u16 *target = out + (i64)(own.token + token) * source.N + row;
+        if (first + token >= source.M) break;
+        const uint4 found = load_shared(memory + token * OUT_PITCH + 2 * (row - begin));
+        u16 *target = out + (i64)(first + token) * source.N + row;
         if (source.N % 8 == 0) {
             if (row < source.N) *(uint4 *)target = found;
             continue;
@@ -261,19 +261,17 @@ prefill(const u16 *x, const u16 *words, const void *scale, const u8 *zero, const
     const Source source = {x, words, scale, zero, M, N, K, stride, blocks};
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, begin = blockIdx.y * ROWS + 16 * warp;
     const int line = thread / 8, part = thread % 8, token = blockIdx.x * TOKENS;
-    const u32 row = begin + lane / 4, last = N - 1;
-    const Thread own = {shared_memory(), {min(row, last), min(row + 8, last)}, warp, lane, begin, token};
-    const int mine = 16 * warp + lane % 16, half = lane / 16;  // every second 16 bytes of a row's block
+    const int mine = 16 * warp + lane % 16, half = lane / 16;  // a row, and every second 16 bytes of its words
+    const Thread own = {shared_memory(), (u32)begin + lane / 4, (u32)(mine * PITCH + half * 16), (u32)lane};
     Stream stream = {x + (i64)min(token + line, M - 1) * K + 8 * part,
-                     words + (i64)min((u32)(blockIdx.y * ROWS + mine), last) * stride + 8 * half,
-                     K - 8 * part, M - token - line,
-                     (u32)(line * 2 * SLICE + (part ^ line % 8) * 16), 0, (u32)(mine * PITCH + half * 16), 0};
+                     words + (i64)min(begin + lane % 16, N - 1) * stride + 8 * half,
+                     K - 8 * part, M - token - line, (u32)(line * 2 * SLICE + (part ^ line % 8) * 16), 0, 0};
     Running running = {};
 #pragma unroll
     for (int slice = 0; slice < AHEAD; slice++) {
         if (slice < blocks * SLICES) send_inputs(stream, source, own.memory);
 #pragma unroll
-        for (int block = 0; slice == 0 && block < BUFFERS; block++) send_words(stream, source, own.memory, block);
+        for (int block = 0; slice == 0 && block < BUFFERS; block++) send_words(stream, source, own, block);
         commit_copies();
     }
 #if TABLE  // a copy of each pair of values for each lane: none meet in a bank
@@ -292,5 +290,5 @@ prefill(const u16 *x, const u16 *words, const void *scale, const u8 *zero, const
     await_products<0>();
     await_copies<0>();
     __syncthreads();
-    finish(running, source, own, out);
+    finish(running, source, own.memory, out);
 }
