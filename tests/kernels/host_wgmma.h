@@ -4,11 +4,7 @@
 
 #include "host_ptx.h"
 
-#include <cstdlib>
 #include <deque>
-
-#undef __launch_bounds__
-#define __launch_bounds__(...)
 
 typedef uint64_t u64;
 

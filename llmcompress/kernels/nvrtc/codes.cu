@@ -61,6 +61,22 @@ template <int SHIFT, int CENTRE> __device__ __forceinline__ u32 centred(u32 pair
     return times_plus(pair, half_to_the(SHIFT), minus);
 }
 
+__device__ __forceinline__ float lower(u32 pair) {  // of two 16-bit floats
+#if BFLOAT
+    return __uint_as_float(pair << 16);
+#else
+    return from_half((u16)pair);
+#endif
+}
+
+__device__ __forceinline__ float upper(u32 pair) {
+#if BFLOAT
+    return __uint_as_float(pair & 0xffff0000u);
+#else
+    return from_half(pair >> 16);
+#endif
+}
+
 template <int BY> __device__ __forceinline__ u32 moved(u32 word) { return BY >= 0 ? word >> BY : word << -BY; }
 
 #if TABLE

@@ -5,14 +5,6 @@ struct Strip {
     const float *table;  // the lane's own, every 32nd is its next value
 };
 
-__device__ __forceinline__ float upper(u32 pair) {  // of two 16-bit floats
-#if BFLOAT
-    return __uint_as_float(pair & 0xffff0000u);
-#else
-    return from_half(pair >> 16);
-#endif
-}
-
 // Eight codes of either row and one field, for every field from FIELD on, as weights at their places in `out`.
 template <int FIELD>
 __device__ __forceinline__ void spread(const Block &held, const void *scale, const u8 *zero, u16 *out,
@@ -43,7 +35,7 @@ __device__ __forceinline__ void spread(const Block &held, const void *scale, con
                     const float left = strip.table[byte % 16 * 32] * factor, right = strip.table[byte / 16 % 16 * 32] * factor;
 #else
                     const u32 found = pair_of<FIELD>(planes, 0);
-                    const float left = (upper(found << 16) - middle) * factor, right = (upper(found) - middle) * factor;
+                    const float left = (lower(found) - middle) * factor, right = (upper(found) - middle) * factor;
 #endif
                     made[pair] = rounded(left, right);
                 }

@@ -131,22 +131,6 @@ template <int SLICE_> __device__ __forceinline__ void take_scales(Running &runni
         }
 }
 
-__device__ __forceinline__ float lower(u32 pair) {  // of two 16-bit floats
-#if BFLOAT
-    return __uint_as_float(pair << 16);
-#else
-    return from_half((u16)pair);
-#endif
-}
-
-__device__ __forceinline__ float upper(u32 pair) {
-#if BFLOAT
-    return __uint_as_float(pair & 0xffff0000u);
-#else
-    return from_half(pair >> 16);
-#endif
-}
-
 // Two neighbouring weights of one field.
 template <int FIELD>
 __device__ __forceinline__ u32 weights_of(const u32 (&planes)[PLANES], u32 scale, u32 middle, const Thread &own) {
