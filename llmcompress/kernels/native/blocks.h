@@ -6,9 +6,11 @@
 #define BLOCKS_H
 #include "job.h"
 
+enum { PACKET = 320, SCALES_AHEAD = 32 };  /* bytes of a block of rounded inputs; rows between scales read and asked for */
+
 typedef struct {
     float *values;                  /* (tokens, columns in whole blocks), code 8 l + j of a block at 16 j + l */
-    int16_t *integers;              /* or the same in integers, code 8 l + 4 h + j at 32 j + 2 l + h, */
+    int8_t *packets;                /* or rounded to integers (vnni.h), PACKET bytes for each block of a token, */
     float *scale, *sums;            /* with a scale for each block, and their sum in each lane of a block */
 } Inputs;
 
@@ -21,6 +23,8 @@ typedef struct {
     int64_t row[ROWS];
     int64_t per_block, blocks;              /* scales of a block; blocks of a scale, at least 1 */
     int lanes[LANES];                       /* which scale of those of a block a lane takes */
+    int owners[LANES];                      /* the other way round: which block, of those that sixteen scales cover */
+    float *joint[ROWS];                     /* room for the scales of each row times those of the inputs */
 } Quad;
 
 /* Where a block of `bits` bits can be read as a whole: in place, or in `tail` where the row ends within it. */
@@ -74,25 +78,54 @@ static void quad_rows(const Job *job, Quad *quad, const float *scales, int64_t f
     }
 }
 
-/* Rows [first, last) of all tokens; `scratch` has room for the scales and the zero-points of as many rows. */
+/* Scales and zero-points of rows [first, last), from `to` on, and the processor told of those that follow. */
+static void load_scales(const Job *job, int64_t first, int64_t last, float *to, Scales scales) {
+    static const int64_t bytes[] = {4, 2, 2, 1};  /* of a scale, by dtype */
+    int64_t groups = groups_of(job), room = groups + LANES, size = groups * bytes[job->scale_dtype];
+    const char *next = (const char *)job->scale + (first + SCALES_AHEAD) * size;
+    if (job->group)
+        for (int64_t place = 0; place < (last - first) * size; place += 64) __builtin_prefetch(next + place);
+    for (int64_t row = first; row < last; row++) {
+        scales(job, row, to + (row - first) * room);
+        if (job->format == ASYMMETRIC) row_zeros(job, row, to + (last - first + row - first) * room);
+    }
+}
+
+static inline int64_t joint_room(const Job *job) {
+    int64_t groups = groups_of(job), blocks = (job->columns + BLOCK - 1) / BLOCK;
+    return (groups > blocks ? groups : blocks) + 2 * LANES;
+}
+
+/* Floats that `rows_blocks` needs for so many rows. */
+static inline int64_t room_of(const Job *job, int64_t rows) {
+    return 2 * rows * (groups_of(job) + LANES) + ROWS * joint_room(job);
+}
+
+/* Rows [first, last) of all tokens; `scratch` has `room_of` floats. Few tokens pass over the rows once, and then scales are
+   read four rows at a time, so that codes and scales come from memory side by side. */
 static void rows_blocks(const Job *job, const Inputs *x, int64_t first, int64_t last, float *scratch, Kernel kernel,
                         Scales scales) {
-    int64_t room = groups_of(job) + LANES;
-    for (int64_t row = first; row < last; row++) {
-        scales(job, row, scratch + (row - first) * room);
-        if (job->format == ASYMMETRIC) row_zeros(job, row, scratch + (last - first + row - first) * room);
-    }
     Quad quad = {.step = {1.0f, 1.0f, 1.0f, 1.0f}};
     if (job->bits < 8 && job->format != CODEBOOK)
         for (int r = 0; r < ROWS; r++) fill_tables(job, &quad, r);
     int64_t group = groups_of(job) == 1 ? job->columns + 2 * BLOCK : job->group;  /* one for all: more than there are */
+    int64_t height = job->tokens > 4 ? last - first : ROWS;
     quad.per_block = group < BLOCK ? BLOCK / group : 1;
     quad.blocks = group < BLOCK ? 1 : group / BLOCK;
-    for (int lane = 0; lane < LANES; lane++) quad.lanes[lane] = (int)(lane * quad.per_block / LANES);
-    for (int64_t token = 0; token < job->tokens; token += 4)
-        for (int64_t row = first; row < last; row += ROWS) {
-            quad_rows(job, &quad, scratch, first, last, row);
-            kernel(job, &quad, x, token);
-        }
+    for (int r = 0; r < ROWS; r++)
+        quad.joint[r] = scratch + 2 * height * (groups_of(job) + LANES) + r * joint_room(job);
+    for (int lane = 0; lane < LANES; lane++) {
+        quad.lanes[lane] = (int)(lane * quad.per_block / LANES);
+        quad.owners[lane] = (int)(lane / quad.per_block);
+    }
+    for (int64_t top = first; top < last; top += height) {
+        int64_t end = top + height < last ? top + height : last;
+        load_scales(job, top, end, scratch, scales);
+        for (int64_t token = 0; token < job->tokens; token += 4)
+            for (int64_t row = top; row < end; row += ROWS) {
+                quad_rows(job, &quad, scratch, top, end, row);
+                kernel(job, &quad, x, token);
+            }
+    }
 }
 #endif

@@ -86,9 +86,9 @@ static void close_tile(const Tile *tile) {
 
 static int whole_tile(Tile *tile) {
 #if defined(__x86_64__)
-    int level = level_of(tile->job->level);
-    if (level == WIDE) return tile_wide(tile);
-    if (level == NARROW) return tile_narrow(tile);
+    int level = level_of(tile->job->level, AVX512);
+    if (level == AVX512) return tile_wide(tile);
+    if (level == AVX2) return tile_narrow(tile);
 #endif
     return tile_plain(tile);
 }
@@ -131,7 +131,7 @@ static void all_tiles(void *data) {
    best there is are plain lanes: torch is faster. */
 int llmcompress_columns(const Columns *job) {
     Tiles tiles = {.job = job};
-    if (job->level < 0 && best_level() == PLAIN) return 1;
+    if (job->level < 0 && best_level() == SCALAR) return 1;
     together(job->team, all_tiles, &tiles, job->rows > TILE ? job->threads : 1);
     return (int)atomic_load(&tiles.failed);
 }

@@ -114,9 +114,9 @@ static Row row_of(const Grid *job) {
                                       row_errors_narrow, row_pack_bmi, row_unpack_bmi, row_moments_narrow, row_beyond_narrow};
     static const Row wide[TASKS] = {row_steps_wide, row_codes_wide, row_weights_wide,
                                     row_errors_wide, row_pack_bmi, row_unpack_bmi, row_moments_wide, row_beyond_wide};
-    int level = level_of(job->level);
-    if (level == WIDE) return wide[job->task];
-    if (level == NARROW) return narrow[job->task];
+    int level = level_of(job->level, AVX512);
+    if (level == AVX512) return wide[job->task];
+    if (level == AVX2) return narrow[job->task];
 #endif
     return plain[job->task];
 }

@@ -12,7 +12,7 @@
 enum { INT = 0, ASYMMETRIC = 1, TABLE = 2, CODEBOOK = 3 };  /* formats; TABLE is nf4 and fp4 */
 enum { F32 = 0, BF16 = 1, F16 = 2, DOUBLE = 3 };            /* dtypes; DOUBLE: 8-bit codes of scales */
 enum { BLOCK = 128, LANES = 16, FIELDS = 8, ROWS = 4, HIGH_BITS = 2, TABLE_MOST = 8191,
-       INPUT_MOST = 32767, AHEAD = 8192 /* bytes between what is read and what is asked for */ };
+       INPUT_MOST = 32639, AHEAD = 8192 /* bytes between what is read and what is asked for */ };
 
 typedef struct {
     int64_t rows, columns, tokens;

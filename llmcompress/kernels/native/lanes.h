@@ -5,8 +5,8 @@
 #define LANES_H
 #include <stdint.h>
 #include <string.h>
+#include "processor.h"
 
-enum { PLAIN = 0, NARROW = 1, WIDE = 2 };
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -146,24 +146,5 @@ PLAIN_LANES float plain_most(Plain x) {
     float most = x[0];
     for (int i = 1; i < 16; i++) most = x[i] > most ? x[i] : most;
     return most;
-}
-
-/* The widest kind of lanes that the processor has. */
-static inline int best_level(void) {
-    int level = PLAIN;
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")) level = NARROW;
-    if (level == NARROW && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-        level = WIDE;
-#endif
-    return level;
-}
-
-/* The kind to use: the one asked for where it is not wider than that. */
-static inline int level_of(int64_t wanted) {
-    int best = best_level();
-    return wanted >= 0 && wanted < best ? (int)wanted : best;
 }
 #endif

@@ -3,28 +3,19 @@
 #include <stdlib.h>
 #include <math.h>
 #include "job.h"
+#include "processor.h"
+#include "regions.h"
 #include "team.h"
 #include "scalar.h"
 #include "blocks.h"
 #if defined(__x86_64__)
 #include "avx512.h"
 #include "avx2.h"
-#include "vnni.h"
+#include "deep.h"
 #endif
 
-enum { SCALAR = 0, AVX2 = 1, AVX512 = 2, VNNI = 3 };
-
-/* The best this processor has. */
-int llmcompress_level(void) {
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq"))
-        return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") ? VNNI : AVX512;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return AVX2;
-#endif
-    return SCALAR;
-}
+/* The best this processor has, for tests. */
+int llmcompress_level(void) { return best_level(); }
 
 /* Whether blocks of 128 columns are uniform enough for the vector code. */
 static int in_blocks(const Job *job) {
@@ -39,7 +30,8 @@ typedef struct {
     int level;
     int64_t step, scratch, length; /* rows at a time; floats a thread needs; columns in whole blocks */
     Inputs x;
-    atomic_llong next_row, next_token, failed;
+    Regions rows;
+    atomic_llong next_token, failed;
 } Work;
 
 /* Inputs of one token as float32; for blocks, padded with zeros and in the order of `Inputs`. */
@@ -90,37 +82,43 @@ static void rows_some(void *data) {
     Work *work = data;
     const Job *job = work->job;
     float *scratch = NULL;
-    for (int64_t row; (row = atomic_fetch_add(&work->next_row, work->step)) < job->rows;) {
-        int64_t last = row + work->step < job->rows ? row + work->step : job->rows;
+    Span span = first_span(&work->rows);
+    while (next_span(&work->rows, work->step, &span)) {
         if (!scratch && !(scratch = malloc((size_t)work->scratch * sizeof(float)))) {
             atomic_store(&work->failed, 1);
             return;
         }
-        if (work->level == SCALAR) rows_scalar(job, work->x.values, row, last, scratch);
-        else rows_blocks(job, &work->x, row, last, scratch, kernel_of(job, work->level), scales_of(job, work->level));
+        if (work->level == SCALAR) rows_scalar(job, work->x.values, span.first, span.last, scratch);
+        else rows_blocks(job, &work->x, span.first, span.last, scratch, kernel_of(job, work->level), scales_of(job, work->level));
     }
     free(scratch);
+}
+
+/* Room for the inputs as this level wants them, in `x`; or null. */
+static char *room_for_inputs(const Work *work, Inputs *x) {
+    int64_t inputs = work->job->tokens * work->length, blocks = inputs / BLOCK;
+    size_t bytes = (size_t)inputs * sizeof(float);
+    if (work->level == VNNI) bytes = (size_t)(blocks * (PACKET + (LANES + 1) * 4) + LANES * 4);
+    char *memory = aligned_alloc(64, (bytes + 63) / 64 * 64);
+    float *sums = (float *)(memory + blocks * PACKET);
+    *x = (Inputs){(float *)memory, (int8_t *)memory, sums + blocks * LANES, sums};
+    return memory;
 }
 
 /* 0, or 1 where memory ran out; `out` is then not complete. */
 int llmcompress_linear(const Job *job) {
     Work work = {.job = job};
-    int best = llmcompress_level();
-    if (best == VNNI && job->dtype == F32) best = AVX512;  /* float32 stays exact */
-    work.level = !in_blocks(job) ? SCALAR : job->level >= 0 && job->level < best ? (int)job->level : best;
+    work.level = in_blocks(job) ? level_of(job->level, job->dtype == F32 ? AVX512 : VNNI) : SCALAR;  /* float32 stays exact */
     int blocked = work.level != SCALAR;
     work.step = blocked ? 128 : 8;
     while (work.step > ROWS && job->rows < work.step * job->threads * 4) work.step /= 2;
     work.length = blocked ? (job->columns + BLOCK - 1) / BLOCK * BLOCK : job->columns;
-    work.scratch = blocked ? 2 * work.step * (groups_of(job) + LANES) : 2 * job->columns + LANES;
-    int64_t inputs = job->tokens * work.length, blocks = inputs / BLOCK;
-    size_t bytes = work.level == VNNI ? (size_t)(inputs * 2 + blocks * (LANES + 1) * 4) : (size_t)inputs * 4;
-    char *memory = aligned_alloc(64, (bytes + 63) / 64 * 64);
+    work.scratch = blocked ? room_of(job, work.step) : 2 * job->columns + LANES;
+    char *memory = room_for_inputs(&work, &work.x);
     if (!memory) return 1;
-    float *after = (float *)(memory + inputs * 2);
-    work.x = (Inputs){(float *)memory, (int16_t *)memory, after + blocks * LANES, after};
     int64_t threads = job->rows * job->columns * job->tokens < 1 << 17 ? 1 : job->threads;
     together(job->team, spread_some, &work, job->team && job->tokens > 7 ? threads : 1);
+    set_regions(&work.rows, job->rows, threads, ROWS);
     together(job->team, rows_some, &work, threads);
     free(memory);
     return (int)atomic_load(&work.failed);

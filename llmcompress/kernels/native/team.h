@@ -1,4 +1,4 @@
-/* Work on the threads that torch has, shared out by a counter, so that results do not depend on how many there are. */
+/* Work on the threads that torch has. Results do not depend on how many there are: each item is computed alone. */
 #ifndef TEAM_H
 #define TEAM_H
 #include <pthread.h>
