@@ -6,7 +6,7 @@
 #define BLOCKS_H
 #include "job.h"
 
-enum { PACKET = 320, SCALES_AHEAD = 32 };  /* bytes of a block of rounded inputs; rows between scales read and asked for */
+enum { PACKET = 320, WORD_PACKET = 256, SCALES_AHEAD = 32 };
 
 typedef struct {
     float *values;                  /* (tokens, columns in whole blocks), code 8 l + j of a block at 16 j + l */

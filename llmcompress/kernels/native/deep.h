@@ -93,17 +93,18 @@ DEEP void deep_row(const Job *job, const Quad *quad, const Inputs *x, int64_t to
     int64_t size = LANES * is.bits, full = job->columns / BLOCK, blocks = (job->columns + BLOCK - 1) / BLOCK;
     int64_t block = 0, safe = is.bits == 3 && full ? full - 1 : full;  /* 64 bytes are read for 48 */
     const uint8_t *codes = quad->codes[r];
-    const int8_t *packet = x->packets + token * blocks * PACKET;
+    int64_t step = is.words ? WORD_PACKET : PACKET;
+    const int8_t *packet = x->packets + token * blocks * step;
     Row row = {quad->zero[r], x->sums + token * blocks * LANES, quad->joint[r], _mm512_loadu_si512(quad->integers[r]),
                _mm512_loadu_si512(quad->lanes), quad->per_block, quad->blocks};
     __m512 sum = _mm512_setzero_ps();
     _Pragma("GCC unroll 2")
-    for (; block < safe; block++, codes += size, packet += PACKET) {
+    for (; block < safe; block++, codes += size, packet += step) {
         _mm_prefetch((const char *)(codes + AHEAD), _MM_HINT_NTA);
         if (is.bits == 8) _mm_prefetch((const char *)(codes + AHEAD + 64), _MM_HINT_NTA);
         sum = row_block(&row, codes, packet, block, BLOCK, is, sum);
     }
-    for (; block < blocks; block++, codes += size, packet += PACKET)
+    for (; block < blocks; block++, codes += size, packet += step)
         sum = row_block(&row, codes, packet, block, block < full ? size : job->stride - full * size, is, sum);
     write_as(job->out, job->dtype, token * job->rows + quad->row[r], _mm512_reduce_add_ps(sum) * quad->step[r]);
 }

@@ -44,7 +44,7 @@ DEEP_ENTRY void word_inputs(const Job *job, const Inputs *x, int64_t token, int6
         __m512i first = _mm512_permutex2var_epi16(dense[0], places, dense[1]);
         __m512i second = _mm512_permutex2var_epi16(dense[2], places, dense[3]);
         __m512i field = _mm512_inserti64x4(first, _mm512_castsi512_si256(second), 1);
-        _mm512_storeu_si512(x->packets + input * PACKET + j * 64, field);
+        _mm512_storeu_si512(x->packets + input * WORD_PACKET + j * 64, field);
         sums = _mm512_add_epi32(sums, _mm512_madd_epi16(field, _mm512_set1_epi16(1)));
     }
     _mm512_storeu_ps(x->sums + input * LANES, _mm512_cvtepi32_ps(sums));
@@ -81,7 +81,7 @@ DEEP void word_block(const Job *job, const Quad *quad, const Inputs *x, int64_t 
             weight[r] = word_field(words[r], _mm512_loadu_si512(quad->integers[r]), is.bits, is.swapped, j);
         UNROLL
         for (int t = 0; t < is.count; t++) {
-            __m512i input = _mm512_loadu_si512(x->packets + ((first + t) * blocks + block) * PACKET + j * 64);
+            __m512i input = _mm512_loadu_si512(x->packets + ((first + t) * blocks + block) * WORD_PACKET + j * 64);
             UNROLL
             for (int r = is.begin; r < is.end; r++) part[r][t] = _mm512_dpwssd_epi32(part[r][t], weight[r], input);
         }
