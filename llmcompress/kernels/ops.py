@@ -55,14 +55,16 @@ def prepared_by(backend: ModuleType, tensors: Sequence[Tensor], parts: Sequence[
 def run(x: Tensor, tensors: Sequence[Tensor], names: str, form: str, size: Sequence[int]) -> Tensor:
     """The operator without torch's dispatcher, which costs as much as a small linear. Knows no gradients."""
     (rows, columns), (layout, parts) = size, _parts(names)
-    flat = x.detach().reshape(-1, columns)
     if layout == FILE:
-        backend = backends.choose(form, rows, columns, flat)
+        backend = backends.choose(form, rows, columns, x)
         prepared = prepared_by(backend, tensors, parts, form)
     else:
         backend = find(backends.__name__, layout)
         prepared = dict(zip(parts, tensors, strict=True))
-    out: Tensor = backend.linear(flat, prepared, spec_of(form), rows, columns)
+    if getattr(backend, "ANY_SHAPE", False):
+        found: Tensor = backend.linear(x, prepared, spec_of(form), rows, columns)
+        return found
+    out: Tensor = backend.linear(x.detach().reshape(-1, columns), prepared, spec_of(form), rows, columns)
     return out.view(*x.shape[:-1], rows)
 
 

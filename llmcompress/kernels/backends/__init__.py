@@ -8,7 +8,8 @@ A backend has three functions:
         what it needs in memory, from the tensors of the file, by the ends of their names (`kernels/stored.py`);
         those it can use as they are it hands on as they are
     linear(x, prepared, spec, rows, columns) -> Tensor
-        x (tokens, columns) in float32, bfloat16 or float16 -> (tokens, rows) in the same dtype
+        x (tokens, columns) in float32, bfloat16 or float16 -> (tokens, rows) in the same dtype; with `ANY_SHAPE = True`
+        in the file x is (..., columns), and may need a gradient, which it does not get here
 
 Two more, where weights of one format that read the same input can be multiplied as one:
 
@@ -72,11 +73,11 @@ def named(name: str) -> ModuleType:
 
 
 def choose(form: str, rows: int, columns: int, x: torch.Tensor) -> ModuleType:
-    """The backend that multiplies `x` (tokens, columns) with a weight (rows, columns) of a format, given as JSON.
+    """The backend that multiplies `x` (..., columns) with a weight (rows, columns) of a format, given as JSON.
 
     Raises InputError with the reason where the one that was asked for cannot.
     """
-    return _choose(os.environ.get(VARIABLE), form, (rows, columns, x.shape[0]), x.dtype, x.device.type)
+    return _choose(os.environ.get(VARIABLE), form, (rows, columns, x.numel() // columns), x.dtype, x.device.type)
 
 
 @lru_cache(maxsize=8192)

@@ -10,7 +10,9 @@ from llmcompress.errors import MachineError
 from llmcompress.kernels import compiled, stored
 from llmcompress.spec import FOUR_BIT, PER_ROW, WORD_BITS, LinearSpec
 
-JOB = struct.Struct("@24q")  # the fields of `Job` in native/job.h, in their order
+# the fields of `Job` in native/job.h, in their order: sizes, the weight, and what is of one call
+SIZES, WEIGHT, CALL = struct.Struct("@3q"), struct.Struct("@15q"), struct.Struct("@6q")
+ANY_SHAPE = True
 FORMATS = {"int": 0, "asymmetric": 1, "nf4": 2, "fp4": 2, "codebook": 3}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
 OFFSET = ".offset"
@@ -33,9 +35,16 @@ def why_not(spec: LinearSpec, rows: int, columns: int, *, tokens: int, dtype: to
     return compiled.library()[1] or None
 
 
+class Prepared(dict[str, Tensor]):
+    """Tensors by the ends of their names, and the fields of a job that they are, for as long as they stay where they are."""
+
+    places: tuple[int, ...] = ()
+    fields: bytes = b""
+
+
 def prepare(tensors: Mapping[str, Tensor], spec: LinearSpec) -> dict[str, Tensor]:
     """The tensors of the file, and what the record of a doubly quantized one says."""
-    found = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    found = Prepared({name: tensor.contiguous() for name, tensor in tensors.items()})
     if spec.double:
         found[OFFSET] = stored.nested_offset(spec.kind, tensors)
     return found
@@ -44,23 +53,28 @@ def prepare(tensors: Mapping[str, Tensor], spec: LinearSpec) -> dict[str, Tensor
 def linear(
     x: Tensor, prepared: Mapping[str, Tensor], spec: LinearSpec, rows: int, columns: int, *, level: int = BEST
 ) -> Tensor:
-    """Inputs `(tokens, columns)` times the weight, `(tokens, rows)`; `level` keeps to simpler instructions."""
+    """Inputs `(..., columns)` times the weight, `(..., rows)`; `level` keeps to simpler instructions."""
     library, why = compiled.library()
     if library is None:
         raise MachineError(f"no native kernels: {why}", "use another backend")
     x = x.contiguous()
-    out = torch.empty((x.shape[0], rows), dtype=x.dtype)
-    job = JOB.pack(
-        rows, columns, x.shape[0],
-        *_weight(prepared, spec, columns),
-        x.data_ptr(), out.data_ptr(), DTYPES[x.dtype], torch.get_num_threads(), level, compiled.team(),
-    )  # fmt: skip
-    if library.llmcompress_linear(job):
+    out = torch.empty((*x.shape[:-1], rows), dtype=x.dtype)
+    weight = _fields(prepared, spec, columns) if isinstance(prepared, Prepared) else _weight(prepared, spec, columns)
+    call = CALL.pack(x.data_ptr(), out.data_ptr(), DTYPES[x.dtype], torch.get_num_threads(), level, compiled.team())
+    if library.llmcompress_linear(SIZES.pack(rows, columns, x.numel() // columns) + weight + call):
         raise MachineError("out of memory", "give fewer tokens at a time")
     return out
 
 
-def _weight(prepared: Mapping[str, Tensor], spec: LinearSpec, columns: int) -> tuple[int, ...]:
+def _fields(prepared: Prepared, spec: LinearSpec, columns: int) -> bytes:
+    """As `_weight`, kept from call to call while no tensor has been given other memory."""
+    places = tuple([tensor.data_ptr() for tensor in prepared.values()])
+    if prepared.places != places:
+        prepared.places, prepared.fields = places, _weight(prepared, spec, columns)
+    return prepared.fields
+
+
+def _weight(prepared: Mapping[str, Tensor], spec: LinearSpec, columns: int) -> bytes:
     """The fields of a job from `format` to `high_stride`."""
     scale, zero, table, high = (prepared.get(name) for name in (stored.SCALE, stored.ZERO, stored.CODEBOOK, HIGHER))
     nested = (0, 0, 0)
@@ -72,7 +86,7 @@ def _weight(prepared: Mapping[str, Tensor], spec: LinearSpec, columns: int) -> t
     else:
         codes = prepared[stored.PACKED]
         stride = codes.shape[1] * WORD_BYTES
-    return (
+    return WEIGHT.pack(
         FORMATS[spec.kind], spec.bits, spec.group_size, stride, codes.data_ptr(),
         0 if scale is None else scale.data_ptr(), 0 if scale is None else DTYPES[scale.dtype],
         0 if zero is None else zero.data_ptr(), 0 if table is None else table.data_ptr(), *nested,

@@ -41,7 +41,7 @@ DEEP Halves code_bytes(const uint8_t *codes, int bits, int64_t size) {
 /* One block of inputs as a packet. */
 DEEP_ENTRY void byte_inputs(const Job *job, const Inputs *x, int64_t token, int64_t block) {
     int64_t input = token * ((job->columns + BLOCK - 1) / BLOCK) + block;
-    int8_t upper[BLOCK], lower[BLOCK], places[2][BLOCK / 2], *to = x->packets + input * PACKET;
+    int8_t upper[BLOCK], lower[BLOCK], *to = x->packets + input * PACKET;
     __m512i whole[FIELDS], sums = _mm512_setzero_si512();
     x->scale[input] = rounded_block(job, token, block, whole);
     UNROLL
@@ -50,13 +50,14 @@ DEEP_ENTRY void byte_inputs(const Job *job, const Inputs *x, int64_t token, int6
         _mm_storeu_si128((__m128i *)(upper + v * LANES), _mm512_cvtepi32_epi8(top));
         _mm_storeu_si128((__m128i *)(lower + v * LANES), _mm512_cvtepi32_epi8(whole[v]));
     }
-    for (int half = 0; half < 2; half++)
-        for (int k = 0; k < BLOCK / 2; k++)
-            places[half][k] = (int8_t)(k / 4 * 8 + (job->bits == 4 ? k % 4 * 2 + half : half * 4 + k % 4));
+    const __m512i counting = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    __m512i of_first = _mm512_set1_epi32(job->bits == 4 ? 0x06040200 : 0x03020100), places[2];  /* in a lane */
+    places[0] = _mm512_add_epi32(of_first, _mm512_mullo_epi32(counting, _mm512_set1_epi32(0x08080808)));
+    places[1] = _mm512_add_epi8(places[0], _mm512_set1_epi8(job->bits == 4 ? 1 : 4));
+    UNROLL
     for (int part = 0; part < 4; part++) {
         const int8_t *of = part < 2 ? upper : lower;
-        __m512i found = _mm512_permutex2var_epi8(_mm512_loadu_si512(of), _mm512_loadu_si512(places[part & 1]),
-                                                 _mm512_loadu_si512(of + BLOCK / 2));
+        __m512i found = _mm512_permutex2var_epi8(_mm512_loadu_si512(of), places[part & 1], _mm512_loadu_si512(of + BLOCK / 2));
         _mm512_storeu_si512(to + part * 64, found);
         if (part == 2) sums = _mm512_slli_epi32(sums, 8);
         sums = _mm512_dpbusd_epi32(sums, _mm512_set1_epi8(1), found);

@@ -30,7 +30,7 @@ typedef struct {
     int level;
     int64_t step, scratch, length; /* rows at a time; floats a thread needs; columns in whole blocks */
     Inputs x;
-    Regions rows;
+    Regions *rows;
     atomic_llong next_token, failed;
 } Work;
 
@@ -82,8 +82,8 @@ static void rows_some(void *data) {
     Work *work = data;
     const Job *job = work->job;
     float *scratch = NULL;
-    Span span = first_span(&work->rows);
-    while (next_span(&work->rows, work->step, &span)) {
+    Span span = first_span(work->rows);
+    while (next_span(work->rows, work->step, &span)) {
         if (!scratch && !(scratch = malloc((size_t)work->scratch * sizeof(float)))) {
             atomic_store(&work->failed, 1);
             return;
@@ -107,7 +107,8 @@ static char *room_for_inputs(const Work *work, Inputs *x) {
 
 /* 0, or 1 where memory ran out; `out` is then not complete. */
 int llmcompress_linear(const Job *job) {
-    Work work = {.job = job};
+    Regions rows;
+    Work work = {.job = job, .rows = &rows};
     work.level = in_blocks(job) ? level_of(job->level, job->dtype == F32 ? AVX512 : VNNI) : SCALAR;  /* float32 stays exact */
     int blocked = work.level != SCALAR;
     work.step = blocked ? 128 : 8;
@@ -118,7 +119,7 @@ int llmcompress_linear(const Job *job) {
     if (!memory) return 1;
     int64_t threads = job->rows * job->columns * job->tokens < 1 << 17 ? 1 : job->threads;
     together(job->team, spread_some, &work, job->team && job->tokens > 7 ? threads : 1);
-    set_regions(&work.rows, job->rows, threads, ROWS);
+    set_regions(&rows, job->rows, threads, ROWS);
     together(job->team, rows_some, &work, threads);
     free(memory);
     return (int)atomic_load(&work.failed);

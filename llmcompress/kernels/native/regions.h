@@ -23,7 +23,8 @@ static int64_t region_begin(const Regions *all, int64_t region) {
 
 /* Regions begin at multiples of `whole`. */
 static void set_regions(Regions *all, int64_t items, int64_t threads, int64_t whole) {
-    *all = (Regions){items, threads < 1 ? 1 : threads > MOST_REGIONS ? MOST_REGIONS : threads, whole, 0, {{0}}};
+    all->items = items, all->whole = whole, all->regions = threads < 1 ? 1 : threads > MOST_REGIONS ? MOST_REGIONS : threads;
+    atomic_store(&all->threads, 0);
     for (int64_t r = 0; r < all->regions; r++) atomic_store(&all->region[r].next, region_begin(all, r));
 }
 
