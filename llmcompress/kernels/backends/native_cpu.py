@@ -11,7 +11,7 @@ from llmcompress.kernels import compiled, stored
 from llmcompress.spec import FOUR_BIT, PER_ROW, WORD_BITS, LinearSpec
 
 # the fields of `Job` in native/job.h, in their order: sizes, the weight, and what is of one call
-SIZES, WEIGHT, CALL = struct.Struct("@3q"), struct.Struct("@15q"), struct.Struct("@6q")
+SIZES, WEIGHT, CALL = struct.Struct("@3q"), struct.Struct("@16q"), struct.Struct("@6q")
 ANY_SHAPE = True
 FORMATS = {"int": 0, "asymmetric": 1, "nf4": 2, "fp4": 2, "codebook": 3}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
@@ -87,7 +87,7 @@ def _weight(prepared: Mapping[str, Tensor], spec: LinearSpec, columns: int) -> b
         codes = prepared[stored.PACKED]
         stride = codes.shape[1] * WORD_BYTES
     return WEIGHT.pack(
-        FORMATS[spec.kind], spec.bits, spec.group_size, stride, codes.data_ptr(),
+        FORMATS[spec.kind], spec.bits, spec.group_size, columns // (spec.group_size or columns), stride, codes.data_ptr(),
         0 if scale is None else scale.data_ptr(), 0 if scale is None else DTYPES[scale.dtype],
         0 if zero is None else zero.data_ptr(), 0 if table is None else table.data_ptr(), *nested,
         0 if high is None else prepared[stored.HIGH].data_ptr(), 0 if high is None else high.data_ptr(),

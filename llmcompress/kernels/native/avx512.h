@@ -50,22 +50,32 @@ WIDE __m512 of_lanes(const float *from, __m512i lanes) {
     return _mm512_permutexvar_ps(lanes, _mm512_loadu_ps(from));
 }
 
-/* Scales of one row that are 8-bit codes, sixteen at a time; `to` has room for LANES more, which become zero. */
-WIDE_ENTRY void wide_scales(const Job *job, int64_t row, float *to) {
-    int64_t groups = groups_of(job), base = row * groups;
-    const uint8_t *codes = (const uint8_t *)job->scale + base;
+/* Sixteen scales that are 8-bit codes, from number `place` of the weight on; zero where they are not `there`. */
+WIDE __m512 nested_scales(const Job *job, int64_t place, __mmask16 there) {
     const __m512i counting = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    for (int64_t g = 0; g < groups; g += LANES) {
-        __mmask16 there = groups - g < LANES ? (__mmask16)((1u << (groups - g)) - 1) : 0xffff;
-        __m512i code = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(there, codes + g));
-        int64_t first = (base + g) >> 8, inside = (base + g) & 255;
-        __m512i block = _mm512_srli_epi32(_mm512_add_epi32(counting, _mm512_set1_epi32((int)inside)), 8);
-        __m512 value = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), there, code, job->nested_map, 4);
-        __m512 largest = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), there, block, job->nested_absmax + first, 4);
-        __m512 scale = _mm512_add_ps(_mm512_mul_ps(value, largest), _mm512_set1_ps(*job->nested_offset));
-        _mm512_storeu_ps(to + g, _mm512_maskz_mov_ps(there, scale));
-    }
-    memset(to + groups, 0, LANES * sizeof(float));
+    __m512i code = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(there, (const uint8_t *)job->scale + place));
+    int64_t first = place >> 8, inside = place & 255;
+    __m512i block = _mm512_srli_epi32(_mm512_add_epi32(counting, _mm512_set1_epi32((int)inside)), 8);
+    __m512 value = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), there, code, job->nested_map, 4);
+    __m512 largest = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), there, block, job->nested_absmax + first, 4);
+    return _mm512_maskz_mov_ps(there, _mm512_add_ps(_mm512_mul_ps(value, largest), _mm512_set1_ps(*job->nested_offset)));
+}
+
+/* Scales `g` to `g + 15` of one row, zero past its last one. */
+WIDE __m512 sixteen_scales(const Job *job, int64_t row, int64_t g) {
+    int64_t place = row * job->groups + g, left = job->groups - g;
+    __mmask16 there = left < LANES ? (__mmask16)((1u << left) - 1) : 0xffff;
+    if (job->scale_dtype == DOUBLE) return nested_scales(job, place, there);
+    if (job->scale_dtype == F32) return _mm512_maskz_loadu_ps(there, (const float *)job->scale + place);
+    __m256i bits = _mm256_maskz_loadu_epi16(there, (const uint16_t *)job->scale + place);
+    if (job->scale_dtype == F16) return _mm512_cvtph_ps(bits);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+
+/* As `row_scales`, where there are groups. */
+WIDE_ENTRY void wide_scales(const Job *job, int64_t row, float *to) {
+    for (int64_t g = 0; g < job->groups; g += LANES) _mm512_storeu_ps(to + g, sixteen_scales(job, row, g));
+    memset(to + job->groups, 0, LANES * sizeof(float));
 }
 
 /* Four rows times `count` tokens. One token: scale after the sum over a block; more: scale the weights, once for all. */

@@ -24,6 +24,7 @@ typedef struct {
     int64_t per_block, blocks;              /* scales of a block; blocks of a scale, at least 1 */
     int lanes[LANES];                       /* which scale of those of a block a lane takes */
     int owners[LANES];                      /* the other way round: which block, of those that sixteen scales cover */
+    int64_t covered;                        /* how many those are */
     float *joint[ROWS];                     /* room for the scales of each row times those of the inputs */
 } Quad;
 
@@ -40,7 +41,7 @@ static inline int64_t scale_place(const Quad *quad, int64_t block) {
     return quad->blocks == 1 ? block * quad->per_block : block / quad->blocks;
 }
 
-/* How the scales of a row are read; as `row_scales`. */
+/* How the scales of a row are read; as `row_scales`. Null where the kernel reads them. */
 typedef void (*Scales)(const Job *, int64_t row, float *to);
 
 /* Tokens from `token` on, at most four, of four rows. */
@@ -67,7 +68,7 @@ static void fill_tables(const Job *job, Quad *quad, int r) {
 }
 
 static void quad_rows(const Job *job, Quad *quad, const float *scales, int64_t first, int64_t last, int64_t row) {
-    int64_t room = groups_of(job) + LANES;
+    int64_t room = job->groups + LANES;
     for (int r = 0; r < ROWS; r++) {  /* past the last row, the last one again */
         int64_t mine = row + r < last ? row + r : last - 1;
         quad->row[r] = mine;
@@ -81,24 +82,24 @@ static void quad_rows(const Job *job, Quad *quad, const float *scales, int64_t f
 /* Scales and zero-points of rows [first, last), from `to` on, and the processor told of those that follow. */
 static void load_scales(const Job *job, int64_t first, int64_t last, float *to, Scales scales) {
     static const int64_t bytes[] = {4, 2, 2, 1};  /* of a scale, by dtype */
-    int64_t groups = groups_of(job), room = groups + LANES, size = groups * bytes[job->scale_dtype];
+    int64_t groups = job->groups, room = groups + LANES, size = groups * bytes[job->scale_dtype];
     const char *next = (const char *)job->scale + (first + SCALES_AHEAD) * size;
     if (job->group)
         for (int64_t place = 0; place < (last - first) * size; place += 64) __builtin_prefetch(next + place);
     for (int64_t row = first; row < last; row++) {
-        scales(job, row, to + (row - first) * room);
+        if (scales) scales(job, row, to + (row - first) * room);
         if (job->format == ASYMMETRIC) row_zeros(job, row, to + (last - first + row - first) * room);
     }
 }
 
 static inline int64_t joint_room(const Job *job) {
-    int64_t groups = groups_of(job), blocks = (job->columns + BLOCK - 1) / BLOCK;
+    int64_t groups = job->groups, blocks = (job->columns + BLOCK - 1) / BLOCK;
     return (groups > blocks ? groups : blocks) + 2 * LANES;
 }
 
 /* Floats that `rows_blocks` needs for so many rows. */
 static inline int64_t room_of(const Job *job, int64_t rows) {
-    return 2 * rows * (groups_of(job) + LANES) + ROWS * joint_room(job);
+    return 2 * rows * (job->groups + LANES) + ROWS * joint_room(job);
 }
 
 /* Rows [first, last) of all tokens; `scratch` has `room_of` floats. Few tokens pass over the rows once, and then scales are
@@ -108,12 +109,13 @@ static void rows_blocks(const Job *job, const Inputs *x, int64_t first, int64_t 
     Quad quad = {.step = {1.0f, 1.0f, 1.0f, 1.0f}};
     if (job->bits < 8 && job->format != CODEBOOK)
         for (int r = 0; r < ROWS; r++) fill_tables(job, &quad, r);
-    int64_t group = groups_of(job) == 1 ? job->columns + 2 * BLOCK : job->group;  /* one for all: more than there are */
+    int64_t group = job->groups == 1 ? job->columns + 2 * BLOCK : job->group;  /* one for all: more than there are */
     int64_t height = job->tokens > 4 ? last - first : ROWS;
     quad.per_block = group < BLOCK ? BLOCK / group : 1;
     quad.blocks = group < BLOCK ? 1 : group / BLOCK;
+    quad.covered = LANES / quad.per_block;
     for (int r = 0; r < ROWS; r++)
-        quad.joint[r] = scratch + 2 * height * (groups_of(job) + LANES) + r * joint_room(job);
+        quad.joint[r] = scratch + 2 * height * (job->groups + LANES) + r * joint_room(job);
     for (int lane = 0; lane < LANES; lane++) {
         quad.lanes[lane] = (int)(lane * quad.per_block / LANES);
         quad.owners[lane] = (int)(lane / quad.per_block);

@@ -5,6 +5,9 @@
 #include "words.h"
 #include "bytes.h"
 
+/* Whether rows of one token take their scales from the weight itself, not from scratch. */
+static int reads_own_scales(const Job *job) { return job->group && job->group <= BLOCK; }
+
 /* One block, of which `rest` bytes are there in each row. */
 DEEP void deep_block(const Job *job, const Quad *quad, const Inputs *x, int64_t first, int64_t block, int64_t rest,
                      Shape is, __m512 sum[ROWS][4]) {
@@ -47,17 +50,18 @@ DEEP void deep_tokens(const Job *job, const Quad *quad, const Inputs *x, int64_t
 }
 
 /* The scales of row `r` times those of one token's blocks: as many as there are in a block, or one for each block. */
-DEEP void joint_scales(const Quad *quad, int r, const float *of_blocks, int64_t blocks) {
-    const float *scale = quad->scale[r];
+DEEP void joint_scales(const Job *job, const Quad *quad, int r, const float *of_blocks, int64_t blocks) {
+    float *to = quad->joint[r];
+    if (!reads_own_scales(job)) {
+        for (int64_t block = 0; block < blocks; block++) to[block] = quad->scale[r][block / quad->blocks] * of_blocks[block];
+        return;
+    }
     const __m512i owners = _mm512_loadu_si512(quad->owners);
-    int64_t places = blocks * quad->per_block, step = LANES / quad->per_block;
-    if (quad->blocks > 1)
-        for (int64_t block = 0; block < blocks; block++) quad->joint[r][block] = scale[block / quad->blocks] * of_blocks[block];
-    else
-        for (int64_t place = 0; place < places; place += LANES, of_blocks += step) {
-            __m512 inputs = _mm512_permutexvar_ps(owners, _mm512_loadu_ps(of_blocks));
-            _mm512_storeu_ps(quad->joint[r] + place, _mm512_mul_ps(inputs, _mm512_loadu_ps(scale + place)));
-        }
+    for (int64_t g = 0; g < job->groups; g += LANES, of_blocks += quad->covered) {
+        __m512 inputs = _mm512_permutexvar_ps(owners, _mm512_loadu_ps(of_blocks));
+        _mm512_storeu_ps(to + g, _mm512_mul_ps(inputs, sixteen_scales(job, quad->row[r], g)));
+    }
+    _mm512_storeu_ps(to + job->groups, _mm512_setzero_ps());
 }
 
 /* What is the same for all blocks of a row. */
@@ -88,8 +92,8 @@ DEEP __m512 row_block(const Row *row, const uint8_t *codes, const int8_t *packet
     return _mm512_fmadd_ps(value, of_block(row, row->joint, block, is.count), sum);
 }
 
-/* One row times one token; here `count` of the shape is scales in a block, as `of_block` takes it. */
-DEEP void deep_row(const Job *job, const Quad *quad, const Inputs *x, int64_t token, int r, Shape is) {
+/* One row times one token, in lanes; here `count` of the shape is scales in a block, as `of_block` takes it. */
+DEEP __m512 deep_row(const Job *job, const Quad *quad, const Inputs *x, int64_t token, int r, Shape is) {
     int64_t size = LANES * is.bits, full = job->columns / BLOCK, blocks = (job->columns + BLOCK - 1) / BLOCK;
     int64_t block = 0, safe = is.bits == 3 && full ? full - 1 : full;  /* 64 bytes are read for 48 */
     const uint8_t *codes = quad->codes[r];
@@ -106,16 +110,28 @@ DEEP void deep_row(const Job *job, const Quad *quad, const Inputs *x, int64_t to
     }
     for (; block < blocks; block++, codes += size, packet += step)
         sum = row_block(&row, codes, packet, block, block < full ? size : job->stride - full * size, is, sum);
-    write_as(job->out, job->dtype, token * job->rows + quad->row[r], _mm512_reduce_add_ps(sum) * quad->step[r]);
+    return sum;
+}
+
+/* The sums of the lanes of four rows. */
+DEEP __m128 four_sums(const __m512 rows[ROWS]) {
+    __m256 half[ROWS];
+    UNROLL
+    for (int r = 0; r < ROWS; r++)
+        half[r] = _mm256_add_ps(_mm512_castps512_ps256(rows[r]), _mm512_extractf32x8_ps(rows[r], 1));
+    __m256 all = _mm256_hadd_ps(_mm256_hadd_ps(half[0], half[1]), _mm256_hadd_ps(half[2], half[3]));
+    return _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
 }
 
 /* All rows times one token, one after the other. */
 DEEP void deep_rows(const Job *job, const Quad *quad, const Inputs *x, int64_t token, Shape is) {
     int64_t blocks = (job->columns + BLOCK - 1) / BLOCK;
-    int rows = 1;
-    while (rows < ROWS && quad->row[rows] != quad->row[rows - 1]) rows++;
-    for (int r = 0; r < rows; r++) joint_scales(quad, r, x->scale + token * blocks, blocks);
-    for (int r = 0; r < rows; r++) deep_row(job, quad, x, token, r, is);
+    __m512 sum[ROWS];
+    float found[ROWS];
+    for (int r = 0; r < ROWS; r++) joint_scales(job, quad, r, x->scale + token * blocks, blocks);
+    for (int r = 0; r < ROWS; r++) sum[r] = deep_row(job, quad, x, token, r, is);
+    _mm_storeu_ps(found, _mm_mul_ps(four_sums(sum), _mm_loadu_ps(quad->step)));
+    for (int r = 0; r < ROWS; r++) write_as(job->out, job->dtype, token * job->rows + quad->row[r], found[r]);
 }
 
 DEEP void deep_all(const Job *job, const Quad *quad, const Inputs *x, int64_t token, Shape is) {

@@ -16,7 +16,7 @@ enum { BLOCK = 128, LANES = 16, FIELDS = 8, ROWS = 4, HIGH_BITS = 2, TABLE_MOST 
 
 typedef struct {
     int64_t rows, columns, tokens;
-    int64_t format, bits, group;      /* group 0: one scale of 1.0 for everything */
+    int64_t format, bits, group, groups;  /* group 0: one scale of 1.0 for everything; groups of a row, at least 1 */
     int64_t stride;                   /* bytes of a row of codes */
     const uint8_t *codes;
     const void *scale;                /* of dtype scale_dtype, (rows, groups) */
@@ -89,11 +89,9 @@ static inline void write_as(void *to, int64_t dtype, int64_t place, float value)
     else ((uint16_t *)to)[place] = dtype == BF16 ? to_bf16(value) : to_f16(value);
 }
 
-static inline int64_t groups_of(const Job *job) { return job->group ? job->columns / job->group : 1; }
-
 /* Scales of one row; `to` has room for LANES more, which become zero so that what lies past the end adds nothing. */
 static inline void row_scales(const Job *job, int64_t row, float *to) {
-    int64_t groups = groups_of(job), base = row * groups;
+    int64_t groups = job->groups, base = row * groups;
     if (!job->group) to[0] = 1.0f;
     else if (job->scale_dtype == DOUBLE) {
         const uint8_t *codes = (const uint8_t *)job->scale + base;
@@ -114,7 +112,7 @@ static inline void row_scales(const Job *job, int64_t row, float *to) {
 
 /* Zero-points of one row in codes, less the middle code. */
 static inline void row_zeros(const Job *job, int64_t row, float *to) {
-    int64_t groups = groups_of(job);
+    int64_t groups = job->groups;
     float step = 1.0f / (float)(1 << (8 - job->bits)), middle = (float)(1 << (job->bits - 1));
     for (int64_t g = 0; g < groups; g++) to[g] = (float)job->zero[row * groups + g] * step - middle;
     memset(to + groups, 0, LANES * sizeof(float));

@@ -22,7 +22,7 @@ static int in_blocks(const Job *job) {
     int64_t bits = job->bits, group = job->group;
     if (job->high_mask || (bits != 2 && bits != 3 && bits != 4 && bits != 8)) return 0;
     if (job->format == CODEBOOK && bits == 8) return 0;
-    return groups_of(job) == 1 || group % BLOCK == 0 || group == 8 || group == 16 || group == 32 || group == 64;
+    return job->groups == 1 || group % BLOCK == 0 || group == 8 || group == 16 || group == 32 || group == 64;
 }
 
 typedef struct {
@@ -71,7 +71,8 @@ static Kernel kernel_of(const Job *job, int level) {
 
 static Scales scales_of(const Job *job, int level) {
 #if defined(__x86_64__)
-    if (level >= AVX512 && job->group && job->scale_dtype == DOUBLE) return wide_scales;
+    if (level == VNNI && job->tokens == 1 && reads_own_scales(job)) return NULL;
+    if (level >= AVX512 && job->group) return wide_scales;
 #else
     (void)job, (void)level;
 #endif

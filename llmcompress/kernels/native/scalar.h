@@ -13,7 +13,7 @@ static inline unsigned code_at(const uint8_t *row, int64_t bits, int64_t place) 
 static void unpack_row(const Job *job, int64_t row, const float *scale, float *to) {
     float table[256], step = 1.0f / (float)(1 << (8 - job->bits));
     const uint8_t *codes = job->codes + row * job->stride;
-    int64_t groups = groups_of(job), low = 0, high = 0, wide = job->bits + HIGH_BITS, group = -1, left = 0;
+    int64_t groups = job->groups, low = 0, high = 0, wide = job->bits + HIGH_BITS, group = -1, left = 0;
     row_table(job, row, table);
     float zero = 0.0f;
     for (int64_t column = 0; column < job->columns; column++) {

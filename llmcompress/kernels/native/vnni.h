@@ -6,7 +6,7 @@
 #ifndef VNNI_H
 #define VNNI_H
 #include <immintrin.h>
-#include "blocks.h"
+#include "avx512.h"
 
 #define DEEP static inline __attribute__((always_inline, target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,fma")))
 #define DEEP_ENTRY static __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,fma")))
