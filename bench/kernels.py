@@ -3,7 +3,8 @@
     python bench/kernels.py --threads 2 --json bench/results/kernels-cpu.json
 
 Prints, for each shape and number of tokens, the fastest tenth and the median of the times, bytes of weights per
-second, and the error against float64 arithmetic on the weights that each really stores. `--realtime` keeps other
+second, and the error against float64 arithmetic on the weights that each really stores. All have their weights in huge
+pages, where the system gives them. `--realtime` keeps other
 programs of the machine from running in between (needs the right to do so); caches have forgotten the weights of one
 call before its next turn.
 """
@@ -20,7 +21,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llmcompress.kernels import backends, stored
+from llmcompress.kernels import backends, ops, stored
+from llmcompress.kernels.pages import in_huge_pages
 from llmcompress.kernels.samples import random_codes
 from llmcompress.runtime.timing import Contender, dense, packed, race, read_gigabytes_per_second
 from llmcompress.spec import LinearSpec
@@ -58,6 +60,12 @@ def forced(name: str, contender: Contender) -> Contender:
     return Contender(contender.label, tuple(map(call, contender.calls)), contender.weight_bytes, contender.error)
 
 
+def huge(tensor: Tensor) -> Tensor:
+    """The same tensor, with what our backend asks of the system for its own."""
+    in_huge_pages(tensor)
+    return tensor
+
+
 def int4pack(size: tuple[int, int], x: Tensor) -> Contender:
     """torch's own 4-bit kernel in groups of 128, bfloat16."""
     rows, columns = size
@@ -65,7 +73,7 @@ def int4pack(size: tuple[int, int], x: Tensor) -> Contender:
     scale = torch.rand(columns // 128, rows, dtype=torch.float32).bfloat16()
     both = torch.stack([scale, torch.zeros_like(scale)], dim=2).contiguous()
     base = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 2)
-    every = [base.clone() for _ in range(max(2, FORGOTTEN // base.numel()))]
+    every = [huge(base.clone()) for _ in range(max(2, FORGOTTEN // base.numel()))]
     run = torch.ops.aten._weight_int4pack_mm_for_cpu
     calls = tuple((lambda x, w=w: run(x, w, 128, both)) for w in every)
     weight = (codes.float() - 8) * scale.float().T.repeat_interleave(128, dim=1)
@@ -76,9 +84,13 @@ def int4pack(size: tuple[int, int], x: Tensor) -> Contender:
 
 def bitsandbytes(size: tuple[int, int], x: Tensor) -> Contender:
     """bitsandbytes' packed kernel for nf4, bfloat16."""
+    copies, bnb, form = copies_of(NF4, size), backends.named("bnb"), NF4.model_dump_json()
     with backends.use("bnb"):
-        found = packed("bitsandbytes nf4", NF4, copies_of(NF4, size), x)
-    return forced("bnb", found)
+        found = packed("bitsandbytes nf4", NF4, copies[:1], x)
+    every = [{name: huge(tensor) for name, tensor in bnb.prepare(copy, NF4).items()} for copy in copies]
+    names = ops.names_of("bnb", tuple(every[0]))
+    calls = tuple((lambda x, w=list(copy.values()): ops.run(x, w, names, form, size)) for copy in every)
+    return Contender(found.label, calls, found.weight_bytes, found.error)
 
 
 def contenders(size: tuple[int, int], tokens: int, labels: list[str]) -> list[Contender]:
@@ -94,7 +106,7 @@ def contenders(size: tuple[int, int], tokens: int, labels: list[str]) -> list[Co
                 ours = packed(f"{label} {name}", spec, copies_of(spec, size), x)
             found.append(forced(name, ours))
     weight = [torch.randn(size) for _ in range(2)]
-    found += [dense(f"F.linear {str(d)[6:]}", [w.to(d) for w in weight], x) for d in (torch.float32, torch.bfloat16)]
+    found += [dense(f"F.linear {str(d)[6:]}", [huge(w.to(d)) for w in weight], x) for d in (torch.float32, torch.bfloat16)]
     return [*found, int4pack(size, x), bitsandbytes(size, x)]
 
 

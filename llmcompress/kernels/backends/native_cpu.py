@@ -8,6 +8,7 @@ from torch import Tensor
 
 from llmcompress.errors import MachineError
 from llmcompress.kernels import compiled, stored
+from llmcompress.kernels.pages import in_huge_pages
 from llmcompress.spec import FOUR_BIT, PER_ROW, WORD_BITS, LinearSpec
 
 # the fields of `Job` in native/job.h, in their order: sizes, the weight, and what is of one call
@@ -47,6 +48,8 @@ def prepare(tensors: Mapping[str, Tensor], spec: LinearSpec) -> dict[str, Tensor
     found = Prepared({name: tensor.contiguous() for name, tensor in tensors.items()})
     if spec.double:
         found[OFFSET] = stored.nested_offset(spec.kind, tensors)
+    for tensor in found.values():
+        in_huge_pages(tensor)
     return found
 
 

@@ -67,6 +67,13 @@ static void fill_tables(const Job *job, Quad *quad, int r) {
     memcpy(quad->integers[r] + LANES, quad->integers[r], LANES * sizeof(int16_t));
 }
 
+/* The same as for the first row. */
+static void copy_tables(Quad *quad, int r) {
+    memcpy(quad->table[r], quad->table[0], sizeof quad->table[0]);
+    memcpy(quad->integers[r], quad->integers[0], sizeof quad->integers[0]);
+    quad->step[r] = quad->step[0];
+}
+
 static void quad_rows(const Job *job, Quad *quad, const float *scales, int64_t first, int64_t last, int64_t row) {
     int64_t room = job->groups + LANES;
     for (int r = 0; r < ROWS; r++) {  /* past the last row, the last one again */
@@ -107,8 +114,10 @@ static inline int64_t room_of(const Job *job, int64_t rows) {
 static void rows_blocks(const Job *job, const Inputs *x, int64_t first, int64_t last, float *scratch, Kernel kernel,
                         Scales scales) {
     Quad quad = {.step = {1.0f, 1.0f, 1.0f, 1.0f}};
-    if (job->bits < 8 && job->format != CODEBOOK)
-        for (int r = 0; r < ROWS; r++) fill_tables(job, &quad, r);
+    if (job->bits < 8 && job->format != CODEBOOK) {
+        fill_tables(job, &quad, 0);
+        for (int r = 1; r < ROWS; r++) copy_tables(&quad, r);
+    }
     int64_t group = job->groups == 1 ? job->columns + 2 * BLOCK : job->group;  /* one for all: more than there are */
     int64_t height = job->tokens > 4 ? last - first : ROWS;
     quad.per_block = group < BLOCK ? BLOCK / group : 1;

@@ -113,7 +113,6 @@ int llmcompress_linear(const Job *job) {
     work.level = in_blocks(job) ? level_of(job->level, job->dtype == F32 ? AVX512 : VNNI) : SCALAR;  /* float32 stays exact */
     int blocked = work.level != SCALAR;
     work.step = blocked ? 128 : 8;
-    while (work.step > ROWS && job->rows < work.step * job->threads * 4) work.step /= 2;
     work.length = blocked ? (job->columns + BLOCK - 1) / BLOCK * BLOCK : job->columns;
     work.scratch = blocked ? room_of(job, work.step) : 2 * job->columns + LANES;
     char *memory = room_for_inputs(&work, &work.x);

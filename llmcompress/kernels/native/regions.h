@@ -4,7 +4,7 @@
 #include <stdatomic.h>
 #include <stdint.h>
 
-enum { MOST_REGIONS = 64 };
+enum { MOST_REGIONS = 64, LEAST_WHOLES = 4 };
 
 /* Items in as many regions as there are threads. A thread goes through one of its own in a straight line, then helps with the
    others, so that none waits long for the last. */
@@ -33,12 +33,14 @@ static Span first_span(Regions *all) {
     return (Span){0, 0, atomic_fetch_add(&all->threads, 1) % all->regions, all->regions};
 }
 
-/* The next `step` items, or fewer; 0 where none are left. */
+/* The next `step` items, fewer towards the end of a region, so that threads end together; 0 where none are left. */
 static int next_span(Regions *all, int64_t step, Span *span) {
     for (; span->left; span->left--, span->region = (span->region + 1) % all->regions) {
-        int64_t end = region_begin(all, span->region + 1);
-        span->first = atomic_fetch_add(&all->region[span->region].next, step);
-        span->last = span->first + step < end ? span->first + step : end;
+        atomic_llong *next = &all->region[span->region].next;
+        int64_t end = region_begin(all, span->region + 1), wanted = (end - atomic_load(next)) / 4;
+        wanted = wanted > step ? step : wanted < LEAST_WHOLES * all->whole ? LEAST_WHOLES * all->whole : wanted / all->whole * all->whole;
+        span->first = atomic_fetch_add(next, wanted);
+        span->last = span->first + wanted < end ? span->first + wanted : end;
         if (span->first < end) return 1;
     }
     return 0;
