@@ -4,9 +4,8 @@
 
 Prints, for each shape and number of tokens, the fastest tenth and the median of the times, bytes of weights per
 second, and the error against float64 arithmetic on the weights that each really stores. All have their weights in huge
-pages, where the system gives them. `--realtime` keeps other
-programs of the machine from running in between (needs the right to do so); caches have forgotten the weights of one
-call before its next turn.
+pages, where the system gives them. `--realtime` keeps other programs of the machine from running in between (needs the
+right to do so); caches have forgotten the weights of one call before its next turn.
 """
 
 import argparse
@@ -89,7 +88,8 @@ def bitsandbytes(size: tuple[int, int], x: Tensor) -> Contender:
         found = packed("bitsandbytes nf4", NF4, copies[:1], x)
     every = [{name: huge(tensor) for name, tensor in bnb.prepare(copy, NF4).items()} for copy in copies]
     names = ops.names_of("bnb", tuple(every[0]))
-    calls = tuple((lambda x, w=list(copy.values()): ops.run(x, w, names, form, size)) for copy in every)
+    weights = [list(copy.values()) for copy in every]
+    calls = tuple((lambda x, w=w: ops.run(x, w, names, form, size)) for w in weights)
     return Contender(found.label, calls, found.weight_bytes, found.error)
 
 
@@ -106,7 +106,9 @@ def contenders(size: tuple[int, int], tokens: int, labels: list[str]) -> list[Co
                 ours = packed(f"{label} {name}", spec, copies_of(spec, size), x)
             found.append(forced(name, ours))
     weight = [torch.randn(size) for _ in range(2)]
-    found += [dense(f"F.linear {str(d)[6:]}", [huge(w.to(d)) for w in weight], x) for d in (torch.float32, torch.bfloat16)]
+    found += [
+        dense(f"F.linear {str(d)[6:]}", [huge(w.to(d)) for w in weight], x) for d in (torch.float32, torch.bfloat16)
+    ]
     return [*found, int4pack(size, x), bitsandbytes(size, x)]
 
 

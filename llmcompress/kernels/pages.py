@@ -1,4 +1,4 @@
-"""Memory in pages of two megabytes, where Linux has them: reading codes then waits for fewer translations of addresses."""
+"""Memory in pages of two megabytes, where Linux has them: reading then waits for fewer translations of addresses."""
 
 import ctypes
 import sys
@@ -27,8 +27,8 @@ def _madvise() -> Any:
 def in_huge_pages(tensor: Tensor) -> None:
     """Ask the system for huge pages under a tensor on CPU; it may not have any.
 
-    Contents, addresses and the memory taken stay what they are: only pages that lie wholly inside are asked for. What is
-    still in a file comes in huge pages when it is read, what is in memory is moved into them.
+    Contents, addresses and the memory taken stay what they are: only pages that lie wholly inside are asked for. What
+    is still in a file comes in huge pages when it is read, what is in memory is moved into them.
     """
     if tensor.device.type != "cpu" or (madvise := _madvise()) is None:
         return

@@ -198,3 +198,37 @@ def test_the_library_is_compiled_once_and_only_where_nobody_else_writes(
     folder.chmod(0o777)
     with pytest.raises(PermissionError, match="others may write"):
         compiled.build(program, folder)
+
+
+@needs_compiler
+@pytest.mark.parametrize("tokens", [1, 3, 9])
+@pytest.mark.parametrize("name", ["int3-g64", "nf4-g64", "asymmetric4-g32", "codebook3"])
+def test_results_do_not_depend_on_the_number_of_threads(name: str, tokens: int) -> None:
+    rows, columns = 1301, 192
+    tensors, names, form, size = arguments(name, rows, columns)
+    x = torch.randn(tokens, columns).bfloat16()
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.append(ops.run(x, tensors, names, form, size))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+@needs_compiler
+def test_a_weight_that_moves_and_a_user_who_decides_are_noticed_at_the_next_call() -> None:
+    tensors, names, form, size = arguments("int3-g64", 67, 192)
+    x = torch.randn(2, 192)
+    first = ops.run(x, tensors, names, form, size)
+    for tensor in tensors:
+        tensor.share_memory_()
+    assert torch.equal(ops.run(x, tensors, names, form, size), first)
+    tensors[0].zero_()
+    changed = ops.run(x, tensors, names, form, size)
+    assert not torch.allclose(changed, first)
+    with use("bnb"), pytest.raises(InputError, match="bnb cannot do this"):
+        ops.run(x, tensors, names, form, size)
+    torch.testing.assert_close(ops.run(x.double(), tensors, names, form, size), changed.double(), atol=1e-4, rtol=1e-4)

@@ -8,8 +8,11 @@ A backend has three functions:
         what it needs in memory, from the tensors of the file, by the ends of their names (`kernels/stored.py`);
         those it can use as they are it hands on as they are
     linear(x, prepared, spec, rows, columns) -> Tensor
-        x (tokens, columns) in float32, bfloat16 or float16 -> (tokens, rows) in the same dtype; with `ANY_SHAPE = True`
-        in the file x is (..., columns), and may need a gradient, which it does not get here
+        x (tokens, columns) in float32, bfloat16 or float16 -> (tokens, rows) in the same dtype
+
+One more, where a call is so quick that finding the backend counts:
+
+    bind(prepared, spec, rows, columns) -> call   call(x) of x (..., columns) gives (..., rows), or None where it cannot
 
 Two more, where weights of one format that read the same input can be multiplied as one:
 
@@ -72,20 +75,25 @@ def named(name: str) -> ModuleType:
     return find(__name__, name)
 
 
+def forced() -> str | None:
+    """The backend that a user asks for, where one does."""
+    return os.environ.get(VARIABLE)
+
+
 def choose(form: str, rows: int, columns: int, x: torch.Tensor) -> ModuleType:
     """The backend that multiplies `x` (..., columns) with a weight (rows, columns) of a format, given as JSON.
 
     Raises InputError with the reason where the one that was asked for cannot.
     """
-    return _choose(os.environ.get(VARIABLE), form, (rows, columns, x.numel() // columns), x.dtype, x.device.type)
+    return _choose(forced(), form, (rows, columns, x.numel() // columns), x.dtype, x.device.type)
 
 
 @lru_cache(maxsize=8192)
-def _choose(forced: str | None, form: str, size: tuple[int, int, int], dtype: torch.dtype, device: str) -> ModuleType:
+def _choose(only: str | None, form: str, size: tuple[int, int, int], dtype: torch.dtype, device: str) -> ModuleType:
     rows, columns, tokens = size
     spec = spec_of(form)
     names = available(__name__)
-    wanted = (forced,) if forced else [n for n in ORDER.get(device, ANYWHERE) if n in names]
+    wanted = (only,) if only else [n for n in ORDER.get(device, ANYWHERE) if n in names]
     for name in wanted:
         backend = find(__name__, name)
         reason = backend.why_not(spec, rows, columns, tokens=tokens, dtype=dtype, device=device)

@@ -1,7 +1,7 @@
 """The C library of `kernels/native`, on CPU: codes are read where the file has them, results are exact to float32."""
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -13,9 +13,9 @@ from llmcompress.spec import FOUR_BIT, PER_ROW, WORD_BITS, LinearSpec
 
 # the fields of `Job` in native/job.h, in their order: sizes, the weight, and what is of one call
 SIZES, WEIGHT, CALL = struct.Struct("@3q"), struct.Struct("@16q"), struct.Struct("@6q")
-ANY_SHAPE = True
 FORMATS = {"int": 0, "asymmetric": 1, "nf4": 2, "fp4": 2, "codebook": 3}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
+INPUTS = (torch.float32, torch.bfloat16, torch.float16)
 OFFSET = ".offset"
 MAP, ABSMAX, HIGHER = stored.NESTED_MAP, stored.NESTED_ABSMAX, stored.PACKED_HIGH
 WORD_BYTES = WORD_BITS // 8
@@ -27,7 +27,7 @@ def why_not(spec: LinearSpec, rows: int, columns: int, *, tokens: int, dtype: to
     """Why it cannot do a case, or None."""
     if str(device).partition(":")[0] != "cpu":
         return f"it is for CPU, not {device}"
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if dtype not in INPUTS:
         return f"inputs are {dtype}"
     if spec.kind in PER_ROW:
         return "one byte a weight is torch's business"
@@ -36,16 +36,9 @@ def why_not(spec: LinearSpec, rows: int, columns: int, *, tokens: int, dtype: to
     return compiled.library()[1] or None
 
 
-class Prepared(dict[str, Tensor]):
-    """Tensors by the ends of their names, and the fields of a job that they are, for as long as they stay where they are."""
-
-    places: tuple[int, ...] = ()
-    fields: bytes = b""
-
-
 def prepare(tensors: Mapping[str, Tensor], spec: LinearSpec) -> dict[str, Tensor]:
     """The tensors of the file, and what the record of a doubly quantized one says."""
-    found = Prepared({name: tensor.contiguous() for name, tensor in tensors.items()})
+    found = {name: tensor.contiguous() for name, tensor in tensors.items()}
     if spec.double:
         found[OFFSET] = stored.nested_offset(spec.kind, tensors)
     for tensor in found.values():
@@ -57,24 +50,39 @@ def linear(
     x: Tensor, prepared: Mapping[str, Tensor], spec: LinearSpec, rows: int, columns: int, *, level: int = BEST
 ) -> Tensor:
     """Inputs `(..., columns)` times the weight, `(..., rows)`; `level` keeps to simpler instructions."""
+    return _call(x, _weight(prepared, spec, columns), rows, columns, level=level)
+
+
+def bind(
+    prepared: Mapping[str, Tensor], spec: LinearSpec, rows: int, columns: int
+) -> Callable[[Tensor], Tensor | None]:
+    """The same for one weight, described once for as long as its tensors stay where they are."""
+    tensors = tuple(prepared.values())
+    places: list[int] = []
+    fields = b""
+
+    def call(x: Tensor) -> Tensor | None:
+        nonlocal places, fields
+        if x.dtype not in INPUTS or not x.is_cpu:
+            return None
+        now = [tensor.data_ptr() for tensor in tensors]
+        if now != places:
+            places, fields = now, _weight(prepared, spec, columns)
+        return _call(x, fields, rows, columns, level=BEST)
+
+    return call
+
+
+def _call(x: Tensor, weight: bytes, rows: int, columns: int, *, level: int) -> Tensor:
     library, why = compiled.library()
     if library is None:
         raise MachineError(f"no native kernels: {why}", "use another backend")
     x = x.contiguous()
     out = torch.empty((*x.shape[:-1], rows), dtype=x.dtype)
-    weight = _fields(prepared, spec, columns) if isinstance(prepared, Prepared) else _weight(prepared, spec, columns)
     call = CALL.pack(x.data_ptr(), out.data_ptr(), DTYPES[x.dtype], torch.get_num_threads(), level, compiled.team())
     if library.llmcompress_linear(SIZES.pack(rows, columns, x.numel() // columns) + weight + call):
         raise MachineError("out of memory", "give fewer tokens at a time")
     return out
-
-
-def _fields(prepared: Prepared, spec: LinearSpec, columns: int) -> bytes:
-    """As `_weight`, kept from call to call while no tensor has been given other memory."""
-    places = tuple([tensor.data_ptr() for tensor in prepared.values()])
-    if prepared.places != places:
-        prepared.places, prepared.fields = places, _weight(prepared, spec, columns)
-    return prepared.fields
 
 
 def _weight(prepared: Mapping[str, Tensor], spec: LinearSpec, columns: int) -> bytes:
@@ -90,8 +98,8 @@ def _weight(prepared: Mapping[str, Tensor], spec: LinearSpec, columns: int) -> b
         codes = prepared[stored.PACKED]
         stride = codes.shape[1] * WORD_BYTES
     return WEIGHT.pack(
-        FORMATS[spec.kind], spec.bits, spec.group_size, columns // (spec.group_size or columns), stride, codes.data_ptr(),
-        0 if scale is None else scale.data_ptr(), 0 if scale is None else DTYPES[scale.dtype],
+        FORMATS[spec.kind], spec.bits, spec.group_size, columns // (spec.group_size or columns), stride,
+        codes.data_ptr(), 0 if scale is None else scale.data_ptr(), 0 if scale is None else DTYPES[scale.dtype],
         0 if zero is None else zero.data_ptr(), 0 if table is None else table.data_ptr(), *nested,
         0 if high is None else prepared[stored.HIGH].data_ptr(), 0 if high is None else high.data_ptr(),
         0 if high is None else high.shape[1] * WORD_BYTES,
