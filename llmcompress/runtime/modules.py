@@ -18,6 +18,9 @@ def buffer_name(part: str) -> str:
     return part.lstrip(".").replace(".", "_")
 
 
+UP, DOWN = buffer_name(stored.UP), buffer_name(stored.DOWN)
+
+
 class PackedLinear(nn.Module):
     """`x Wᵀ + bias` with W in codes; takes the place of `nn.Linear` and of `Conv1D`.
 
@@ -107,7 +110,7 @@ class PackedLinear(nn.Module):
         return self._complete(x, out)
 
     def _factors(self) -> tuple[Tensor, Tensor] | None:
-        up, down = (self._buffers.get(buffer_name(part)) for part in (stored.UP, stored.DOWN))
+        up, down = self._buffers.get(UP), self._buffers.get(DOWN)
         return None if up is None or down is None else (up, down)
 
     def _complete(self, x: Tensor, out: Tensor) -> Tensor:
@@ -115,7 +118,8 @@ class PackedLinear(nn.Module):
         if (factors := self._factors()) is not None:
             up, down = (factor.to(x.dtype) for factor in factors)
             out = out + (x @ down.T) @ up.T
-        return out if self.bias is None else out + self.bias.to(out.dtype)
+        bias = self._parameters["bias"]  # without the search that `self.bias` is
+        return out if bias is None else out + bias.to(out.dtype)
 
     def _input(self, part: str) -> Tensor | None:
         return self._buffers.get(buffer_name(part))
