@@ -140,6 +140,10 @@ DEEP void deep_all(const Job *job, const Quad *quad, const Inputs *x, int64_t to
     if (left >= 4 && (is.words || is.bits == 8)) is.count = 4, deep_tokens(job, quad, x, token, is);
     else if (left >= 2) is.count = 2, deep_tokens(job, quad, x, token, is);
     if (left != 1 && left != 3) return;
+    if (is.words && !is.swapped && job->format == CODEBOOK) {  /* each row has a table, and waits for it */
+        is.count = 1, deep_tokens(job, quad, x, last, is);
+        return;
+    }
     if (quad->per_block == 1) is.count = 1, deep_rows(job, quad, x, last, is);
     else if (quad->per_block == 2) is.count = 2, deep_rows(job, quad, x, last, is);
     else is.count = ANY, deep_rows(job, quad, x, last, is);
