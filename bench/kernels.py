@@ -3,9 +3,9 @@
     python bench/kernels.py --threads 2 --json bench/results/kernels-cpu.json
 
 Prints, for each shape and number of tokens, the fastest tenth and the median of the times, bytes of weights per
-second, and the error against float64 arithmetic on the weights that each really stores. All have their weights in huge
-pages, where the system gives them. `--realtime` keeps other programs of the machine from running in between (needs the
-right to do so); caches have forgotten the weights of one call before its next turn.
+second, and the error against float64 arithmetic on the weights that each really stores. All but `torch_cpu` have their
+weights in huge pages, where the system gives them. `--realtime` keeps other programs of the machine from running in
+between (needs the right to do so); caches have forgotten the weights of one call before its next turn.
 """
 
 import argparse
