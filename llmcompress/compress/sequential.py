@@ -3,13 +3,13 @@
 Methods that begin from its answer use it as well.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from llmcompress.compress.descent import descend_plainly, metric_of
+from llmcompress.compress.descent import descend, descend_plainly, metric_of
 from llmcompress.compress.feedback import (
     BLOCK_COLUMNS,
     Factor,
@@ -27,6 +27,7 @@ from llmcompress.compress.rounding import NOT_FINITE, Quantized, Request, Seen, 
 from llmcompress.kernels import native_columns
 from llmcompress.types import QuantizerOptions
 
+Settle = Callable[[Tensor, Codes, Tensor, int], Codes]  # as `descent.descend`
 GPTAQ_ALPHA = 0.25
 BATCH_WEIGHTS = 1 << 22  # rounded together in torch: linears of a group and their formats, or rows of a linear
 
@@ -89,7 +90,7 @@ class _Work:
         """Codes of weights whose formats share one group size."""
         found = [self._natively(r) for r in requests]
         rest = [r for r, codes in zip(requests, found, strict=True) if codes is None]
-        others = iter(self.round_plainly(rest) if rest else ())
+        others = iter(self.round_plainly(rest, descend) if rest else ())
         return [next(others) if codes is None else codes for codes in found]
 
     def _natively(self, request: Request) -> Codes | None:
@@ -111,16 +112,16 @@ class _Work:
         """Whether scales are chosen before the loop, and not as it enters a group."""
         return self.options.order != "group" or group_size == self.factor.order.numel()
 
-    def round_plainly(self, requests: Sequence[Request]) -> list[Codes]:
+    def round_plainly(self, requests: Sequence[Request], settle: Settle = descend_plainly) -> list[Codes]:
         """`round` in torch, for any device: what the C library is held against. On the CPU some rows at a time."""
         pieces = _pieces(requests[0].weight) if len(requests) == 1 else ()
         if len(pieces) > 1:
-            return [stacked([self.round_plainly([Request(rows, requests[0].spec)])[0] for rows in pieces])]
+            return [stacked([self.round_plainly([Request(rows, requests[0].spec)], settle)[0] for rows in pieces])]
         found = self._in_order(requests)
         if self.metric is None:
             return found
         pairs = zip(requests, found, strict=True)
-        return [descend_plainly(r.weight, codes, self.metric, self.options.sweeps) for r, codes in pairs]
+        return [settle(r.weight, codes, self.metric, self.options.sweeps) for r, codes in pairs]
 
     def _in_order(self, requests: Sequence[Request]) -> list[Codes]:
         """Codes after one loop over the columns."""

@@ -2,6 +2,8 @@
 
 import math
 from itertools import pairwise
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -127,6 +129,27 @@ def test_losses_are_those_of_torch(shape: tuple[int, int, int], order: str, bits
         assert after == pytest.approx(before, rel=0.01)
         assert (found.codes == wanted.codes).float().mean() > 0.97
         assert (found.scale == wanted.scale).float().mean() > 0.97
+
+
+@pytest.mark.parametrize("method", [{"target": "gptaq"}, {"pull": 0.2}], ids=["gptaq", "foem"])
+def test_what_the_loop_in_c_lacks_is_settled_in_c_all_the_same(
+    method: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hessian, spec = hessian_of(192, 4), LinearSpec(bits=3, group_size=32)
+    weight = torch.randn(70, 192, generator=torch.Generator().manual_seed(5)) * 0.02
+    drift = hessian * torch.rand(192, generator=torch.Generator().manual_seed(6)) * 0.1
+    options = QuantizerOptions(order="group", sweeps=3, **method)
+    work, _ = sequential._work_of(Seen(hessian, drift=drift), 32, options, torch.bfloat16)
+    assert work is not None
+    (wanted,) = work.round_plainly([Request(weight, spec)])
+    spy = Mock(wraps=native_columns.descended)
+    monkeypatch.setattr(native_columns, "descended", spy)
+    (found,) = work.round([Request(weight, spec)])
+    spy.assert_called_once()
+    before, after = (proxy_loss(weight, codes.dequantize(), hessian) for codes in (wanted, found))
+    assert after == pytest.approx(before, rel=0.001)
+    assert (found.codes == wanted.codes).float().mean() > 0.99
+    assert (found.scale == wanted.scale).float().mean() > 0.99
 
 
 @pytest.mark.parametrize("level", LEVELS)
