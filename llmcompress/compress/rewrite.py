@@ -154,8 +154,7 @@ class _BlockRewriter:
         Hints(self.quantizers, self.limits).write(self.folder)
         commit_bytes(self.folder / "config.json", (self.job.source / "config.json").read_bytes())
         layouts = [(shards.name(place), shards.layout(place, {})) for place in range(len(shards.shards))]
-        parameters = sum(parameter.numel() for parameter in skeleton.model.parameters())
-        commit_json(self.folder / INDEX_NAME, index_document(layouts, parameters))
+        commit_json(self.folder / INDEX_NAME, index_document(layouts, skeleton.parameters))
 
     def _write(self, place: int, changed: Mapping[str, Tensor]) -> None:
         shards = self.shards

@@ -228,7 +228,7 @@ def _footprint(candidate: Skeleton, reference: Skeleton, speed: Sequence[Speed])
     if isinstance(reader, PackedReader):
         for name in reader.row_major:
             weights += candidate.model.get_parameter(candidate.names.module_of[name]).numel()
-    parameters = sum(p.numel() for p in candidate.model.parameters())
+    parameters = candidate.parameters
     size = shard_bytes(candidate)
     bits = packed_bits(candidate)
     return Footprint(

@@ -170,6 +170,13 @@ class Skeleton:
         """Parameters that are another parameter under a second name: name -> the name of the original."""
         return dict(getattr(self.model, "all_tied_weights_keys", None) or {})
 
+    @property
+    def parameters(self) -> int:
+        """Numbers the model is made of; what is tied counts once, as it is stored and as it lies in memory."""
+        tied = self.tied()
+        found = self.model.named_parameters(remove_duplicate=False)
+        return sum({id(p): p.numel() for name, p in found if name not in tied}.values())
+
     def block_name(self, index: int) -> str:
         """Module path of block `index`, e.g. `model.layers.3`."""
         return f"{self.blocks_name}.{index}"

@@ -253,7 +253,7 @@ def _model_trace(skeleton: Skeleton, blocks: tuple[BlockTrace, ...], head: Linea
         model_type=str(skeleton.config.model_type),
         blocks=blocks,
         head=head,
-        parameters=sum(p.numel() for p in skeleton.model.parameters()),
+        parameters=skeleton.parameters,
         other_bytes=other,
         untraced_share=1 - weights / inside if inside else 0.0,
     )

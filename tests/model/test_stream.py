@@ -97,8 +97,10 @@ def test_streamed_equals_whole(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_trace_finds_linears_units_and_norms(name: str, tmp_path: Path) -> None:
-    skeleton = Skeleton.open(family(name, tmp_path))
+    folder = family(name, tmp_path)
+    skeleton = Skeleton.open(folder)
     found = trace(skeleton)
+    assert found.parameters == transformers.AutoModelForCausalLM.from_pretrained(folder).num_parameters()
     block = found.blocks[1]
     units: dict[str, list[str]] = {}
     for linear in block.linears:

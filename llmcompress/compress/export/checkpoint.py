@@ -136,10 +136,6 @@ class Checkpoint:
             found.setdefault(self.skeleton.files.tensors[stored].path.name, []).append(name)
         return dict(sorted(found.items()))
 
-    def parameters(self) -> int:
-        """Number of the model's parameters, tied ones counted once."""
-        return sum(parameter.numel() for parameter in self.skeleton.model.parameters())
-
     def linears_left_alone(self, quantized: Mapping[str, object]) -> list[str]:
         """Linears of the model, transposed ones too, that are not among the tensors `quantized`."""
         done = {self.module_name(name) for name in quantized}
@@ -161,7 +157,7 @@ def write_shards(checkpoint: Checkpoint, folder: Path, make: Callable[[str], Map
         write_shard(folder / shard, layout, tensors)
         layouts.append((shard, layout))
     if [shard for shard, _ in layouts] != [SINGLE_NAME]:
-        commit_json(folder / INDEX_NAME, index_document(layouts, checkpoint.parameters()))
+        commit_json(folder / INDEX_NAME, index_document(layouts, checkpoint.skeleton.parameters))
 
 
 @dataclass(frozen=True)

@@ -128,9 +128,8 @@ def write_pruned(writing: Writing, folder: Path) -> None:
         layout: Layout = {new: (entries[name].dtype, entries[name].shape) for name, new in new_names.items()}
         write_shard(folder / names.name(place), layout, tensors)
         layouts.append((names.name(place), layout))
-    parameters = sum(p.numel() for p in skeleton.model.parameters())
     gone = sum(p.numel() for i, block in enumerate(skeleton.blocks) if i not in kept for p in block.parameters())
-    commit_json(folder / INDEX_NAME, index_document(layouts, parameters - gone))
+    commit_json(folder / INDEX_NAME, index_document(layouts, skeleton.parameters - gone))
     config = pruned_config(read_json(skeleton.files.folder / "config.json"), skeleton.config, kept)
     config.pop(KEY, None)
     record = writing.record()

@@ -72,7 +72,7 @@ def write_tied(writing: Writing, folder: Path) -> None:
         layout: Layout = {name: (DTYPE_NAMES[t.dtype], tuple(t.shape)) for name, t in tensors.items()}
         write_shard(folder / names.name(place), layout, tensors)
         layouts.append((names.name(place), layout))
-    commit_json(folder / INDEX_NAME, index_document(layouts, sum(p.numel() for p in skeleton.model.parameters())))
+    commit_json(folder / INDEX_NAME, index_document(layouts, skeleton.parameters))
     config = read_json(skeleton.files.folder / "config.json")
     section = {
         "quant_method": "llmcompress",
