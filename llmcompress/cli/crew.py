@@ -17,7 +17,7 @@ import click
 
 from llmcompress.cli.say import tell_error
 from llmcompress.cli.trouble import understood
-from llmcompress.errors import CompressError, Interrupted, MachineError, Stopped
+from llmcompress.errors import CompressError, InputError, Interrupted, MachineError, Stopped
 
 Command = Callable[..., Any]
 RANK, SIZE = "RANK", "WORLD_SIZE"
@@ -25,6 +25,7 @@ HINT = "run the same command again to go on"
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # where torchrun wants to find why a process failed
 GRACE_SECONDS = 15.0  # for processes to end by themselves once one of them has
 POLL_SECONDS = 0.05
+CROWD = 4  # processes to a core; each takes the memory of torch and transformers before it does anything
 
 
 def rank() -> int:
@@ -92,7 +93,16 @@ def leave_word(error: BaseException) -> None:
 
 
 def launch(count: int) -> int:
-    """Run this very command in `count` processes and wait for them; returns one exit code for all."""
+    """Run this very command in `count` processes and wait for them; returns one exit code for all.
+
+    Raises InputError for so many that the machine would do nothing else.
+    """
+    cores = os.cpu_count() or 1
+    if count > cores * CROWD:
+        raise InputError(
+            f"--nproc {count} is too many for this machine, which has {cores} core(s)",
+            f"take --nproc {cores}, or torchrun on several machines",
+        )
     shared = {SIZE: str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
     shared |= {key: value for key, value in _defaults(count).items() if key not in os.environ}
     words = [sys.executable, "-m", "llmcompress", *sys.argv[1:]]

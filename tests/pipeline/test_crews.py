@@ -9,10 +9,13 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from conftest import llama_config, program, save_model
 
+from llmcompress.cli.crew import launch
+from llmcompress.errors import InputError
 from tests.experts_help import family
 from tests.forked import Forker
 
@@ -226,3 +229,11 @@ def test_nproc_starts_processes_and_ends_them(
     assert not (tmp_path / "out").exists()
     assert forker.run(quantize(model, text_file), tmp_path, ranks=2).returncode == 0
     assert contents(tmp_path / "out") == contents(alone)
+
+
+def test_a_slip_of_the_finger_does_not_fill_the_machine_with_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = Mock(side_effect=OSError)
+    monkeypatch.setattr(subprocess, "Popen", started)
+    with pytest.raises(InputError, match="too many for this machine"):
+        launch(1000)
+    started.assert_not_called()
