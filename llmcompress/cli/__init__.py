@@ -25,6 +25,7 @@ from llmcompress.cli.report import report_command
 from llmcompress.cli.rewrite import rewrite_command
 from llmcompress.cli.say import tell_bug, tell_error
 from llmcompress.cli.scoring import score_command
+from llmcompress.cli.streams import outlive_readers
 from llmcompress.cli.trouble import exit_code, understood
 from llmcompress.cli.tune import tune_command
 from llmcompress.errors import CompressError, InputError, Stopped
@@ -136,6 +137,7 @@ def main(arguments: list[str] | None = None) -> Any:
     from llmcompress.model.heap import use_huge_pages
 
     use_huge_pages()
+    outlive_readers()
     manners = _Manners()
     with manners:
         cli.main(args=arguments, prog_name="llmcompress", standalone_mode=False)

@@ -64,6 +64,17 @@ def refusal(*words: str | Path) -> CompressError:
 
 
 @pytest.mark.parametrize(("kld", "count", "code"), [(0.01, 32, 0), (0.4, 32, 1), (0.046, 10, 4)])
+def test_a_reader_that_leaves_changes_no_exit_code(kld: float, count: int, code: int, tmp_path: Path) -> None:
+    path = write(tmp_path / "report.json", document(kld, count=count))
+    reading, writing = os.pipe()
+    os.close(reading)
+    words = [sys.executable, "-m", "llmcompress", "gate", str(path)]
+    found = subprocess.run(words, stdout=writing, stderr=writing, check=False)
+    os.close(writing)
+    assert found.returncode == code
+
+
+@pytest.mark.parametrize(("kld", "count", "code"), [(0.01, 32, 0), (0.4, 32, 1), (0.046, 10, 4)])
 def test_exit_codes_and_json(kld: float, count: int, code: int, tmp_path: Path) -> None:
     path = write(tmp_path / "report.json", document(kld, count=count))
     found = gate(path, "--json", "--junit", tmp_path / "gate.xml")
