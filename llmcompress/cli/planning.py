@@ -196,6 +196,7 @@ def _from_model(model: str, budget: Any, flags: dict[str, Any], frontier: bool, 
     source = find_model(model)
     from llmcompress.compress import pipeline, planning
     from llmcompress.compress.decide import Desk
+    from llmcompress.compress.forecast import unread
     from llmcompress.compress.joint import dropped
     from llmcompress.compress.reuse import expected, reuse
     from llmcompress.errors import InputError
@@ -208,7 +209,8 @@ def _from_model(model: str, budget: Any, flags: dict[str, Any], frontier: bool, 
         raise InputError("plan.voids scores the model it leaves, too", "leave --scores out")
     context = click.get_current_context()
     opened, left, dropping = context.with_resource(dropped(opened, recipe, batches, budget))
-    for line in dropping_lines(dropping) if dropping is not None else ():
+    said = [] if dropping is None else dropping_lines(dropping)
+    for line in (*said, *([] if frontier else unread(recipe))):
         speaker.talk(line)
     opened = context.with_resource(pipeline.rewritten(opened, recipe, batches, whole_file=whole_file))
     if given is None:

@@ -11,6 +11,7 @@ from llmcompress.compress.pipeline import Opened, needs_data
 from llmcompress.compress.rewrite import check_methods
 from llmcompress.errors import InputError, MachineError
 from llmcompress.model.needs import Stages, fit, peak
+from llmcompress.model.sources import read_documents
 from llmcompress.recipes import Recipe
 from llmcompress.runtimes.aim import advising
 from llmcompress.types import LinearSpec
@@ -101,9 +102,12 @@ def fitted(
     """The recipe that keeps to `limit` bytes of memory, where there is a limit, and its forecast.
 
     Hidden states go to files first, which changes no result; then calibration text goes through in smaller batches.
-    Raises InputError with the memory that is needed where even batches of one sequence do not fit.
+    Raises InputError with the memory that is needed where even batches of one sequence do not fit, and for a
+    calibration text that is not there.
     """
     reads = needs_data(recipe)
+    if reads and recipe.calibration.source != "self":
+        read_documents(recipe.calibration.source, "calibration")
     other = ", or take --recipe fast, which reads no text" if reads else ""
     found = fit(
         lambda size: stages(opened, with_batches(recipe, size), reads=reads, scored=scored),
@@ -113,6 +117,14 @@ def fitted(
     )
     recipe = with_batches(recipe, found.batch_size)
     return recipe, forecast(opened, recipe, budget, spilled=found.spilled, scored=scored)
+
+
+def unread(recipe: Recipe) -> tuple[str, ...]:
+    """A warning where a calibration text is named and nothing reads it."""
+    source = recipe.calibration.source
+    if source == "builtin" or needs_data(recipe):
+        return ()
+    return (f"calibration text {source} is not read: neither {recipe.scorer} nor {recipe.quantizer} looks at text",)
 
 
 def _refuse(opened: Opened, budget: Budget, smallest: float, smallest_bytes: int) -> None:

@@ -16,7 +16,7 @@ from llmcompress.compress.apply import apply, finished_logits
 from llmcompress.compress.card import write_card
 from llmcompress.compress.carried import carried_out, difference
 from llmcompress.compress.chain import ApplyJob, split_text
-from llmcompress.compress.forecast import Forecast, check_disk, fitted
+from llmcompress.compress.forecast import Forecast, check_disk, fitted, unread
 from llmcompress.compress.journal import Journal, check_output
 from llmcompress.compress.kept import sealed
 from llmcompress.compress.output import (
@@ -139,6 +139,14 @@ def environment() -> dict[str, str]:
     }
 
 
+def _warnings(opened: Opened, asked: Recipe, recipe: Recipe) -> Iterator[Warned]:
+    if opened.nonfinite:
+        yield Warned(f"NaN or infinity, kept as it is, in {', '.join(opened.nonfinite[:8])}")
+    if recipe != asked:
+        yield Warned(f"batches of {recipe.calibration.batch_size}, to keep to the memory: last bits may differ")
+    yield from map(Warned, unread(recipe))
+
+
 def quantize(request: QuantizeRequest) -> Iterator[Event]:
     """Run the chain, yielding what happens: stage names, numbers, one outcome per block, the end.
 
@@ -154,10 +162,7 @@ def quantize(request: QuantizeRequest) -> Iterator[Event]:
     recipe, needed = fitted(opened, request.recipe, request.budget, limit=request.max_memory, scored=scored)
     crew.first(partial(check_disk, needed, request.output))
     yield needed
-    if opened.nonfinite:
-        yield Warned(f"NaN or infinity, kept as it is, in {', '.join(opened.nonfinite[:8])}")
-    if recipe != request.recipe:
-        yield Warned(f"batches of {recipe.calibration.batch_size}, to keep to the memory: last bits may differ")
+    yield from _warnings(opened, request.recipe, recipe)
     request = replace(request, recipe=recipe)
     yield "reading weights and text"
     digest = opened.digest()

@@ -135,7 +135,10 @@ def losses(run: Run) -> Section | None:
     shown_blocks = [block for block in run.blocks if block.linears]
     if not shown_blocks:
         return None
-    lead = "Squared error of the output over the squared output, for the inputs of calibration text."
+    lead = (
+        "Squared error of the output over the squared output, for the inputs of calibration text; "
+        "of the weights themselves where the quantizer looks at no text (rtn, hqq, nf4, fp4, fp8)."
+    )
     fallbacks = [
         el("li", f"{shorten(x.where, 80)}: {shorten(x.reason, 200)}") for block in run.blocks for x in block.fallbacks
     ]

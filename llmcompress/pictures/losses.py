@@ -15,14 +15,15 @@ NAMED = 4
 def block_losses(blocks: Sequence[BlockOutcome], *, name: str = "") -> str:
     """SVG of the relative output error of every linear (log axis) against its block; the worst few are named.
 
-    The relative error is `tr(dW H dW^T) / tr(W H W^T)`, `H` being the Hessian of calibration text.
+    The relative error is `tr(dW H dW^T) / tr(W H W^T)`, `H` being the Hessian of calibration text,
+    or the identity where the quantizer looks at none.
     """
     shown = [block for block in blocks if block.linears]
     values = [(b.block, x.relative_loss, x.linear, x.bits) for b in shown for x in b.linears]
     x = linear_scale((float(b.block) for b in shown), LEFT, LEFT + WIDE)
     y = log_scale((value for _, value, _, _ in values), TOP + TALL, TOP)
     title = f"Relative output error of each linear, {shorten(name, 44)}" if name else "Relative output error"
-    facts = "squared error over squared output, calibration text; a dot is a linear, a line joins those of a block"
+    facts = "squared error over squared output; a dot is a linear, a line joins those of a block"
     frame = Frame(x, y)
     parts = [text(LEFT, 24, title, kind="head ink"), text(LEFT, 44, facts, kind="soft")]
     parts += frame.axes([at for at in ticks(x, 12) if at == round(at)], across_name="block", up_name="relative error")

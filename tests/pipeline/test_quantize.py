@@ -216,6 +216,16 @@ def test_file_budgets_bound_the_shards(budget: str, llama: Path, run: Run, tmp_p
     assert limit * 0.97 < size <= limit
 
 
+def test_a_calibration_text_is_looked_for_by_a_dry_run_and_not_passed_over_in_silence(run: Run, llama: Path) -> None:
+    words = ("quantize", llama, "--budget", "4bits", "--calibration", "nothing.txt", "--dry-run")
+    found = run(*words)
+    assert found.returncode == 2
+    assert "text nothing.txt: no such file" in found.stderr
+    found = run(*words[:-1], "-o", "out", "--recipe", "fast")
+    assert found.returncode == 0
+    assert "calibration text nothing.txt is not read: neither zd nor rtn looks at text" in found.stderr
+
+
 def start(folder: Path, *words: str | Path) -> "subprocess.Popen[bytes]":
     return subprocess.Popen(program(*words), cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
