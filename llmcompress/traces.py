@@ -90,11 +90,12 @@ class ModelTrace(Noun):
 
     @property
     def untraced(self) -> str:
-        """What is said of experts that no format is planned for; empty where there are none."""
+        """What is said of weights that no format is planned for; empty where there are none."""
         if self.untraced_share <= 0.001:
             return ""
         share = f"{self.untraced_share:.0%} of the block weights"
-        return f"experts left at the source precision, {share}: the file keeps those of a block in one tensor"
+        why = "they are not in linears of their own (experts that the file keeps in one tensor, convolutions)"
+        return f"left at the source precision, {share}: {why}"
 
     @property
     def routers(self) -> tuple[str, ...]:

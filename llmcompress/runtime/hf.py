@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import AutoConfig
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -73,8 +74,11 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         if record is not None:
             on_one_device(given.get("device_map"))
             tie_modules(model, shards, record, _module_names(model, record.stems))
+        self._standing_in = _stand_in(model)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **given: Any) -> nn.Module:
+        for module in self._standing_in:
+            del module.weight
         self._reader.prepare(model, {f"{stem}.weight": f"{name}.weight" for stem, name in self._names.items()})
         introduce(model)
         return model
@@ -102,6 +106,18 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
     def is_compileable(self) -> bool:
         """Yes."""
         return True
+
+
+def _stand_in(model: nn.Module) -> list[PackedLinear]:
+    """Give packed linears a `weight` that transformers takes for filled, and those that got one.
+
+    Families that start weights from the module above a linear (Mamba) ask it for its own before anything is filled.
+    """
+    found = [m for m in model.modules() if isinstance(m, PackedLinear) and not hasattr(m, "weight")]
+    for module in found:
+        module.weight = torch.empty(0)
+        module.weight._is_hf_initialized = True  # type: ignore[attr-defined]
+    return found
 
 
 def pack_modules(model: Any, shards: ShardReader, reader: PackedReader) -> dict[str, str]:

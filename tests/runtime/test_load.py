@@ -37,6 +37,13 @@ def gpt2_config() -> Any:
     )
 
 
+def mamba_config() -> Any:
+    """A family that starts weights from the module above a linear."""
+    import transformers
+
+    return transformers.MambaConfig(vocab_size=96, hidden_size=64, num_hidden_layers=2, state_size=8)
+
+
 @pytest.fixture(scope="module")
 def outputs(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
     """Every layout of a Llama, and two of a GPT-2."""
@@ -46,7 +53,8 @@ def outputs(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple
 
     folder = tmp_path_factory.mktemp("outputs")
     sources = {"llama": llama, "gpt2": save_model(folder / "gpt2", gpt2_config())}
-    wanted = [("llama", name) for name in CONFIGS] + [("gpt2", "mixed"), ("gpt2", "hqq")]
+    sources["mamba"] = save_model(folder / "mamba", mamba_config())
+    wanted = [("llama", name) for name in CONFIGS] + [("gpt2", "mixed"), ("gpt2", "hqq"), ("mamba", "mixed")]
     for family, name in wanted:
         quantizer, changes, budget = CONFIGS[name]
         recipe = load_recipe("nf4" if quantizer == "nf4" else "fast", (f"quantizer={quantizer}", *changes))
@@ -69,6 +77,14 @@ def contents(folder: Path) -> dict[str, Tensor]:
 def logits_of(model: nn.Module) -> Tensor:
     found: Tensor = model(TOKENS).logits
     return found
+
+
+def test_a_family_that_asks_linears_for_their_weight_opens(outputs: dict[tuple[str, str], Path]) -> None:
+    packed, dense = (llmcompress.load(outputs["mamba", "mixed"], dtype=torch.float32, dense=x) for x in (False, True))
+    found = [module for module in packed.modules() if isinstance(module, PackedLinear)]
+    assert found
+    assert not any(hasattr(module, "weight") for module in found)
+    assert float((logits_of(packed) - logits_of(dense)).abs().max()) < 1e-4
 
 
 def test_the_same_function_in_the_memory_of_the_file(output: Path) -> None:
