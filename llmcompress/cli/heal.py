@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from llmcompress.cli.options import find_model, pick_device, speaking, trusting
+from llmcompress.cli.options import Finite, find_model, pick_device, speaking, trusting
 from llmcompress.cli.say import Speaker, command_line, megabytes, typed
 from llmcompress.cli.trackers import Tracker, tracking
 
@@ -30,8 +30,8 @@ OPTIONS = (
     click.option("--lisa", type=click.IntRange(1), metavar="K", help="Train K of the blocks at a time: less memory."),
     click.option("--period", type=click.IntRange(1), default=20, show_default=True, help="Steps between draws of K."),
     click.option("--rank", type=click.IntRange(1), default=32, show_default=True, help="Of the adapters."),
-    click.option("--alpha", type=click.FloatRange(0, min_open=True), help="Of the adapters. Default: 2 rank."),
-    click.option("--lr", type=click.FloatRange(0, min_open=True), help="Default: 0.002 for lora, 0.005 for norms."),
+    click.option("--alpha", type=Finite(0, min_open=True), help="Of the adapters. Default: 2 rank."),
+    click.option("--lr", type=Finite(0, min_open=True), help="Default: 0.002 for lora, 0.005 for norms."),
     click.option("--steps", type=click.IntRange(1), default=1000, show_default=True),
     click.option("--batch-size", type=click.IntRange(1), default=4, show_default=True, help="Sequences in a step."),
     click.option("--samples", type=click.IntRange(1), default=1024, show_default=True, help="Sequences of text."),
@@ -42,7 +42,7 @@ OPTIONS = (
     ),
     click.option("--every", type=click.IntRange(1), default=50, show_default=True, help="Steps from look to look."),
     click.option("--patience", type=click.IntRange(1), default=5, show_default=True, help="Looks without a new best."),
-    click.option("--minutes", type=click.FloatRange(0, min_open=True), help="Stop training after this long."),
+    click.option("--minutes", type=Finite(0, min_open=True), help="Stop training after this long."),
     click.option(
         "--calibration", metavar="SPEC", default="builtin", show_default=True, envvar="LLMCOMPRESS_CALIBRATION",
         help="builtin, self, a text file, or org/name[:split[:column]].",

@@ -10,6 +10,7 @@ from llmcompress.cli.crew import crewed, rank
 from llmcompress.cli.figures import lines_of
 from llmcompress.cli.options import (
     MEMORY,
+    Finite,
     check_place,
     find_model,
     memory_of,
@@ -61,7 +62,7 @@ def verify_command(output: str, device: str | None, speaker: Speaker) -> None:
 @click.option("--tasks", metavar="NAME[=FILE],...", help="Also tasks of lm-evaluation-harness; FILE has the documents.")
 @click.option("--task-limit", type=click.IntRange(1), help="Documents of each task. Default: all.")
 @click.option("--skip-voids", is_flag=True, help="Also run MODEL with blocks skipped per token, where they are voids.")
-@click.option("--void-alpha", type=click.FloatRange(0), default=0.8, show_default=True, help="Larger: more voids.")
+@click.option("--void-alpha", type=Finite(0), default=0.8, show_default=True, help="Larger: more voids.")
 @click.option("--device", default=None, help="cpu or cuda. Default: cpu.")
 @MEMORY
 @trusting

@@ -1,6 +1,7 @@
 """Options several commands share."""
 
 import gc
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,6 +29,17 @@ RUNTIME = click.option(
     help="Plan only what this program runs packed, or what an export carries over exactly. Default: any.",
 )
 Answer = TypeVar("Answer")
+
+
+class Finite(click.FloatRange):
+    """A range of numbers: nan lies in none, and infinity is no number to work with."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The number. Raises what click raises for a wrong word."""
+        found = float(super().convert(value, param, ctx))
+        if not math.isfinite(found):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return found
 
 
 def speaking(function: Command) -> Command:

@@ -9,6 +9,7 @@ import click
 from llmcompress.cli.drawing import say_lines, say_table, terminal_bars, write_pictures
 from llmcompress.cli.options import (
     MEMORY,
+    Finite,
     batches_of,
     find_model,
     memory_of,
@@ -37,8 +38,8 @@ from llmcompress.cli.scoring import PICTURES
 )
 @click.option("--rank", type=click.IntRange(0), default=0, help="With --tie: rank of each block's own corrections.")
 @click.option("--groups", type=click.IntRange(1), help="How many groups to tie, with --tie.")
-@click.option("--keep", type=click.FloatRange(0, 1, min_open=True), help="Share of blocks or halves to keep, e.g. 0.8.")
-@click.option("--max-kld", type=click.FloatRange(0), help="Remove what keeps the KL's upper 95 % bound within this.")
+@click.option("--keep", type=Finite(0, 1, min_open=True), help="Share of blocks or halves to keep, e.g. 0.8.")
+@click.option("--max-kld", type=Finite(0), help="Remove what keeps the KL's upper 95 % bound within this.")
 @click.option("--exclude", type=int, multiple=True, help="A block that stays. Repeatable.")
 @click.option("--beam", type=click.IntRange(1), default=3, show_default=True, help="Sets of each size that are grown.")
 @click.option(
@@ -187,16 +188,19 @@ def _tell_result(request: Any, finished: Any, speaker: Speaker) -> None:
     record, size = finished.record, finished.directory_bytes
     lines = [f"removed     {as_set(record.removed)} of {record.blocks} blocks"] if record.removed else []
     lines += [f"skipped     {as_set(record.halves)}, halves of blocks"] if record.halves else []
-    lines += [
-        f"KL          {record.kld:.5f} ± {record.standard_error:.5f} nats/token over {record.sequences} sequences, "
-        f"at most {record.upper:.5f} (95 %)",
-    ]
+    if finished.nothing is None:
+        lines.append(
+            f"KL          {record.kld:.5f} ± {record.standard_error:.5f} nats/token over {record.sequences} sequences, "
+            f"at most {record.upper:.5f} (95 %)"
+        )
+    else:
+        lines += [f"nothing     {finished.nothing.what}", f"            {finished.nothing.hint}"]
     if size is not None:
         lines += [
             "verified    reopened, and its logits are those of the model with these blocks passed over",
             f"written to  {request.output}  ({megabytes(size)})",
             f"next        llmcompress quantize {request.output} --budget 3.5bits",
         ]
-    else:
+    elif finished.nothing is None:
         lines.append("nothing was written; give -o to write the result")
     speaker.result({"output": request.output and request.output.name, **record.model_dump(mode="json")}, lines)

@@ -34,6 +34,17 @@ def upper_bound(values: Sequence[float], level: float = 0.95) -> float:
     return middle * math.exp(min(reach, 700.0))
 
 
+def or_limit(bound: float) -> str:
+    """The option that allows a positive upper bound, its least value of two digits, as an alternative to another.
+
+    Empty where no limit does: one sequence has no bound.
+    """
+    if not math.isfinite(bound):
+        return ""
+    step = 10.0 ** (math.floor(math.log10(bound)) - 1)
+    return f", or --max-kld {math.ceil(bound / step) * step:.2g}"
+
+
 def upper_bound_signed(values: Sequence[float], level: float = 0.95) -> float:
     """One-sided Student-t bound of a mean of either sign, e.g. of changes in log-likelihood."""
     if len(values) < 2:

@@ -72,7 +72,7 @@ def run_of(report: EvalReport | None, checkpoint: Path | None, folder: Path) -> 
         folder=folder,
         report=report,
         plan=None if plan is None else Plan.parse(json.dumps(plan), RECORD_NAME),
-        blocks=_parsed(BLOCKS, record, "blocks"),
+        blocks=_parsed(BLOCKS, record, "blocks") if "plan" in record else (),  # elsewhere it is how many there are
         scores=ScoreFile.parse(scores.read_bytes(), SCORES_NAME) if scores is not None and scores.is_file() else None,
         series=_parsed(SERIES, record, "series"),
         record=record,

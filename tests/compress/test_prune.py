@@ -222,10 +222,31 @@ def test_what_cannot_be_asked_for(llama: Path, run: Run, text_file: Path, tmp_pa
         with pytest.raises(InputError) as refusal:
             list(prune(PruneRequest(source, tmp_path / "out", recipe, "cpu", "", **more)))
         assert word in str(refusal.value.what) + str(refusal.value.hint)
+    allowed = float(str(refusal.value.hint).rpartition("--max-kld ")[2])
+    events = list(prune(PruneRequest(source, None, recipe, "cpu", "", max_kld=allowed)))
+    assert isinstance(events[-1], Pruned)
+    assert events[-1].record.removed  # what the hint says is enough
     found = run("prune", llama, "-o", "out", "--blocks", "1", "--keep", "0.5")
     assert found.returncode == 2
     assert "twice" in found.stderr
+    for option in ("--keep", "--max-kld"):
+        found = run("prune", llama, "-o", "out", option, "nan")
+        assert found.returncode == 2
+        assert "nan is not a finite number" in found.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_a_look_shows_the_map_where_nothing_can_be_removed(run: Run, text_file: Path, tmp_path: Path) -> None:
+    source = save_model(tmp_path / "model", llama_config(num_hidden_layers=3))
+    words = ("prune", source, "--voids", "--max-kld", "0", "--calibration", text_file, *SMALL)
+    found = run(*words)
+    assert found.returncode == 0
+    assert "share of tokens for which a block is active" in found.stdout
+    assert "no block can be removed within KL 0" in found.stdout
+    record = json.loads(run(*words, "--json").stdout)
+    assert (record["removed"], record["steps"], record["kld"]) == ([], [], 0)
+    assert run(*words, "-o", "out").returncode == 2
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("by", ["kl", "block_influence", "voids"])

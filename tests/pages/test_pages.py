@@ -175,6 +175,7 @@ def test_what_one_folder_lacks_the_other_has(folder: Path, tmp_path: Path) -> No
 
 def test_a_pruned_model_shows_its_voids(tmp_path: Path) -> None:
     record = {"origin": {"model_digest": "reference"}, "series": [s.model_dump(mode="json") for s in usage_series(4)]}
+    record["blocks"] = 4  # as many as the original had
     (tmp_path / "pruned").mkdir()
     (tmp_path / "pruned" / "pruning.json").write_text(json.dumps(record))
     (tmp_path / "pruned-eval").mkdir()

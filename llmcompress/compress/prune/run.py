@@ -14,14 +14,14 @@ from llmcompress.compress.output import Origin, copy_side_files, file_records
 from llmcompress.compress.pipeline import Opened, calibration, open_model, probe_tokens, score_job
 from llmcompress.compress.prune.card import model_card
 from llmcompress.compress.prune.choose import Chooser, Measure, Search, choose
-from llmcompress.compress.prune.halves import Half, Removal
+from llmcompress.compress.prune.halves import Half
 from llmcompress.compress.prune.measure import removal_damage
 from llmcompress.compress.prune.records import RECORD_NAME, PruneRecord, RemovalStep
 from llmcompress.compress.prune.units import Scope, Units, find_units
 from llmcompress.compress.prune.write import Writing, check_pruned, write_pruned
 from llmcompress.compress.run import environment
 from llmcompress.compress.scoring import SCORERS, Measured, run_scorers
-from llmcompress.compress.statistics import mean, standard_error, upper_bound
+from llmcompress.compress.statistics import mean, or_limit, standard_error, upper_bound
 from llmcompress.errors import InputError
 from llmcompress.files import commit_bytes, commit_json
 from llmcompress.hub.source import Source
@@ -80,10 +80,11 @@ class Ranked:
 
 @dataclass(frozen=True)
 class Pruned:
-    """What was decided, and written where there is an output."""
+    """What was decided, and written where there is an output; `nothing` says why a look found nothing to remove."""
 
     record: PruneRecord
     directory_bytes: int | None
+    nothing: InputError | None = None
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,8 @@ def block_importance(measured: Measured, blocks: Sequence[Sequence[str]], by: st
 def prune(request: PruneRequest) -> Iterator[Event]:
     """Run it, yielding stages, the ranking, every step of the search, and what came of it.
 
-    Raises InputError where the input is at fault or nothing can be removed within the limits.
+    Raises InputError where the input is at fault, or where a result is to be written and nothing can be removed
+    within the limits.
     """
     if request.by != MEASURED:
         find(SCORERS, request.by)
@@ -154,18 +156,18 @@ def prune(request: PruneRequest) -> Iterator[Event]:
     for step in choose(chooser, count=request.count, max_kld=request.limit):
         steps.append(step)
         yield units.named(step)
-    if not steps:
-        raise _nothing(units.named(chooser.cheapest()), request.limit, request.sublayers)
-    final = measure([frozenset(map(int, steps[-1].removed))], judging)[0].tolist()
-    record = _record(
-        request, steps, chooser, final, ranked=ranked, facts=_Facts(batches, digest, units, len(opened.trace.blocks))
-    )
+    nothing = None if steps else _nothing(units.named(chooser.cheapest()), request.limit, request.sublayers)
+    if nothing is not None and request.output is not None:
+        raise nothing
+    final = measure([_places(steps)], judging)[0].tolist() if steps else [0.0] * sum(map(len, judging))
+    facts = _Facts(batches, digest, units, len(opened.trace.blocks))
+    record = _record(request, steps, chooser, final, ranked=ranked, facts=facts)
     size = None
     if request.output is not None:
         yield "writing and opening again"
-        writing = Writing(opened.skeleton, _chosen(units, steps[-1]), units.halves)
+        writing = Writing(opened.skeleton, units.removal(_places(steps)), units.halves)
         size = _publish(request, request.output, writing, record, probe=probe_tokens(opened, request.recipe.seed))
-    yield Pruned(record, size)
+    yield Pruned(record, size, nothing)
 
 
 def _bounded(request: PruneRequest, opened: Opened) -> tuple[PruneRequest, str]:
@@ -208,8 +210,9 @@ def _counted(request: PruneRequest, units: Units) -> PruneRequest:
     return request
 
 
-def _chosen(units: Units, step: RemovalStep) -> Removal:
-    return units.removal(frozenset(map(int, step.removed)))
+def _places(steps: Sequence[RemovalStep]) -> frozenset[int]:
+    """What the search ended with."""
+    return frozenset(map(int, steps[-1].removed)) if steps else frozenset()
 
 
 def texts(batches: Batches, recipe: Recipe) -> tuple[list[Tensor], list[Tensor]]:
@@ -224,7 +227,7 @@ def _nothing(step: RemovalStep, limit: float | None, sublayers: bool) -> InputEr
     what, option = ("half", "--halves") if sublayers else ("block", "--blocks")
     return InputError(
         f"no {what} can be removed within KL {limit:g}: {what} {name} costs the least, {kld:.4g} (at most {upper:.4g})",
-        f"ask for {option} 1, or --max-kld {upper * 1.01:.2g}",
+        f"ask for {option} 1{or_limit(upper)}",
     )
 
 
@@ -239,7 +242,7 @@ def _record(
 ) -> PruneRecord:
     units = facts.units
     single = {units.units[next(iter(s))]: mean(values) for s, values in chooser.measured.items() if len(s) == 1}
-    removal = _chosen(units, steps[-1])
+    removal = units.removal(_places(steps))
     return PruneRecord(
         llmcompress=__version__,
         origin=Origin.of(request.source, facts.model_digest),

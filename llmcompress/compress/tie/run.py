@@ -18,7 +18,7 @@ from llmcompress.compress.prune.measure import damage_of, removal_damage
 from llmcompress.compress.prune.records import RemovalStep
 from llmcompress.compress.prune.run import FREE, texts
 from llmcompress.compress.run import environment
-from llmcompress.compress.statistics import mean, standard_error, upper_bound
+from llmcompress.compress.statistics import mean, or_limit, standard_error, upper_bound
 from llmcompress.compress.tie.card import model_card
 from llmcompress.compress.tie.records import TYING_NAME, Instead, TyingRecord
 from llmcompress.compress.tie.weights import BASES, Group, Tied, Ties
@@ -201,7 +201,7 @@ def _search(
         raise InputError(
             f"nothing can be tied within KL {request.limit:g}: blocks {step.removed[0]} cost the least, "
             f"{step.kld:.4g} (at most {step.upper:.4g})",
-            f"ask for --groups 1, or --max-kld {step.upper * 1.01:.2g}",
+            f"ask for --groups 1{or_limit(step.upper)}",
         )
     if request.groups is not None and len(steps) < request.groups and request.max_kld is None:
         raise InputError(f"only {len(steps)} groups fit beside the best ones", "look further with --beam")
