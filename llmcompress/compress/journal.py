@@ -28,6 +28,7 @@ from llmcompress.types import BlockOutcome, Noun
 AT_FDCWD = -100
 RENAME_EXCHANGE = 2
 KEPT_HIDDEN = 2
+RECORDS = ("llmcompress.json", "pruning.json", "tying.json", "rewriting.json", "export.json")  # one is in every output
 
 
 class CommitRecord(Noun):
@@ -42,7 +43,10 @@ class CommitRecord(Noun):
 
 
 def check_output(output: Path, source: Path, force: bool) -> None:
-    """Refuse an output that exists, is the input, lies inside it, or has no parent. Raises InputError."""
+    """Refuse an output that exists, is the input, lies inside it, or has no parent. Raises InputError.
+
+    With `force` one that we wrote may exist, or an empty folder, but nothing else: what is replaced is deleted.
+    """
     check_name(output)
     real, origin = output.resolve(), source.resolve()
     if real == origin:
@@ -53,9 +57,21 @@ def check_output(output: Path, source: Path, force: bool) -> None:
         raise InputError(f"the input lies inside the output: {output.name}", "choose another -o")
     if not real.parent.is_dir():
         raise InputError(f"no such folder for the output: {output.parent}", "create it, or choose another -o")
-    if (output.exists() or output.is_symlink()) and not force:
+    if not output.exists() and not output.is_symlink():
+        return
+    if not _replaceable(output):
+        raise InputError(
+            f"output already exists: {output.name}, and llmcompress did not write it",
+            "choose another -o; --force replaces only what llmcompress wrote",
+        )
+    if not force:
         Journal(output).sweep()
         raise InputError(f"output already exists: {output.name}", "choose another -o, or pass --force to replace it")
+
+
+def _replaceable(output: Path) -> bool:
+    """Whether it is a folder with a record of ours, or with nothing in it."""
+    return output.is_dir() and (any((output / name).is_file() for name in RECORDS) or not any(output.iterdir()))
 
 
 class Journal:

@@ -10,9 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from llmcompress.compress import output, rewrite
+from llmcompress.compress.export import records as export
 from llmcompress.compress.journal import CommitRecord, Journal, check_output
 from llmcompress.compress.kept import seal, sealed, unchanged
+from llmcompress.compress.prune import records as prune
 from llmcompress.compress.remade import once
+from llmcompress.compress.tie import records as tie
 from llmcompress.errors import BusyError, InputError, Stopped
 from llmcompress.files import commit_bytes
 from llmcompress.model.crew import ALONE
@@ -46,6 +50,26 @@ def test_a_record_of_another_kind_is_none(tmp_path: Path) -> None:
     assert unchanged(path, record())
     assert unchanged(path, record())
     assert not unchanged(path, record(1))
+
+
+def test_force_replaces_only_what_we_wrote(tmp_path: Path) -> None:
+    """`-o . --force` in a home folder must not delete what is in it."""
+    written = {output.RECORD_NAME, prune.RECORD_NAME, tie.TYING_NAME, export.RECORD_NAME, rewrite.RECORD_NAME}
+    for name in written:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_text("{}")
+        check_output(tmp_path / name, tmp_path / "model", force=True)
+    (tmp_path / "empty").mkdir()
+    check_output(tmp_path / "empty", tmp_path / "model", force=True)
+    check_output(tmp_path / "absent", tmp_path / "model", force=False)
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "letters.txt").write_text("x")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for strange in (tmp_path / "home", tmp_path / "home" / "letters.txt", tmp_path / "link"):
+        for force in (False, True):
+            with pytest.raises(InputError, match="already exists") as refusal:
+                check_output(strange, tmp_path / "model", force)
+            assert "only what llmcompress wrote" in refusal.value.hint
 
 
 def test_what_has_no_request_on_record_is_discarded(tmp_path: Path) -> None:

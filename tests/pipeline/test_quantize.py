@@ -341,6 +341,7 @@ def test_force_replaces_only_when_complete(
 ) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("x")
+    (tmp_path / "out" / "llmcompress.json").write_text("{}")
     words = ("quantize", llama, "-o", "out", "--recipe", "fast", "--budget", "4bits")
     assert run(*words).returncode == 2
     assert (tmp_path / "out" / "precious").exists()
