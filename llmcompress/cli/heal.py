@@ -1,6 +1,7 @@
 """`llmcompress heal`: bring a pruned or quantized checkpoint nearer to its original."""
 
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import click
@@ -166,7 +167,7 @@ def _tell_result(request: Any, finished: Any, speaker: Speaker) -> None:
         )
     lines += [
         f"written to  {request.output}  ({megabytes(finished.directory_bytes)})",
-        f"next        llmcompress eval {request.output} --ref {typed(request.against)}",
+        f"next        llmcompress eval {quote(str(request.output))} --ref {typed(request.against)}",
     ]
     document = {"output": request.output.name, "helped": record.helped, "recovered": record.recovered}
     speaker.result(document | record.model_dump(mode="json"), lines)

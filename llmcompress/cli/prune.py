@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import click
@@ -199,7 +200,7 @@ def _tell_result(request: Any, finished: Any, speaker: Speaker) -> None:
         lines += [
             "verified    reopened, and its logits are those of the model with these blocks passed over",
             f"written to  {request.output}  ({megabytes(size)})",
-            f"next        llmcompress quantize {request.output} --budget 3.5bits",
+            f"next        llmcompress quantize {quote(str(request.output))} --budget 3.5bits",
         ]
     elif finished.nothing is None:
         lines.append("nothing was written; give -o to write the result")

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import click
@@ -136,5 +137,6 @@ def _said(done: Any, evaluated: bool, output: Path) -> tuple[dict[str, Any], lis
     if done.removed:
         lines.append(f"removed     {', '.join(done.removed)}, of an earlier push")
     if not evaluated:
-        lines.append(f"next        llmcompress eval {output} --ref MODEL, and push again: the card has no figures yet")
+        command = f"llmcompress eval {quote(str(output))} --ref MODEL"
+        lines.append(f"next        {command}, and push again: the card has no figures yet")
     return document, [*lines, f"page        {done.url}"]

@@ -4,6 +4,7 @@ import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import click
@@ -288,5 +289,5 @@ def _lines(request: Any, told: Told) -> list[str]:
         ),
         f"verified    {', '.join(check.name for check in finished.checks)}",
         f"written to  {request.output}  in {told.seconds:.0f} s",
-        f"next        llmcompress eval {request.output} --ref {typed(request.source)}",
+        f"next        llmcompress eval {quote(str(request.output))} --ref {typed(request.source)}",
     ]

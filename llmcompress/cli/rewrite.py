@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import click
@@ -59,7 +60,7 @@ def rewrite_command(model: str, output: Path, speaker: Speaker, **flags: Any) ->
         tell_rewriting(record, speaker)
     lines = [
         f"written to  {output}  ({megabytes(size)})",
-        f"next        llmcompress quantize {output} --budget 3.5bits",
+        f"next        llmcompress quantize {quote(str(output))} --budget 3.5bits",
     ]
     speaker.result({"output": output.name, **record.model_dump(mode="json")}, lines)
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Iterable, Sequence
@@ -111,7 +112,7 @@ def open_log(path: Path | None) -> None:
 
 
 def command_line() -> str:
-    """The command as typed, paths reduced to their last part, for a model card."""
+    """The command as typed, paths reduced to their last part, for a model card; a shell reads it as it was meant."""
     words = ["llmcompress"]
     given = iter(sys.argv[1:])
     for word in given:
@@ -124,7 +125,7 @@ def command_line() -> str:
             Path(plain).name if "/" in plain and (plain.startswith((".", "/", "~")) or Path(plain).exists()) else plain
         )
         words.append(f"{flag}={short}" if equals else short)
-    return one_line(" ".join(words))
+    return one_line(shlex.join(words))
 
 
 def dropping_lines(dropping: Any) -> list[str]:
@@ -145,7 +146,7 @@ def dropping_lines(dropping: Any) -> list[str]:
 def typed(source: Any) -> str:
     """A word that names this source on a command line again."""
     named = source.repository is not None or source.name == "demo"
-    return str(source.name) if named else os.path.relpath(source.path)
+    return shlex.quote(str(source.name) if named else os.path.relpath(source.path))
 
 
 def as_set(names: Iterable[object]) -> str:

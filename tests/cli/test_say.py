@@ -1,5 +1,6 @@
 """What reaches a terminal or a log of a CI job is text, whatever it came from; what is not installed is said."""
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from rich.text import Text
 
 from llmcompress.cli import say
 from llmcompress.errors import Finding, InputError, Refused, one_line
+from llmcompress.hub.source import Source
 
 DEMO = str(Path(say.__file__).parents[1] / "demo")
 NASTY = [
@@ -76,6 +78,15 @@ def test_a_thousand_findings_are_cut_short(hints: int, shown: int, capsys: pytes
 def test_six_lines_are_not_cut(capsys: pytest.CaptureFixture[str]) -> None:
     say.tell_error(Refused([Finding(str(place), "h") for place in range(say.MOST_LINES - 1)]))
     assert "more" not in capsys.readouterr().err
+
+
+def test_a_command_on_record_is_what_a_shell_reads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    words = ["quantize", "a model", "--budget", "kld<=0.05", "--set=plan.bits=[2, 3]", "-o", "$HOME's", "--nproc", "2"]
+    monkeypatch.setattr("sys.argv", ["llmcompress", *words])
+    assert shlex.split(say.command_line()) == ["llmcompress", *words[:-2]]
+    monkeypatch.chdir(tmp_path)
+    source = Source(tmp_path / "größe *", "größe *")
+    assert shlex.split(say.typed(source)) == ["größe *"]
 
 
 @pytest.mark.parametrize("words", [["verify", DEMO], ["quantize", "demo", "--budget", "4bits"], ["bench"]])
