@@ -89,6 +89,17 @@ class Footprint(Noun):
     file_bits_per_weight: float
     resident_bytes: int | None = None
     reference_resident_bytes: int | None = None
+    reference_parameters: int | None = None
+
+    @property
+    def original_parameters(self) -> int:
+        """Of the original: more than `parameters` where blocks were removed. Reports did not say it at first."""
+        return max(self.reference_parameters or self.parameters, 1)
+
+    @property
+    def bits_per_original_weight(self) -> float:
+        """All shards over the original's weights: what models with and without all blocks are compared by."""
+        return 8 * self.shard_bytes / self.original_parameters
 
 
 class TaskDocuments(Noun):

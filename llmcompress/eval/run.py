@@ -241,6 +241,7 @@ def _footprint(candidate: Skeleton, reference: Skeleton, speed: Sequence[Speed])
         file_bits_per_weight=size * 8 / parameters,
         resident_bytes=resident.get("candidate"),
         reference_resident_bytes=resident.get("reference"),
+        reference_parameters=reference.parameters,
     )
 
 

@@ -100,14 +100,14 @@ def overview(rows: Sequence[Named]) -> tuple[list[str], list[list[str]]]:
         report, size = row.report, row.report.footprint
         if report.ref.model_digest not in seen:
             seen.add(report.ref.model_digest)
-            bits = 8 * size.reference_shard_bytes / max(size.parameters, 1)
+            bits = 8 * size.reference_shard_bytes / size.original_parameters
             known = [f"{report.ref.name} (original)", "-", f"{bits:.3f}", megabytes(size.reference_shard_bytes)]
             lines.append([*known, "0", "1", percent(1.0), *([speed_of(report, "reference")] if timed else [])])
     for row in rows:
         found, size = row.report.summary, row.report.footprint
         bits_word = "-" if size.bits_per_weight is None else f"{size.bits_per_weight:.3f}"
         lines.append([
-            row.name, bits_word, f"{size.file_bits_per_weight:.3f}", megabytes(size.shard_bytes),
+            row.name, bits_word, f"{size.bits_per_original_weight:.3f}", megabytes(size.shard_bytes),
             with_interval(found.kld, kl_digits(row.report)), with_interval(found.perplexity_ratio),
             percent(found.top1.mean), *([speed_of(row.report, "candidate")] if timed else []),
         ])  # fmt: skip
@@ -145,7 +145,10 @@ def _best(rows: Sequence[Named]) -> str:
 
 def _overview(rows: Sequence[Named]) -> Section:
     columns, lines = overview(rows)
-    note = "Intervals: 95 %, over sequences. Bits per weight count codes, scales and shapes over the quantized linears."
+    note = (
+        "Intervals: 95 %, over sequences. Bits per weight count codes, scales and shapes over the quantized linears; "
+        "of the whole checkpoint, all its bytes over the weights of the original."
+    )
     return Section("runs", "All of them", join([table(columns, lines), el("p", note, class_="soft small")]))
 
 
@@ -156,17 +159,19 @@ def _pareto(rows: Sequence[Named]) -> list[Section]:
     sized = [
         Sized(
             row.name,
-            row.report.footprint.file_bits_per_weight,
+            row.report.footprint.bits_per_original_weight,
             row.report.summary.kld.mean or 0.0,
             row.report.summary.kld.low,
             row.report.summary.kld.high,
         )
         for row in known
     ]
-    svg = size_against_kl(sized, title="Size against divergence", size="bits per weight of the whole checkpoint")
+    svg = size_against_kl(
+        sized, title="Size against divergence", size="whole checkpoint, bits per weight of the original"
+    )
     cells = [[s.name, f"{s.bits_per_weight:.4f}", with_interval(row.report.summary.kld, 5)]
              for s, row in zip(sized, known, strict=True)]  # fmt: skip
-    figure = Figure("pareto", svg, ["model", "bits per weight, whole checkpoint", "KL, nats/token"], cells)
+    figure = Figure("pareto", svg, ["model", "bits per weight of the original", "KL, nats/token"], cells)
     return [Section("pareto", "Size against divergence", shown(figure))]
 
 

@@ -17,7 +17,7 @@ from test_pages import HOSTILE
 
 from llmcompress.cli import cli
 from llmcompress.errors import InputError
-from llmcompress.eval.report import DataFacts, EvalReport
+from llmcompress.eval.report import DataFacts, EvalReport, Footprint
 from llmcompress.pages.compare import Named, comparison_page, differences, named, overview, warnings
 from llmcompress.pages.markdown import comparison_markdown, run_markdown
 from llmcompress.pages.reading import Run
@@ -71,6 +71,18 @@ def test_the_table_has_the_original_once_and_every_run() -> None:
     assert {len(line) for line in lines} == {len(columns)}
     assert lines[0][2:4] == ["16.000", "14.00 GB"]
     assert lines[0][-1] == lines[1][-1] == "62.5"
+
+
+def test_a_model_of_fewer_blocks_is_compared_by_the_weights_of_the_original() -> None:
+    """Half of the blocks removed, the rest as it was: half the bits of the original, whichever run comes first."""
+    whole, half = make_report("whole"), make_report("half")
+    sizes = half.footprint.model_dump() | {"shard_bytes": 7 * 10**9, "parameters": 35 * 10**8}
+    sizes |= {"file_bits_per_weight": 16.0, "reference_parameters": 7 * 10**9}
+    rows = [Named("half", half.model_copy(update={"footprint": Footprint(**sizes)})), Named("whole", whole)]
+    for order in (rows, rows[::-1]):
+        _, lines = overview(order)
+        found = {line[0]: line[2] for line in lines}
+        assert found == {"original (original)": "16.000", "half": "8.000", "whole": "3.429"}
 
 
 @given(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5)), min_size=1, max_size=8))
