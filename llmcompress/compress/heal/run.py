@@ -60,7 +60,7 @@ def heal(request: HealRequest) -> Iterator[Event]:
     """
     journal = Journal(request.output)
     published = None if request.force else journal.published_request()
-    for source in (request.source, request.against):
+    for source in (request.against, request.source):
         check_output(request.output, source.path, request.force or published is not None)
     yield "opening"
     request, student = _open(request)
