@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from llmcompress import __version__
-from llmcompress.cli.options import speaking, trusting
+from llmcompress.cli.options import following, speaking
 from llmcompress.cli.runtimes import contained, document_of, tell_runtimes
 from llmcompress.cli.say import Speaker, megabytes
 
@@ -33,7 +33,7 @@ LIBRARIES = (
 
 @click.command("inspect")
 @click.argument("path", type=click.Path(path_type=Path))
-@trusting
+@following
 @speaking
 def inspect_command(path: Path, speaker: Speaker) -> None:
     """Show what is in a checkpoint: formats, widths, bytes, both bits per weight. Opens headers only."""

@@ -62,14 +62,25 @@ def speaking(function: Command) -> Command:
 def trusting(function: Command) -> Command:
     """Add --allow-external-files and --allow-nonfinite, in force for the command and for what it starts."""
 
-    @click.option("--allow-external-files", is_flag=True, help="Follow links of the model that lead out of it.")
     @click.option("--allow-nonfinite", is_flag=True, help="Keep tensors with NaN or infinity, unquantized.")
     @wraps(function)
-    def with_trust(*args: Any, allow_external_files: bool, allow_nonfinite: bool, **rest: Any) -> Any:
-        with _allowing({ALLOW_EXTERNAL: allow_external_files, ALLOW_NONFINITE: allow_nonfinite}):
+    def with_trust(*args: Any, allow_nonfinite: bool, **rest: Any) -> Any:
+        with _allowing({ALLOW_NONFINITE: allow_nonfinite}):
             return function(*args, **rest)
 
-    return with_trust
+    return following(with_trust)
+
+
+def following(function: Command) -> Command:
+    """Add --allow-external-files alone, for commands that open headers and no weights."""
+
+    @click.option("--allow-external-files", is_flag=True, help="Follow links of the model that lead out of it.")
+    @wraps(function)
+    def with_links(*args: Any, allow_external_files: bool, **rest: Any) -> Any:
+        with _allowing({ALLOW_EXTERNAL: allow_external_files}):
+            return function(*args, **rest)
+
+    return with_links
 
 
 @contextmanager

@@ -85,11 +85,13 @@ class Journal:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the output against other runs. Raises BusyError when another run holds it.
+        """Hold the output against other runs. Raises BusyError when another run holds it, and InputError where a folder
+        that no run left has the name of its data.
 
         Nothing is left of a run that fails before its request is recorded.
         """
         lock = FileLock(self.state / "lock", timeout=0, mode=0o666)
+        fresh = not self.state.is_dir()
         try:
             self.state.mkdir(exist_ok=True)
             lock.acquire()
@@ -100,15 +102,26 @@ class Journal:
         except OSError as error:
             where = self.output.parent
             raise MachineError(f"cannot write in {where}: {error.strerror}", "check permissions and the disk") from None
+        stranger = fresh and self._taken()
         try:
+            if stranger:
+                raise InputError(f"{self.partial.name} is not of an unfinished run", "move it, or choose another -o")
             if not (self.state / "lock").exists():
                 raise BusyError(f"another run has just written {self.output.name}", "look at it, or try again")
             with self._log:
                 yield
         finally:
-            if not self.run_file.exists():
+            if stranger:
+                shutil.rmtree(self.state, ignore_errors=True)
+            elif not self.run_file.exists():
                 self.clear()
             lock.release()
+
+    def _taken(self) -> bool:
+        """Whether something lies where the data of a run go, which is foreign where there was no state of one."""
+        if self.partial.is_dir() and not self.partial.is_symlink():
+            return any(self.partial.iterdir())
+        return self.partial.exists() or self.partial.is_symlink()
 
     def sweep(self) -> None:
         """Remove what a run left that died when its output was published already, unless another run is at work."""

@@ -180,6 +180,17 @@ def test_planning_from_a_damaged_file_names_the_place(run: Run, llama: Path, tmp
     assert "scores.0.layers.0.candidates.0.damage" in found.stderr
 
 
+def test_a_plan_of_scores_refuses_what_only_scoring_reads(run: Run, llama: Path) -> None:
+    run("score", llama, "--recipe", "fast", "-o", "scores.json")
+    for words in (("--seed", "3"), ("--calibration", "builtin")):
+        found = run("plan", "scores.json", "--budget", "4bits", *words)
+        assert found.returncode == 2
+        assert f"error: {words[0]}: nothing is scored" in found.stderr
+    found = run("inspect", llama, "--allow-nonfinite")
+    assert found.returncode == 2
+    assert "No such option" in found.stderr
+
+
 @pytest.mark.parametrize("what", ["scorers", "quantizers", "recipes", "formats", "models"])
 def test_lists_are_not_empty_and_say_what_things_are(what: str, run: Run) -> None:
     found = json.loads(run("list", what, "--json").stdout)

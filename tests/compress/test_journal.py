@@ -52,6 +52,23 @@ def test_a_record_of_another_kind_is_none(tmp_path: Path) -> None:
     assert not unchanged(path, record(1))
 
 
+def test_a_folder_that_no_run_left_is_kept(tmp_path: Path) -> None:
+    """Whatever has the name that a run gives to its data; what a run left of its own is cleared away."""
+    journal = Journal(tmp_path / "out")
+    journal.partial.mkdir()
+    mine = journal.partial / "thesis.txt"
+    mine.write_text("all of it")
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"out\.partial is not of an unfinished run"), journal.locked():
+            pytest.fail("it goes on")
+        assert mine.read_text() == "all of it"
+        assert not journal.state.exists()
+    journal.state.mkdir()
+    with journal.locked():
+        journal.begin(ASKED)
+    assert not journal.partial.exists()
+
+
 def test_force_replaces_only_what_we_wrote(tmp_path: Path) -> None:
     """`-o . --force` in a home folder must not delete what is in it."""
     written = {output.RECORD_NAME, prune.RECORD_NAME, tie.TYING_NAME, export.RECORD_NAME, rewrite.RECORD_NAME}
