@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import textwrap
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -211,3 +212,9 @@ def test_the_project_names_no_machine() -> None:
     texts = {name: (ROOT / name).read_bytes() for name in listed if (ROOT / name).is_file()}
     bad = re.compile(rb"/" rb"(work|root|home)/[a-z]")
     assert [name for name, text in texts.items() if bad.search(text)] == []
+
+
+def test_test_files_have_names_of_their_own() -> None:
+    """pytest imports them by their bare names."""
+    names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name, number in names.items() if number > 1] == []
