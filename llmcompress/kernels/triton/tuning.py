@@ -9,6 +9,7 @@ Triton, three of that for many tokens, or none for strips.
 import functools
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -142,19 +143,15 @@ def choose(packing: Packing, rows: int, tokens: int, device: torch.device, lean:
     """
     if device.type != "cuda":
         return fill(rule(packing, bucket(tokens)), packing, (rows, tokens), 4)
-    found = torch.cuda.get_device_properties(device)
-    most = str(bucket(tokens))
-    exact = f"{packing.label} {rows}x{packing.columns}"
-    for table in _tables(found.name, f"sm_{found.major}{found.minor}"):
-        for key in (exact, packing.label):
-            known = table.get(key, {}).get(most)
-            if isinstance(known, Config):
-                return fill(known, packing, (rows, tokens), found.multi_processor_count)
-            if isinstance(known, Lean) and lean:
-                return known
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    for known in _entries(packing, rows, bucket(tokens), device):
+        if isinstance(known, Config):
+            return fill(known, packing, (rows, tokens), processors)
+        if isinstance(known, Lean) and lean:
+            return known
     if lean and tokens <= LEAN_TOKENS:
         return Lean(8 if rows < LEAN_ROWS else 4)
-    return fill(rule(packing, bucket(tokens)), packing, (rows, tokens), found.multi_processor_count)
+    return fill(rule(packing, bucket(tokens)), packing, (rows, tokens), processors)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -167,17 +164,23 @@ def choose_many(
     """
     if device.type != "cuda":
         return Strips()
-    found = torch.cuda.get_device_properties(device)
-    most = str(next((size for size in MANY if tokens <= size), MANY[-1]))
-    exact = f"{packing.label} {rows}x{packing.columns}"
-    for table in _tables(found.name, f"sm_{found.major}{found.minor}"):
-        for key in (exact, packing.label):
-            known = table.get(key, {}).get(most)
-            if isinstance(known, Config):
-                return fill(known, packing, (rows, tokens), found.multi_processor_count)
-            if isinstance(known, Strips) or (isinstance(known, Fused) and fused):
-                return known
+    most = next((size for size in MANY if tokens <= size), MANY[-1])
+    for known in _entries(packing, rows, most, device):
+        if isinstance(known, Config):
+            processors = torch.cuda.get_device_properties(device).multi_processor_count
+            return fill(known, packing, (rows, tokens), processors)
+        if isinstance(known, Strips) or (isinstance(known, Fused) and fused):
+            return known
     return Strips()
+
+
+def _entries(packing: Packing, rows: int, most: int, device: torch.device) -> Iterator[Choice]:
+    """What tables say of a weight and up to `most` tokens: the user's before the shipped one, its shape before all."""
+    found = torch.cuda.get_device_properties(device)
+    for table in _tables(found.name, f"sm_{found.major}{found.minor}"):
+        for key in (f"{packing.label} {rows}x{packing.columns}", packing.label):
+            if (known := table.get(key, {}).get(str(most))) is not None:
+                yield known
 
 
 def rule(packing: Packing, most: int) -> Config:
