@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -165,6 +166,55 @@ def test_what_was_compiled_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.undo()
     with pytest.raises(MachineError, match="does not compile"):
         compiler.compiled(b"nonsense", {}, "sm_90", nvrtc)
+
+
+DRIVER = r"""
+#include <cstring>
+struct Attribute { int what; char pad[4]; union { char bytes[64]; int number; } value; };
+struct Config { unsigned grid[3], block[3], shared; void *stream; Attribute *attributes; unsigned count; };
+static int allowed;
+extern "C" {
+int seen[12];
+int cuModuleLoadData(void **module, const void *) { *module = (void *)0x100000001; return 0; }
+int cuModuleGetFunction(void **handle, void *module, const char *name) {
+    *handle = (void *)((size_t)module + 1);
+    return strcmp(name, "kernel");
+}
+int cuFuncSetAttribute(void *handle, int what, int value) {
+    if (what == 8) allowed = value;
+    return 0;
+}
+int cuLaunchKernel(void *handle, unsigned x, unsigned y, unsigned z, unsigned a, unsigned b, unsigned c,
+                   unsigned shared, void *stream, void **given, void **) {
+    const int all[12] = {(int)x, (int)y, (int)z, (int)a, (int)b, (int)c, (int)shared, stream == (void *)0x200000007,
+                         *(int *)given[0], handle == (void *)0x100000002, -1, allowed};
+    memcpy(seen, all, sizeof all);
+    return 0;
+}
+int cuLaunchKernelEx(const Config *how, void *handle, void **given, void **extra) {
+    const unsigned *g = how->grid, *b = how->block;
+    cuLaunchKernel(handle, g[0], g[1], g[2], b[0], b[1], b[2], how->shared, how->stream, given, extra);
+    seen[10] = how->count == 1 && how->attributes->what == 6 ? how->attributes->value.number : -2;
+    return 0;
+}
+}
+"""
+
+
+@needs_compiler
+def test_a_launch_says_what_it_should(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To a driver that writes down what it is told, with the layouts of cuda.h."""
+    source, target = tmp_path / "driver.cpp", tmp_path / "driver.so"
+    source.write_text(DRIVER)
+    subprocess.run(["g++", "-w", "-shared", "-fPIC", str(source), "-o", str(target)], check=True)
+    driver = ctypes.CDLL(str(target))
+    monkeypatch.setattr(compiler.ctypes, "CDLL", lambda _: driver)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0x200000007))
+    function = compiler.Function(b"code", "kernel")
+    seen = (ctypes.c_int * 12).in_dll(driver, "seen")
+    for early, shared, allowed in ((False, 0, 0), (True, 70000, 70000), (False, 300, 70000)):
+        function.launch(compiler.Launch((3, 5), 64, shared, early), [ctypes.c_int(42)])
+        assert list(seen) == [3, 5, 1, 64, 1, 1, shared, 1, 42, 1, 1 if early else -1, allowed]
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

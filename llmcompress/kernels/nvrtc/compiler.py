@@ -133,10 +133,13 @@ class Function:
             self._do("cuFuncSetAttribute", self._handle, MOST_DYNAMIC_SHARED, how.shared)
             self._shared = how.shared
         places = (ctypes.c_void_p * len(given))(*(ctypes.addressof(value) for value in given))
-        config = _Config(*how.grid, 1, how.threads, 1, 1, how.shared, torch.cuda.current_stream().cuda_stream)
-        if how.early:
-            attribute = _Attribute(PROGRAMMATIC_SERIALIZATION, value=1)
-            config.attributes, config.count = ctypes.pointer(attribute), 1
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        sizes = (*how.grid, 1, how.threads, 1, 1, how.shared)
+        if not how.early:
+            self._do("cuLaunchKernel", self._handle, *sizes, stream, places, None)
+            return
+        attribute = _Attribute(PROGRAMMATIC_SERIALIZATION, value=1)
+        config = _Config(*sizes, stream, ctypes.pointer(attribute), 1)
         self._do("cuLaunchKernelEx", ctypes.byref(config), self._handle, places, None)
 
 
