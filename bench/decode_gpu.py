@@ -18,6 +18,7 @@ import torch
 import transformers
 import triton
 from decode import rounded
+from gpu_formats import FORMATS
 from torch import Tensor, nn
 
 from llmcompress.kernels import stored
@@ -25,10 +26,6 @@ from llmcompress.runtime.modules import PackedLinear
 from llmcompress.runtime.siblings import introduce
 from llmcompress.spec import LinearSpec
 
-FORMATS = {
-    **{f"int{bits}": LinearSpec(bits=bits, group_size=128) for bits in (2, 3, 4, 8)},
-    "nf4": LinearSpec(bits=4, group_size=64, kind="nf4"),
-}
 STEPS, ROUNDS, WARM = 32, 5, 3
 
 

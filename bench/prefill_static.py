@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from gpu_formats import FORMATS
 from sass import Compiled, read
 
 from llmcompress.kernels.nvrtc import compiler, many
@@ -27,11 +28,6 @@ from llmcompress.spec import LinearSpec
 ARCHITECTURE, COLUMNS, CYCLES = "sm_90a", 4096, 64
 REGISTERS, WARP = 65536, 32
 HALF_RATE = ("LOP3", "SHF", "PRMT", "IADD3", "ISETP", "SEL", "LEA", "F2FP", "VIADD", "IMNMX", "VIMNMX", "I2F")
-FORMATS = {
-    **{f"int{bits}": LinearSpec(bits=bits, group_size=128) for bits in (2, 3, 4, 8)},
-    **{f"int{bits}z": LinearSpec(bits=bits, group_size=128, kind="asymmetric") for bits in (2, 3, 4, 8)},
-    "nf4": LinearSpec(bits=4, group_size=64, kind="nf4"),
-}
 
 
 @dataclass(frozen=True)

@@ -58,13 +58,18 @@ def compiled(
 
 def read(cubin: bytes, shared: int) -> Compiled:
     """Machine code that needs so many bytes of shared memory."""
+    text, uses = disassembled(cubin)
+    return Compiled(uses["REG"], uses["STACK"], shared, _loop(text))
+
+
+def disassembled(cubin: bytes, *options: str) -> tuple[str, dict[str, int]]:
+    """What nvdisasm prints, and what the kernel uses: REG of a thread, STACK and SHARED in bytes."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = _tool("nvdisasm", "-c", file.name)
+        text = _tool("nvdisasm", "-c", *options, file.name)
         usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
-    registers, stack = (int(re.findall(rf"{word}:(\d+)", usage)[-1]) for word in ("REG", "STACK"))
-    return Compiled(registers, stack, shared, _loop(text))
+    return text, {word: int(re.findall(rf"{word}:(\d+)", usage)[-1]) for word in ("REG", "STACK", "SHARED")}
 
 
 def _tool(name: str, *arguments: str) -> str:

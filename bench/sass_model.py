@@ -10,26 +10,20 @@ with each other. `--sources` has the .cu files of another version, `--waits` nam
 
 import argparse
 import re
-import subprocess
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from sass import TOOLS
+from gpu_formats import FORMATS
+from sass import disassembled
 
 from llmcompress.kernels.nvrtc import compiler, small
 from llmcompress.kernels.triton.layout import Packing, packing_of
 from llmcompress.kernels.triton.tuning import Lean
 from llmcompress.spec import LinearSpec
 
-FORMATS = {
-    **{f"int{bits}": LinearSpec(bits=bits, group_size=128) for bits in (8, 4, 3, 2)},
-    **{f"int{bits}z": LinearSpec(bits=bits, group_size=128, kind="asymmetric") for bits in (8, 4, 3, 2)},
-    "nf4": LinearSpec(bits=4, group_size=64, kind="nf4"),
-}
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (28672, 8192))
 PROCESSORS, CLOCK, BANDWIDTH, NODE = 132, 1.755e9, 4.07e12, 1.13e-6  # the last two: measured, a copy and a graph's node
 REGISTERS, SHARED, WARPS, BLOCKS = 1 << 16, 227 << 10, 64, 32  # that a processor holds
@@ -52,15 +46,8 @@ class Instruction:
     waits: tuple[int, ...]
 
 
-def disassembled(code: bytes) -> tuple[list[Instruction], dict[str, int], int, int]:
-    """Instructions, places of labels, registers of a thread, bytes of shared memory declared."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(code)
-        file.flush()
-        text, usage = (
-            subprocess.run([TOOLS / tool, *options, file.name], capture_output=True, text=True, check=True).stdout
-            for tool, *options in (("nvdisasm", "-c", "-hex"), ("cuobjdump", "--dump-resource-usage"))
-        )
+def instructions(text: str) -> tuple[list[Instruction], dict[str, int]]:
+    """Those of nvdisasm's text with encodings, and the places of labels."""
     found: list[Instruction] = []
     labels: dict[str, int] = {}
     line = ""
@@ -72,8 +59,7 @@ def disassembled(code: bytes) -> tuple[list[Instruction], dict[str, int], int, i
         elif line and (second := re.match(r"\s*/\* 0x([0-9a-f]{16}) \*/", row)):
             found.append(_decoded(line, int(second[1], 16) >> 41))
             line = ""
-    registers, shared = (int(re.findall(rf"{word}:(\d+)", usage)[-1]) for word in ("REG", "SHARED"))
-    return found, labels, registers, shared
+    return found, labels
 
 
 def _decoded(text: str, control: int) -> Instruction:
@@ -280,11 +266,11 @@ def kernel_of(spec: LinearSpec, columns: int, config: Lean, sources: Path) -> Ke
     made = small.definitions(packing, torch.bfloat16, scale, tiles=1, config=config, whole=True)
     source = b"".join((sources / f"{part}.cu").read_bytes() for part in ("ptx", "codes", "decode"))
     code = compiler.compiled(source, dict(made), "sm_90", nvrtc)
-    found, labels, registers, shared = disassembled(code)
-    route = route_of(found, labels)
+    text, uses = disassembled(code, "-hex")
+    route = route_of(*instructions(text))
     ring = config.warps * config.slots * small.slot_bytes(packing, scale, True)
     asynchronous = any("LDGSTS" in instruction.operation for instruction in route.loop)
-    return Kernel(route, registers, shared + ring * asynchronous, config, packing)
+    return Kernel(route, uses["REG"], uses["SHARED"] + ring * asynchronous, config, packing)
 
 
 def main() -> None:

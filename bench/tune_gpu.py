@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import gpu_formats
 import torch
 import triton
 
@@ -19,12 +20,7 @@ from llmcompress.kernels.triton.tune import Search, Tuned, candidates, tune
 from llmcompress.kernels.triton.tuning import BUCKETS, Choice, Config, Lean, user_table
 from llmcompress.spec import LinearSpec
 
-FORMATS = {
-    **{f"int{bits}": LinearSpec(bits=bits, group_size=128) for bits in (2, 3, 4, 8)},
-    **{f"int{bits}z": LinearSpec(bits=bits, group_size=128, kind="asymmetric") for bits in (2, 3, 4, 8)},
-    "nf4": LinearSpec(bits=4, group_size=64, kind="nf4"),
-    "codebook3": LinearSpec(bits=3, group_size=0, kind="codebook"),
-}
+FORMATS = {**gpu_formats.FORMATS, "codebook3": LinearSpec(bits=3, group_size=0, kind="codebook")}
 
 
 def trials(packing: Packing, most: int, lean: bool) -> Iterator[Choice]:
