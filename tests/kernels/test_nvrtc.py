@@ -2,8 +2,6 @@
 
 import ctypes
 import itertools
-import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -13,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import triton_cases
+from on_host import built, needs_compiler
 from torch import Tensor
 
 from llmcompress.errors import MachineError
@@ -46,9 +45,6 @@ CASES = [  # format, rows (whole tiles of 16 or not), columns (whole blocks or n
     (LinearSpec(bits=8, group_size=320), 37, 320, BFLOAT, 8, 3),
     (LinearSpec(bits=4, group_size=64, kind="nf4"), 48, 1600, BFLOAT, 5, 2),
 ]
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
-
-
 Case = tuple[LinearSpec, int, int, torch.dtype, int, int]
 
 
@@ -58,17 +54,6 @@ def definitions(case: Case, packing: layout.Packing, scale: torch.dtype, config:
     return small.definitions(
         packing, dtype, scale, tiles=-(-tokens // small.TILE), config=config, whole=rows % small.ROWS == 0
     )
-
-
-def built(folder: Path, made: compiler.Definitions) -> ctypes.CDLL:
-    """Both kernels as a library."""
-    code = "\n".join((compiler.FOLDER / f"{name}.cu").read_text() for name in ("codes", "decode", "expand"))
-    source, target = folder / "kernels.cpp", folder / "kernels.so"
-    source.write_text(f'#include "{HERE / "host_ptx.h"}"\n{code}\n{ENTRIES}')
-    flags = [f"-D{name}={value}" for name, value in made]
-    command = ["g++", "-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-pthread", *flags, str(source), "-o", str(target)]
-    subprocess.run(command, check=True, capture_output=True)
-    return ctypes.CDLL(str(target))
 
 
 def given(*values: Tensor | int | None) -> list[ctypes.c_void_p | ctypes.c_int]:
@@ -91,7 +76,7 @@ def test_values_are_those_of_the_stored_codes(case: Case, tmp_path: Path) -> Non
     assert packing.planar.words >= small.SHORTEST
     scale = prepared["scale"]
     made = definitions(case, packing, scale.dtype, Lean(WARPS, slots))
-    library = built(tmp_path, made)
+    library = built(tmp_path, made, "host_ptx.h", ("codes", "decode", "expand"), ENTRIES)
     assert library.slot_bytes() == small.slot_bytes(packing, scale.dtype, height % small.ROWS == 0)
     x = torch.randn((tokens, columns), generator=triton_cases.GENERATOR).to(dtype)
     weight = (prepared["words"], scale, prepared.get("zero"), prepared.get("table"))
@@ -114,14 +99,11 @@ def test_values_are_those_of_the_stored_codes(case: Case, tmp_path: Path) -> Non
 @pytest.mark.skipif(compiler.library() is None, reason="NVRTC is not installed")
 @pytest.mark.skipif(not triton_cases.HAS_TRITON, reason="Triton, which has the disassembler, is not installed")
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
-def test_machine_code_for_gpus_that_are_not_here(architecture: str, tmp_path: Path) -> None:
+def test_machine_code_for_gpus_that_are_not_here(architecture: str) -> None:
     """It compiles, keeps everything in registers, and has matrix instructions."""
-    import triton
-
     sys.path.insert(0, str(HERE.parents[1] / "bench"))
     import sass
 
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     nvrtc = compiler.library()
     assert nvrtc is not None
     for number, case in enumerate(CASES):
@@ -129,16 +111,12 @@ def test_machine_code_for_gpus_that_are_not_here(architecture: str, tmp_path: Pa
         packing = layout.packing_of(spec, columns)
         scale = torch.float32 if spec.kind == "nf4" else torch.bfloat16
         made = definitions(case, packing, scale, Lean(8, 2, int(architecture == "sm_90")))
-        path = tmp_path / "kernel.cubin"
         name = ("decode", "expand")[number % 4 == 3]
-        path.write_bytes(compiler.compiled(compiler.source_of(name), dict(made), architecture, nvrtc))
-        said = subprocess.run(
-            [tools / "cuobjdump", "--dump-resource-usage", path], capture_output=True, text=True
-        ).stdout
-        stack = re.search(r"STACK:(\d+)", said)
-        assert stack is not None, said
-        assert int(stack[1]) <= MOST_STACK
-        code = subprocess.run([tools / "nvdisasm", "-c", path], capture_output=True, text=True).stdout
+        if name == "expand":
+            made = tuple(small.order_definitions(packing, case[3], scale, small.EXPAND_WARPS).items())
+        cubin = compiler.compiled(compiler.source_of(name), dict(made), architecture, nvrtc)
+        code, uses = sass.disassembled(cubin)
+        assert uses["STACK"] <= MOST_STACK
         assert ("HMMA" in code) == (name == "decode")
         if name == "decode":
             check_loop(sass.loop_with(code, "HMMA"))

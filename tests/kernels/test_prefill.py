@@ -2,8 +2,6 @@
 
 import ctypes
 import re
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,11 +9,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 import triton_cases
+from on_host import built, needs_compiler
 
 from llmcompress.errors import InputError
 from llmcompress.kernels import fourbit, stored
 from llmcompress.kernels.codes import Codes
-from llmcompress.kernels.nvrtc import compiler, many
+from llmcompress.kernels.nvrtc import compiler, many, small
 from llmcompress.kernels.triton import layout, tuning
 from llmcompress.kernels.triton.tuning import Fused
 from llmcompress.spec import FOUR_BIT, LinearSpec
@@ -64,20 +63,6 @@ def is_rounded(found: torch.Tensor, wanted: torch.Tensor) -> bool:
     return bool(((found.cpu().double() - wanted).abs() <= limit).all())
 
 
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
-
-
-def built(folder: Path, made: compiler.Definitions) -> ctypes.CDLL:
-    """The kernel as a library."""
-    code = "\n".join((compiler.FOLDER / f"{name}.cu").read_text() for name in ("codes", "prefill"))
-    source, target = folder / "kernel.cpp", folder / "kernel.so"
-    source.write_text(f'#include "{HERE / "host_wgmma.h"}"\n{code}\n{ENTRY}')
-    flags = [f"-D{name}={value}" for name, value in made]
-    command = ["g++", "-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-pthread", *flags, str(source), "-o", str(target)]
-    subprocess.run(command, check=True, capture_output=True)
-    return ctypes.CDLL(str(target))
-
-
 @needs_compiler
 @pytest.mark.parametrize(
     ("spec", "columns", "dtype", "sizes", "config"), CASES, ids=lambda value: getattr(value, "label", None)
@@ -91,11 +76,12 @@ def test_values_are_those_of_the_rounded_weights(
     prepared = layout.prepare(stored.tensors_of("", codes), spec)
     packing = layout.packing_of(spec, columns)
     assert many.knows(packing)
-    library = built(tmp_path, many.definitions(packing, dtype, prepared["scale"].dtype, config))
+    made = many.definitions(packing, dtype, prepared["scale"].dtype, config)
+    library = built(tmp_path, made, "host_wgmma.h", ("codes", "prefill"), ENTRY)
     assert library.shared_bytes() == many.shared_bytes(packing, config) - many.ALIGNMENT
     x = torch.randn((tokens, columns), generator=triton_cases.GENERATOR).to(dtype)
     out = torch.full((tokens, rows), float("nan"), dtype=dtype)
-    given = many.given(x, prepared, out, packing)
+    given = small.given(x, prepared, out, packing)
     library.all_prefill(*map(ctypes.c_int, (-(-tokens // config.tokens), -(-rows // config.rows))), *given)
     dense = dense_of(codes)
     assert is_rounded(out, x.double() @ dense.to(dtype).double().T)

@@ -16,7 +16,7 @@ from llmcompress.kernels.triton.tuning import Lean
 
 VARIABLE = "LLMCOMPRESS_NVRTC"
 TILE, MOST_TOKENS, ROWS = 8, 16, 16
-EXPAND = Lean(4)
+EXPAND_WARPS = 4
 EARLY_FROM = (9, 0)
 SHORTEST = 32  # run of words that a warp reads at once
 VECTOR = 8  # of 16-bit inputs, in one load
@@ -37,19 +37,24 @@ def fits(packing: Packing, dtype: torch.dtype, device: torch.device) -> bool:
     return whole and packing.columns % VECTOR == 0 and library() is not None
 
 
+def order_definitions(packing: Packing, dtype: torch.dtype, scale: torch.dtype, warps: int) -> dict[str, int]:
+    """What every kernel is compiled with, as `codes.cu` and `ptx.cu` say."""
+    order = packing.planar
+    words, fields, planes, block = (order.words, order.fields, order.planes, order.block) if order else (0, 0, 0, 1)
+    return {
+        "BITS": packing.bits, "WORDS": words, "FIELDS": fields, "PLANES": planes, "GROUP": packing.group,
+        "ZERO": int(packing.zero), "TABLE": int(bool(packing.table)), "EVEN": int(packing.columns % block == 0),
+        "WARPS": warps, "BFLOAT": int(dtype == torch.bfloat16), "SCALE": SCALES[scale], "EARLY": 0,
+    }  # fmt: skip
+
+
 def definitions(
     packing: Packing, dtype: torch.dtype, scale: torch.dtype, *, tiles: int, config: Lean, whole: bool
 ) -> Definitions:
     """What `decode.cu` is compiled with; `whole`: scales and zero-points of 16 rows lie at multiples of 16 bytes."""
-    order = packing.planar
-    words, fields, planes, block = (order.words, order.fields, order.planes, order.block) if order else (0, 0, 0, 1)
-    found = {
-        "BITS": packing.bits, "WORDS": words, "FIELDS": fields, "PLANES": planes, "GROUP": packing.group,
-        "ZERO": int(packing.zero), "TABLE": int(bool(packing.table)), "EVEN": int(packing.columns % block == 0),
-        "TILES": tiles, "WARPS": config.warps, "BFLOAT": int(dtype == torch.bfloat16),
-        "SCALE": SCALES[scale], "WHOLE": int(whole), "SLOTS": config.slots, "EARLY": config.early,
-    }  # fmt: skip
-    return tuple(found.items())
+    found = order_definitions(packing, dtype, scale, config.warps)
+    own = {"TILES": tiles, "WHOLE": int(whole), "SLOTS": config.slots, "EARLY": config.early}
+    return tuple((found | own).items())
 
 
 def slot_bytes(packing: Packing, scale: torch.dtype, whole: bool) -> int:
@@ -71,14 +76,12 @@ def multiply(x: Tensor, prepared: Mapping[str, Tensor], packing: Packing, rows: 
     beside = [prepared[part] for part in ("scale", "zero") if part in prepared]
     whole = rows % ROWS == 0 and all(tensor.data_ptr() % 16 == 0 for tensor in beside)
     made = definitions(packing, x.dtype, scale.dtype, tiles=-(-len(x) // TILE), config=config, whole=whole)
-    numbers = _numbers(packing, prepared["words"], len(x), rows)
-    given: list[Given] = [*_pointers(x), *_weight(prepared), *_pointers(out), *numbers]
     shared = config.warps * config.slots * slot_bytes(packing, scale.dtype, whole)
     tiles = -(-rows // ROWS)
     if packing.table:  # thread blocks that stay, since each makes its table first
         tiles = min(tiles, _resident(shared, x.device))
     how = Launch((tiles, 1), 32 * config.warps, shared, bool(config.early))
-    _function("decode", made, x.device).launch(how, given)
+    kernel("decode", made, x.device).launch(how, given(x, prepared, out, packing))
     return out
 
 
@@ -94,15 +97,21 @@ def dequantize(prepared: Mapping[str, Tensor], packing: Packing, span: tuple[int
     first, last = span
     words, scale = prepared["words"], prepared["scale"]
     out = torch.empty((last - first, packing.columns), dtype=dtype, device=words.device)
-    made = definitions(packing, dtype, scale.dtype, tiles=1, config=EXPAND, whole=False)
+    made = tuple(order_definitions(packing, dtype, scale.dtype, EXPAND_WARPS).items())
     numbers = _numbers(packing, words, first, last, scale.shape[1])
-    given: list[Given] = [*_weight(prepared), *_pointers(out), *numbers]
-    grid = (-(-(last - first) // ROWS), -(-packing.blocks // EXPAND.warps))
-    _function("expand", made, words.device).launch(Launch(grid, 32 * EXPAND.warps), given)
+    how = Launch((-(-(last - first) // ROWS), -(-packing.blocks // EXPAND_WARPS)), 32 * EXPAND_WARPS)
+    kernel("expand", made, words.device).launch(how, [*_weight(prepared), *_pointers(out), *numbers])
     return out
 
 
-def _function(name: str, made: Definitions, device: torch.device) -> Function:
+def given(x: Tensor, prepared: Mapping[str, Tensor], out: Tensor, packing: Packing) -> list[Given]:
+    """What a kernel that multiplies is called with, as C takes it."""
+    numbers = _numbers(packing, prepared["words"], *out.shape)
+    return [*_pointers(x), *_weight(prepared), *_pointers(out), *numbers]
+
+
+def kernel(name: str, made: Definitions, device: torch.device) -> Function:
+    """The kernel of the file `name`.cu on a device, which is the current one where it has no number."""
     return function(name, made, device.index if device.index is not None else torch.cuda.current_device())
 
 
