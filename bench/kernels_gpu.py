@@ -21,7 +21,7 @@ import triton
 from gpu_backends import Made, makers
 from torch import Tensor
 
-from llmcompress.kernels.triton.tune import copies_for, graph_timer
+from llmcompress.kernels.triton.trial import copies_for, graph_timer
 
 SHAPES = "4096x4096,11008x4096,4096x11008,22016x4096,8192x8192,10240x8192,28672x8192,8192x28672"
 TOKENS = "1,4,16,64,512,2048"

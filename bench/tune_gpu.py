@@ -61,7 +61,8 @@ def row(tuned: Tuned) -> dict[str, object]:
     )
     return {"key": tuned.key, "tokens": tuned.tokens, "before": tuned.before,
             "tried": [[*config, round(time, 3)] for config, time in tried if time < float("inf")],
-            "wrong": [list(config) for config in tuned.wrong]}  # fmt: skip
+            "wrong": [list(config) for config in tuned.wrong],
+            "fatal": [[*config, how] for config, how in tuned.fatal.items()]}  # fmt: skip
 
 
 def main() -> None:

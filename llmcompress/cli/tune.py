@@ -29,15 +29,17 @@ def tune_command(path: Path, dtype: str, device: str, speaker: Speaker) -> None:
 
     target = user_table(name)
     table = {key: dict(row) for key, row in read_table(target).items()} if target.is_file() else {}
-    lines = []
+    lines, document = [], {}
+    target.parent.mkdir(parents=True, exist_ok=True)
     for tuned in _measured(linears, dtype, device, speaker):
         table.setdefault(tuned.key, {})[str(tuned.tokens)] = tuned.config
+        document = {key: {most: list(config) for most, config in row.items()} for key, row in table.items()}
+        commit_json(target, document)  # at once: measuring takes minutes, and what was measured stays right
         lines.append(f"{tuned.key:<26} {tuned.tokens:>4} tokens  {tuned.before:8.2f} -> {tuned.microseconds:8.2f} us")
         lines += [f"  refused: {config} gives wrong products" for config in tuned.wrong]
-    document = {key: {most: list(config) for most, config in row.items()} for key, row in table.items()}
-    target.parent.mkdir(parents=True, exist_ok=True)
-    commit_json(target, document)
-    speaker.result({"gpu": name, "table": document}, [*lines, f"written to  {target}"])
+        lines += [f"  refused: {config}: {how}" for config, how in tuned.fatal.items()]
+    end = f"written to  {target}" if lines else "no linear of this checkpoint has tiles to choose"
+    speaker.result({"gpu": name, "table": document}, [*lines, end])
 
 
 def _gpu(device: str) -> str:

@@ -146,28 +146,6 @@ def test_early_writes_are_found() -> None:
     assert prefill_static.early_writes((product, wait, "FADD R30, R1, R2", other, wait)) > 0
 
 
-@pytest.mark.skipif(not triton_cases.HAS_TRITON, reason="Triton is not installed")
-def test_many_tokens_go_where_a_table_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    """To the kernel that it names, where that finds room; in strips otherwise, and with float32 inputs."""
-    from llmcompress.kernels.triton import large
-
-    packing = layout.packing_of(LinearSpec(bits=4, group_size=128), 4096)
-    ways = {large: ("multiply", "multiply_tiles"), many: ("multiply",)}
-    for module, names in ways.items():
-        for name in names:
-            monkeypatch.setattr(module, name, lambda *_, way=(module, name): way)
-
-    def way(config: tuple[int, ...], dtype: torch.dtype = BFLOAT) -> object:
-        monkeypatch.setattr(large, "choose_many", lambda *_: config)
-        return large.product(torch.zeros((300, 4096), dtype=dtype), {}, packing, 64)
-
-    assert way(Fused(128, 256, 5)) == (many, "multiply")
-    assert way(tuning.Config(128, 128, 1, 8, 3)) == (large, "multiply_tiles")
-    assert way(tuning.Strips()) == (large, "multiply")
-    assert way(Fused(128, 256, 8)) == (large, "multiply")
-    assert way(Fused(128, 256, 5), torch.float32) == (large, "multiply")
-
-
 def test_a_table_may_name_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Where it can be used, for so many tokens; strips where no table says anything, or the user's says so."""
     packing = layout.packing_of(LinearSpec(bits=4, group_size=128), 4096)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,11 +12,15 @@ import pytest
 import torch
 import triton_cases
 
+from llmcompress.kernels.triton.trial import Case, is_right
+from llmcompress.kernels.triton.tuning import Choice, Config
+from llmcompress.spec import LinearSpec
+
 HERE = Path(__file__).resolve()
 
 SEARCH = """
-import json, sys, torch
-from llmcompress.kernels.triton import tune
+import functools, json, sys, torch
+from llmcompress.kernels.triton import large, measure, tune, ways
 from llmcompress.spec import LinearSpec
 
 tried, dense = [None], {}
@@ -23,9 +28,9 @@ tried, dense = [None], {}
 def product(x, weight, packing, rows, config):
     tried.append(config)
     if config.rows == 128 and config.warps == 8:
-        raise tune.OutOfResources(1, 0, "shared memory")
+        raise measure.OutOfResources(1, 0, "shared memory")
     if weight["words"].data_ptr() not in dense:
-        dense[weight["words"].data_ptr()] = tune.large.dequantize(weight, packing, (0, rows), x.dtype)
+        dense[weight["words"].data_ptr()] = large.dequantize(weight, packing, (0, rows), x.dtype)
     out = x @ dense[weight["words"].data_ptr()].T
     if config[2:] == (1, 4, 3):  # the fastest, were it right: one output is a tenth off
         out[:, -1] *= 1.1
@@ -39,10 +44,11 @@ def clock(work, copies):
     fast = 100 * (tried[-1][2:] == (1, 4, 3))
     return abs(tried[-1].rows - 64) + abs(tried[-1].split - 2) + tried[-1].stages / 10 - fast
 
-tune.multiply = product
+ways.multiply_tile = product
 linears = [(LinearSpec(bits=4, group_size=64), 96, 512), (LinearSpec(bits=4, group_size=64), 96, 512),
            (LinearSpec(bits=5, group_size=64), 96, 512)]
-found = list(tune.tune(linears, torch.float16, torch.device("cpu"), timer=clock, workers=0))
+found = list(tune.tune(linears, torch.float16, torch.device("cpu"), workers=0,
+                       measure=functools.partial(measure.measured, timer=clock)))
 json.dump([[f.key, f.tokens, f.config, f.microseconds, f.before, f.wrong] for f in found], sys.stdout)
 """
 
@@ -68,12 +74,9 @@ def test_the_fastest_that_runs_and_is_right_wins_once_for_each_linear() -> None:
         assert wrong == [[64, 128, 1, 4, 3]]
 
 
-@pytest.mark.skipif(not triton_cases.HAS_TRITON, reason="Triton is not installed")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_wrong_products_are_told_from_rounded_ones(dtype: torch.dtype) -> None:
     """One row that is a tenth off, one token that is another's, one output that was not written."""
-    from llmcompress.kernels.triton.tune import is_right
-
     wanted = torch.randn(8, 300, generator=torch.Generator().manual_seed(1))
     right = wanted.to(dtype)
     row, token, hole = right.clone(), right.clone(), right.clone()
@@ -82,6 +85,34 @@ def test_wrong_products_are_told_from_rounded_ones(dtype: torch.dtype) -> None:
     hole[7, 299] = float("nan")
     assert is_right(lambda _: right, wanted)
     assert not any(is_right(lambda _, found=found: found, wanted) for found in (row, token, hole))
+
+
+def deadly(_: Case, config: Choice) -> float:
+    """A clock that some configurations do not survive."""
+    assert isinstance(config, Config)
+    if config.split == 8:
+        os._exit(3)
+    if config.split == 4:
+        time.sleep(600)
+    if config.split == 2:
+        raise torch.AcceleratorError("an illegal memory access")
+    return config.rows + config.stages / 10
+
+
+@pytest.mark.skipif(not triton_cases.HAS_TRITON, reason="Triton is not installed")
+def test_kernels_that_end_their_process_or_never_end_lose() -> None:
+    """The others are measured all the same, in a new process."""
+    from llmcompress.kernels.triton.measure import FAULT, Apart, Died
+
+    case = Case(LinearSpec(bits=4, group_size=64), 96, 512, 8, torch.float16, torch.device("cpu"))
+    found: list[float | str] = []
+    with Apart(deadly, patience=1) as measuring:
+        for split in (8, 1, 4, 2, 1):
+            try:
+                found.append(measuring(case, Config(64, 8, split, 4, 3)))
+            except Died as how:
+                found.append(str(how))
+    assert found == ["its process ended with 3", 64.3, "no answer in 1 s", f"its process ended with {FAULT}", 64.3]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -25,7 +25,7 @@ from llmcompress.spec import LinearSpec
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 if HAS_TRITON:
-    from llmcompress.kernels.triton import int8, large, small
+    from llmcompress.kernels.triton import int8, large, small, ways
 
 Case = dict[str, Any]
 ROWS = 37
@@ -88,7 +88,7 @@ def products(device: str, dtypes: tuple[torch.dtype, ...], share: tuple[int, int
             name = f"{spec.label} group {spec.group_size} of {columns}, {len(x)} tokens, {dtype}"
             yield {"name": name, "dtype": str(dtype), "error": error(found, x.double() @ weight.T),
                    "counters": int(prepared["counters"].abs().max())}  # fmt: skip
-        x = torch.randn(backend.LARGE + 1, columns, generator=GENERATOR).to(dtypes[number % len(dtypes)])
+        x = torch.randn(ways.LARGE + 1, columns, generator=GENERATOR).to(dtypes[number % len(dtypes)])
         found = backend.linear(x.to(device), prepared, spec, ROWS, columns)
         yield {"name": f"{spec.label} group {spec.group_size} of {columns}, many tokens", "dtype": str(x.dtype),
                "error": error(found, x.double() @ weight.T)}  # fmt: skip
@@ -109,7 +109,7 @@ def shared_tiles(device: str) -> Iterator[Case]:
                "same": torch.equal(found, again), "counters": int(prepared["counters"].abs().max())}  # fmt: skip
     found = large.multiply(x.to(device), prepared, packing, rows, strip=32)
     yield {"name": "strips of 32 rows", "dtype": "torch.float32", "error": error(found, wanted)}
-    x = torch.randn(backend.LARGE + 1, columns, generator=GENERATOR)
+    x = torch.randn(ways.LARGE + 1, columns, generator=GENERATOR)
     found = backend.linear(x.to(device), prepared, spec, rows, columns)
     wanted = x.double() @ codes.dequantize().double().T
     none = backend.linear(x[:0].to(device), prepared, spec, rows, columns)

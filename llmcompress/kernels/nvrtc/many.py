@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.kernels.nvrtc import small
-from llmcompress.kernels.nvrtc.compiler import Definitions, Launch
+from llmcompress.kernels.nvrtc.compiler import Definitions, Function, Launch
 from llmcompress.kernels.triton.layout import Packing
 from llmcompress.kernels.triton.tuning import Fused
 
@@ -65,8 +65,16 @@ def multiply(x: Tensor, prepared: Mapping[str, Tensor], packing: Packing, rows: 
     """`x` (M, columns) times the transposed weight, (M, rows); weights are rounded to the dtype of `x`."""
     x = x if x.data_ptr() % 16 == 0 else x.clone()
     out = torch.empty((len(x), rows), dtype=x.dtype, device=x.device)
+    function, how = ready(x, prepared, packing, rows, config)
+    function.launch(how, small.given(x, prepared, out, packing))
+    return out
+
+
+def ready(
+    x: Tensor, prepared: Mapping[str, Tensor], packing: Packing, rows: int, config: Fused
+) -> tuple[Function, Launch]:
+    """The kernel that `multiply` launches, compiled, and how."""
     made = definitions(packing, x.dtype, prepared["scale"].dtype, config)
     grid = (-(-len(x) // config.tokens), -(-rows // config.rows))
     how = Launch(grid, THREADS * config.rows // small.ROWS, shared_bytes(packing, config))
-    small.kernel("prefill", made, x.device).launch(how, small.given(x, prepared, out, packing))
-    return out
+    return small.kernel("prefill", made, x.device), how

@@ -66,23 +66,35 @@ def slot_bytes(packing: Packing, scale: torch.dtype, whole: bool) -> int:
     return order.planes * order.words * 2 * ROWS + groups * ROWS * (scale.itemsize + packing.zero)
 
 
+def is_whole(prepared: Mapping[str, Tensor], rows: int) -> bool:
+    """Whether scales and zero-points of 16 rows lie at multiples of 16 bytes, and rows are whole tiles."""
+    beside = [prepared[part] for part in ("scale", "zero") if part in prepared]
+    return rows % ROWS == 0 and all(tensor.data_ptr() % 16 == 0 for tensor in beside)
+
+
 def multiply(x: Tensor, prepared: Mapping[str, Tensor], packing: Packing, rows: int, config: Lean) -> Tensor:
     """`x` (M, columns) of up to 16 tokens times the transposed weight, (M, rows)."""
     x = x if x.data_ptr() % 16 == 0 else x.clone()
     out = torch.empty((len(x), rows), dtype=x.dtype, device=x.device)
-    scale = prepared["scale"]
+    function, how = ready(x, prepared, packing, rows, config)
+    function.launch(how, given(x, prepared, out, packing))
+    return out
+
+
+def ready(
+    x: Tensor, prepared: Mapping[str, Tensor], packing: Packing, rows: int, config: Lean
+) -> tuple[Function, Launch]:
+    """The kernel that `multiply` launches, compiled, and how."""
+    scale, whole = prepared["scale"], is_whole(prepared, rows)
     if config.early and torch.cuda.get_device_capability(x.device) < EARLY_FROM:
         config = config._replace(early=0)
-    beside = [prepared[part] for part in ("scale", "zero") if part in prepared]
-    whole = rows % ROWS == 0 and all(tensor.data_ptr() % 16 == 0 for tensor in beside)
     made = definitions(packing, x.dtype, scale.dtype, tiles=-(-len(x) // TILE), config=config, whole=whole)
     shared = config.warps * config.slots * slot_bytes(packing, scale.dtype, whole)
     tiles = -(-rows // ROWS)
     if packing.table:  # thread blocks that stay, since each makes its table first
         tiles = min(tiles, _resident(shared, x.device))
     how = Launch((tiles, 1), 32 * config.warps, shared, bool(config.early))
-    kernel("decode", made, x.device).launch(how, given(x, prepared, out, packing))
-    return out
+    return kernel("decode", made, x.device), how
 
 
 def _resident(shared: int, device: torch.device) -> int:

@@ -1,7 +1,7 @@
 """Matrix products with packed weights on NVIDIA GPUs, in Triton, which is imported when the first one is asked for.
 
 `why_not` says whether a linear can be handled, `prepare` brings its tensors into the order that kernels read, `linear`
-multiplies. Up to `LARGE` tokens a kernel reads the codes themselves; beyond, rows become floating point in strips that
+multiplies. Up to 256 tokens a kernel reads the codes themselves; beyond, rows become floating point in strips that
 a library's matrix product takes. `docs/kernels.md` has the layouts and the arithmetic.
 """
 
@@ -13,12 +13,10 @@ import torch
 from torch import Tensor
 
 from llmcompress.kernels.triton.layout import join, packing_of, part, prepare
-from llmcompress.kernels.triton.tuning import Lean, choose
 from llmcompress.spec import LinearSpec
 
-__all__ = ["LARGE", "join", "linear", "part", "prepare", "rounds_columns", "why_not"]
+__all__ = ["join", "linear", "part", "prepare", "rounds_columns", "why_not"]
 
-LARGE = 256  # tokens from which on strips of weights are unpacked and multiplied
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 KINDS = ("int", "asymmetric", "nf4", "fp4", "codebook")
 OLDEST = (8, 0)  # compute capability: bfloat16 in matrix instructions, packed multiply-add
@@ -67,16 +65,10 @@ def linear(x: Tensor, prepared: Mapping[str, Tensor], spec: LinearSpec, rows: in
     prepared  what `prepare` returned
     returns   (M, rows)     in the dtype of `x`
     """
-    from llmcompress.kernels.nvrtc import small as nvrtc  # lazy: it imports this package
-    from llmcompress.kernels.triton import large, small  # lazy: triton is an extra
+    from llmcompress.kernels.triton.ways import chosen, product  # lazy: triton is an extra
 
     x, packing = x.detach().contiguous(), packing_of(spec, columns)
     if not len(x):
         return x.new_empty((0, rows))
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
-        if packing.planar is None or len(x) > LARGE:
-            return large.product(x, prepared, packing, rows)
-        config = choose(packing, rows, len(x), x.device, nvrtc.fits(packing, x.dtype, x.device))
-        if isinstance(config, Lean):
-            return nvrtc.multiply(x, prepared, packing, rows, config)
-        return small.multiply(x, prepared, packing, rows, config)
+        return product(x, prepared, packing, rows, chosen(x, prepared, packing, rows))

@@ -1,7 +1,6 @@
 """Products of many tokens, or of codes with no planar order: a library multiplies strips of unpacked rows.
 
-A strip is small enough to stay in the cache between the two. Weights are rounded to the dtype of the input. Where a
-table names another kernel for so many tokens, that one is used.
+A strip is small enough to stay in the cache between the two. Weights are rounded to the dtype of the input.
 """
 
 import functools
@@ -11,28 +10,14 @@ import torch
 import triton
 from torch import Tensor
 
-from llmcompress.kernels.nvrtc import many
 from llmcompress.kernels.nvrtc import small as nvrtc
 from llmcompress.kernels.triton.jit.dequantize import dequantize_dense, dequantize_planar
 from llmcompress.kernels.triton.layout import Packing
-from llmcompress.kernels.triton.small import multiply as multiply_tiles
-from llmcompress.kernels.triton.tuning import Config, Fused, choose_many
+from llmcompress.kernels.triton.proof import unpacks
 
 MANY, STRIP_BYTES = 1024, (1 << 26, 1 << 25)  # strips for fewer and for more tokens
 LANES = 2
 ROWS, COLUMNS, WARPS = 16, 256, 4  # of one program
-
-
-def product(x: Tensor, prepared: Mapping[str, Tensor], packing: Packing, rows: int) -> Tensor:
-    """`x` (M, columns) times the transposed weight, (M, rows), in the way a table names; in strips where none does."""
-    if packing.planar is None or x.dtype == torch.float32:
-        return multiply(x, prepared, packing, rows)
-    config = choose_many(packing, rows, len(x), x.device, many.fits(packing, x.dtype, x.device))
-    if isinstance(config, Fused) and many.has_room(packing, config):
-        return many.multiply(x, prepared, packing, rows, config)
-    if isinstance(config, Config):
-        return multiply_tiles(x, prepared, packing, rows, config)
-    return multiply(x, prepared, packing, rows)
 
 
 def multiply(
@@ -74,7 +59,7 @@ def _streams(device: torch.device, lanes: int) -> tuple[torch.cuda.Stream, ...]:
 
 def dequantize(prepared: Mapping[str, Tensor], packing: Packing, span: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """Rows `span[0] ... span[1] - 1` of the weight, `(rows, columns)`."""
-    if nvrtc.fits(packing, dtype, prepared["words"].device):
+    if nvrtc.fits(packing, dtype, prepared["words"].device) and unpacks(prepared, packing, dtype):
         return nvrtc.dequantize(prepared, packing, span, dtype)
     if dtype != torch.float32 and packing.planar is not None:
         # Triton 3.6 mixes up fields of 2 and 3 bits where the result has 16
