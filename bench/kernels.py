@@ -3,9 +3,10 @@
     python bench/kernels.py --threads 2 --json bench/results/kernels-cpu.json
 
 Prints, for each shape and number of tokens, the fastest tenth and the median of the times, bytes of weights per
-second, and the error against float64 arithmetic on the weights that each really stores. All but `torch_cpu` have their
-weights in huge pages, where the system gives them. `--realtime` keeps other programs of the machine from running in
-between (needs the right to do so); caches have forgotten the weights of one call before its next turn.
+second, and the error against float64 arithmetic on the weights that each really stores. Ours asks the system for huge
+pages under its weights; others, which do not, are timed as they come and with such pages lent to them. `--realtime`
+keeps other programs of the machine from running in between (needs the right to do so); caches have forgotten the
+weights of one call before its next turn.
 """
 
 import argparse
@@ -59,34 +60,38 @@ def forced(name: str, contender: Contender) -> Contender:
     return Contender(contender.label, tuple(map(call, contender.calls)), contender.weight_bytes, contender.error)
 
 
-def huge(tensor: Tensor) -> Tensor:
-    """The same tensor, with what our backend asks of the system for its own."""
-    in_huge_pages(tensor)
+PLAIN, LENT = "", ", huge pages"
+
+
+def huge(tensor: Tensor, pages: str = LENT) -> Tensor:
+    """The same tensor, with what our backend asks of the system for its own, where they are lent."""
+    if pages == LENT:
+        in_huge_pages(tensor)
     return tensor
 
 
-def int4pack(size: tuple[int, int], x: Tensor) -> Contender:
+def int4pack(size: tuple[int, int], x: Tensor, pages: str) -> Contender:
     """torch's own 4-bit kernel in groups of 128, bfloat16."""
     rows, columns = size
     codes = torch.randint(16, size, dtype=torch.int32)
     scale = torch.rand(columns // 128, rows, dtype=torch.float32).bfloat16()
     both = torch.stack([scale, torch.zeros_like(scale)], dim=2).contiguous()
     base = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 2)
-    every = [huge(base.clone()) for _ in range(max(2, FORGOTTEN // base.numel()))]
+    every = [huge(base.clone(), pages) for _ in range(max(2, FORGOTTEN // base.numel()))]
     run = torch.ops.aten._weight_int4pack_mm_for_cpu
     calls = tuple((lambda x, w=w: run(x, w, 128, both)) for w in every)
     weight = (codes.float() - 8) * scale.float().T.repeat_interleave(128, dim=1)
     exact = x.double() @ weight.double().T
     error = float((calls[0](x).double() - exact).norm() / exact.norm())
-    return Contender("torch int4pack", calls, base.numel() + both.numel() * 2, error)
+    return Contender(f"torch int4pack{pages}", calls, base.numel() + both.numel() * 2, error)
 
 
-def bitsandbytes(size: tuple[int, int], x: Tensor) -> Contender:
+def bitsandbytes(size: tuple[int, int], x: Tensor, pages: str) -> Contender:
     """bitsandbytes' packed kernel for nf4, bfloat16."""
     copies, bnb, form = copies_of(NF4, size), backends.named("bnb"), NF4.model_dump_json()
     with backends.use("bnb"):
-        found = packed("bitsandbytes nf4", NF4, copies[:1], x)
-    every = [{name: huge(tensor) for name, tensor in bnb.prepare(copy, NF4).items()} for copy in copies]
+        found = packed(f"bitsandbytes nf4{pages}", NF4, copies[:1], x)
+    every = [{name: huge(tensor, pages) for name, tensor in bnb.prepare(copy, NF4).items()} for copy in copies]
     names = ops.names_of("bnb", tuple(every[0]))
     weights = [list(copy.values()) for copy in every]
     calls = tuple((lambda x, w=w: ops.run(x, w, names, form, size)) for w in weights)
@@ -106,10 +111,12 @@ def contenders(size: tuple[int, int], tokens: int, labels: list[str]) -> list[Co
                 ours = packed(f"{label} {name}", spec, copies_of(spec, size), x)
             found.append(forced(name, ours))
     weight = [torch.randn(size) for _ in range(2)]
-    found += [
-        dense(f"F.linear {str(d)[6:]}", [huge(w.to(d)) for w in weight], x) for d in (torch.float32, torch.bfloat16)
-    ]
-    return [*found, int4pack(size, x), bitsandbytes(size, x)]
+    for pages in (PLAIN, LENT):
+        for dtype in (torch.float32, torch.bfloat16):
+            copies = [huge(w.to(dtype, copy=True), pages) for w in weight]
+            found.append(dense(f"F.linear {str(dtype)[6:]}{pages}", copies, x))
+        found += [int4pack(size, x, pages), bitsandbytes(size, x, pages)]
+    return found
 
 
 def main() -> None:
@@ -130,9 +137,9 @@ def main() -> None:
     for size in SHAPES[: options.shapes]:
         for tokens in options.tokens:
             x = torch.randn(tokens, size[1]).bfloat16()
-            print(f"\n{size[0]} x {size[1]}, {tokens} token(s)\n{'':28} µs  median   GB/s  error", flush=True)
+            print(f"\n{size[0]} x {size[1]}, {tokens} token(s)\n{'':32} µs  median   GB/s  error", flush=True)
             for t in race(contenders(size, tokens, options.formats), x, options.seconds):
-                print(f"{t.label:24} {t.low:8.0f} {t.microseconds:7.0f} {t.gigabytes_per_second:6.1f}  {t.error:.1e}")
+                print(f"{t.label:28} {t.low:8.0f} {t.microseconds:7.0f} {t.gigabytes_per_second:6.1f}  {t.error:.1e}")
                 rows.append({"rows": size[0], "columns": size[1], "tokens": tokens, **asdict(t)})
             os.environ.pop(backends.VARIABLE, None)
     if options.json:
