@@ -23,7 +23,7 @@ import torch
 from llmcompress.kernels.triton.tuning import user_table
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = tuple(f"tests/kernels/test_{name}.py" for name in ("nvrtc", "prefill", "triton"))
+TESTS = tuple(f"tests/kernels/test_{name}.py" for name in ("nvrtc", "twoterm", "prefill", "triton"))
 SHAPES = "4096x4096,11008x4096,28672x8192"
 
 
@@ -39,7 +39,7 @@ class Step:
 
 def steps() -> list[Step]:
     """In their order."""
-    few, many = ("--tokens", "8,16", "--keep"), ("--tokens", "512,2048", "--keep", "--formats", "int4,nf4,int8")
+    few, many = ("--tokens", "1,8,16", "--keep"), ("--tokens", "512,2048", "--keep", "--formats", "int4,nf4,int8")
     products = ("--shapes", SHAPES, "--tokens", "1,4,16,64,512")
     workers = ("-n", str(min(os.cpu_count() or 1, 14)))
     return [

@@ -1,6 +1,7 @@
 """Time of the kernels with different tiles, for the formats and shapes of usual models.
 
-    python bench/tune_gpu.py --json OUT [--shapes 4096x4096,...] [--tokens 8,16,512,2048] [--formats int4,nf4] [--keep]
+    python bench/tune_gpu.py --json OUT [--shapes 4096x4096,...] [--tokens 1,2,4,8,16,512,2048] [--formats int4,nf4]
+        [--keep]
 
 Fewer than `llmcompress tune` tries; `kernels/triton/tuning.json` is made from this. With --keep the best go into the
 table of this GPU in the user's cache, where kernels look first.
@@ -17,7 +18,7 @@ import triton
 
 from llmcompress.kernels.triton.layout import Packing
 from llmcompress.kernels.triton.tune import Search, Tuned, candidates, tune
-from llmcompress.kernels.triton.tuning import BUCKETS, Choice, Config, Lean, user_table
+from llmcompress.kernels.triton.tuning import BUCKETS, FEW, Choice, Config, Lean, user_table
 from llmcompress.spec import LinearSpec
 
 FORMATS = {**gpu_formats.FORMATS, "codebook3": LinearSpec(bits=3, group_size=0, kind="codebook")}
@@ -28,9 +29,11 @@ def trials(packing: Packing, most: int, lean: bool) -> Iterator[Choice]:
     if most > BUCKETS[-1]:
         yield from candidates(packing, most, lean)
         return
+    if most in FEW:
+        yield from candidates(packing, most, lean)
+        return
     if lean and most <= 16:
-        yield from (Lean(warps, 2, early) for warps in (4, 8, 16) for early in (0, 1))
-        yield from (Lean(warps, 3, 1) for warps in (4, 8))
+        yield from (config for config in candidates(packing, most, lean) if isinstance(config, Lean))
     if most == 16:
         yield from (Config(rows, 16, split, warps, 3) for rows, warps in ((64, 4), (128, 8)) for split in (1, 2, 4))
         yield from (Config(32, 16, split, 2, 2) for split in (2, 4))
@@ -70,7 +73,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--shapes", default="4096x4096,11008x4096,4096x11008,28672x8192")
-    parser.add_argument("--tokens", default="8,16")
+    parser.add_argument("--tokens", default="1,2,4,8,16")
     parser.add_argument("--formats", default=",".join(FORMATS))
     parser.add_argument("--keep", action="store_true")
     options = parser.parse_args()

@@ -34,11 +34,6 @@ static std::deque<std::vector<Product>> product_groups[THREADS];
 static std::barrier<> *warpgroups[THREADS / GROUP_THREADS];
 static u32 addresses[WARPS][32];
 
-inline u32 __float_as_uint(float number) {
-    u32 found;
-    std::memcpy(&found, &number, 4);
-    return found;
-}
 inline void check(bool holds, const char *what) {
     if (!holds) std::fprintf(stderr, "%s\n", what), std::abort();
 }

@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
 from llmcompress.kernels.nvrtc import compiler
 
@@ -20,5 +21,14 @@ def built(folder: Path, made: compiler.Definitions, header: str, parts: tuple[st
     source.write_text(f'#include "{HERE / header}"\n{code}\n{entries}')
     flags = [f"-D{name}={value}" for name, value in made]
     command = ["g++", "-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-pthread", *flags, str(source), "-o", str(target)]
-    subprocess.run(command, check=True, capture_output=True)
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[:3000]
     return ctypes.CDLL(str(target))
+
+
+def given(*values: Tensor | int | None) -> list[ctypes.c_void_p | ctypes.c_int]:
+    """As C takes them."""
+    return [
+        ctypes.c_int(value) if isinstance(value, int) else ctypes.c_void_p(None if value is None else value.data_ptr())
+        for value in values
+    ]

@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import triton_cases
-from on_host import built, needs_compiler
+from gpu_weights import needs_gpu, on_gpu
+from on_host import built, given, needs_compiler
 from torch import Tensor
 
 from llmcompress.errors import MachineError
@@ -37,7 +38,7 @@ extern "C" void all_expand(int blocks_x, int blocks_y, const u16 *words, const v
 }
 """
 CASES = [  # format, rows (whole tiles of 16 or not), columns (whole blocks or not), inputs, tokens, slots
-    (LinearSpec(bits=2, group_size=128), 48, 4096, BFLOAT, 3, 2),
+    (LinearSpec(bits=2, group_size=64), 48, 4032, BFLOAT, 3, 4),  # the last block has a slot that none had before
     (LinearSpec(bits=2, group_size=32, kind="asymmetric"), 32, 2048, BFLOAT, 2, 3),
     (LinearSpec(bits=3, group_size=64, kind="asymmetric"), 48, 2496, HALF, 16, 2),
     (LinearSpec(bits=4, group_size=32), 37, 384, BFLOAT, 9, 2),
@@ -51,17 +52,7 @@ Case = tuple[LinearSpec, int, int, torch.dtype, int, int]
 def definitions(case: Case, packing: layout.Packing, scale: torch.dtype, config: Lean) -> compiler.Definitions:
     """As `small.multiply` would have them."""
     _, rows, _, dtype, tokens, _ = case
-    return small.definitions(
-        packing, dtype, scale, tiles=-(-tokens // small.TILE), config=config, whole=rows % small.ROWS == 0
-    )
-
-
-def given(*values: Tensor | int | None) -> list[ctypes.c_void_p | ctypes.c_int]:
-    """As C takes them."""
-    return [
-        ctypes.c_int(value) if isinstance(value, int) else ctypes.c_void_p(None if value is None else value.data_ptr())
-        for value in values
-    ]
+    return small.definitions(packing, dtype, scale, tokens=tokens, config=config, whole=rows % small.ROWS == 0)
 
 
 @needs_compiler
@@ -76,7 +67,7 @@ def test_values_are_those_of_the_stored_codes(case: Case, tmp_path: Path) -> Non
     assert packing.planar.words >= small.SHORTEST
     scale = prepared["scale"]
     made = definitions(case, packing, scale.dtype, Lean(WARPS, slots))
-    library = built(tmp_path, made, "host_ptx.h", ("codes", "decode", "expand"), ENTRIES)
+    library = built(tmp_path, (*made, ("RUN_AHEAD", 1)), "host_ptx.h", ("codes", "ring", "decode", "expand"), ENTRIES)
     assert library.slot_bytes() == small.slot_bytes(packing, scale.dtype, height % small.ROWS == 0)
     x = torch.randn((tokens, columns), generator=triton_cases.GENERATOR).to(dtype)
     weight = (prepared["words"], scale, prepared.get("zero"), prepared.get("table"))
@@ -193,16 +184,6 @@ def test_a_launch_says_what_it_should(tmp_path: Path, monkeypatch: pytest.Monkey
     for early, shared, allowed in ((False, 0, 0), (True, 70000, 70000), (False, 300, 70000)):
         function.launch(compiler.Launch((3, 5), 64, shared, early), [ctypes.c_int(42)])
         assert list(seen) == [3, 5, 1, 64, 1, 1, shared, 1, 42, 1, 1 if early else -1, allowed]
-
-
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-
-
-def on_gpu(spec: LinearSpec, rows: int, columns: int) -> tuple[dict[str, Tensor], layout.Packing, Tensor]:
-    """A random weight as kernels read it, how it lies there, and its values."""
-    codes = triton_cases.random_codes(spec, rows, columns)
-    prepared = {name: part.cuda() for name, part in layout.prepare(stored.tensors_of("", codes), spec).items()}
-    return prepared, layout.packing_of(spec, columns), codes.dequantize().double()
 
 
 @needs_gpu

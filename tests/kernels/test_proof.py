@@ -42,7 +42,7 @@ def prepared_of(spec: LinearSpec, rows: int = 48) -> tuple[dict[str, Tensor], la
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.label)
-@pytest.mark.parametrize("config", [Lean(4), Fused(128, 128, 6)])
+@pytest.mark.parametrize("config", [Lean(4), Lean(4, terms=2), Fused(128, 128, 6)])
 def test_a_right_kernel_is_used_and_asked_once(
     spec: LinearSpec, config: Lean | Fused, dense: list[Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -57,14 +57,15 @@ def test_a_right_kernel_is_used_and_asked_once(
 
     monkeypatch.setattr(many if isinstance(config, Fused) else small, "multiply", right)
     prepared, packing = prepared_of(spec)
+    tokens = 133 if isinstance(config, Fused) else {1: 8, 2: 3}[config.terms]
     state = torch.get_rng_state()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for _ in range(3):
             assert proof.multiplies(torch.zeros(3, COLUMNS, dtype=torch.bfloat16), prepared, packing, 48, config)
-        assert asked == [(133, 384) if isinstance(config, Fused) else (8, 48)] * 2
+        assert asked == [(tokens, 384 if isinstance(config, Fused) else 48)] * 2
         assert proof.multiplies(torch.zeros(3, COLUMNS, dtype=torch.bfloat16), prepared, packing, 47, config)
-        assert asked[2:] == [(133, 379) if isinstance(config, Fused) else (8, 43)] * 2
+        assert asked[2:] == [(tokens, 379 if isinstance(config, Fused) else 43)] * 2
     assert torch.equal(torch.get_rng_state(), state)
 
 

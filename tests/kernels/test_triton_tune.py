@@ -84,6 +84,9 @@ def test_wrong_products_are_told_from_rounded_ones(dtype: torch.dtype) -> None:
     token[3] = right[4]
     hole[7, 299] = float("nan")
     assert is_right(lambda _: right, wanted)
+    one = torch.cat([wanted.flatten(), torch.tensor([4.0156, 8.031])])[None]  # one token, with rounding at its worst
+    assert is_right(lambda _: one.to(dtype), one)
+    assert not is_right(lambda _: (one * 1.04).to(dtype), one)
     assert not any(is_right(lambda _, found=found: found, wanted) for found in (row, token, hole))
 
 

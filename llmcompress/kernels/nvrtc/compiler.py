@@ -22,6 +22,7 @@ MOST_DYNAMIC_SHARED = 8  # of CUfunction_attribute
 PROGRAMMATIC_SERIALIZATION = 6  # of CUlaunchAttributeID
 Definitions = tuple[tuple[str, int], ...]
 Given = ctypes.c_void_p | ctypes.c_int
+PARTS = {"prefill": ("wgmma",), "decode": ("ring",), "twoterm": ("ring",)}  # beside `ptx` and `codes`
 WARPGROUPS = ("prefill",)  # kernels of `wgmma.cu`, whose instructions no later compute capability has
 
 
@@ -143,10 +144,9 @@ class Function:
         self._do("cuLaunchKernelEx", ctypes.byref(config), self._handle, places, None)
 
 
-def source_of(name: str) -> bytes:
+def source_of(name: str, folder: Path = FOLDER) -> bytes:
     """What a kernel is compiled from."""
-    parts = ("ptx", "codes", "wgmma", name) if name in WARPGROUPS else ("ptx", "codes", name)
-    return b"".join((FOLDER / f"{part}.cu").read_bytes() for part in parts)
+    return b"".join((folder / f"{part}.cu").read_bytes() for part in ("ptx", "codes", *PARTS.get(name, ()), name))
 
 
 @functools.lru_cache(maxsize=1024)

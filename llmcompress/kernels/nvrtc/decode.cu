@@ -1,12 +1,7 @@
-// Few tokens against a packed weight. A warp takes 16 rows and every WARPS-th block of them; weights are the tall
-// operand of m16n8k16 matrix instructions, up to 8 * TILES tokens the narrow one. Blocks are on their way to shared
-// memory, each with its scales, while the SLOTS - 1 before them are used or on theirs: had they registers for a target,
-// the assembler would wait for the last load with the first. Products of a group add up in float32 and meet its scale
-// there, once. The warps of a thread block share its rows, and add their sums in order at the end: equal inputs give
-// equal bits.
+// Few tokens against a packed weight. Weights are the tall operand of m16n8k16 matrix instructions, up to 8 * TILES
+// tokens the narrow one. Products of a group add up in float32 and meet its scale there, once.
 //
-// Compiled with, beside what `codes.cu` says: TILES; SLOTS of a warp in shared memory; WHOLE (rows are whole tiles of
-// 16, and scales and zero-points lie at multiples of 16 bytes).
+// Compiled with, beside what `codes.cu` and `ring.cu` say: TILES.
 
 struct Sums {  // two of each, so that a matrix instruction does not wait for the last one; with TABLE of two fields
     float products[2][TILES][4];
@@ -112,92 +107,9 @@ __device__ __forceinline__ void clear(Sums &sums) {
     }
 }
 
-
-constexpr int SCALES = GROUP != 0 && WHOLE ? GROUPS * SCALE_BYTES : 0;  // copies of 16 bytes, for 16 rows
-constexpr int ZEROS = GROUP != 0 && WHOLE && ZERO ? GROUPS : 0;
-constexpr int SLOT = LOADS * 512 + (SCALES + ZEROS) * 16;  // bytes
-
 struct Place {  // of a block that is there: its slot and first column, and the lane's rows
     u32 slot, column, rows[2];
 };
-
-struct Given {
-    const u16 *words;
-    const void *scale;
-    const u8 *zero;
-    int N, K, stride, blocks;
-
-    __device__ __forceinline__ u32 group_at(u32 column) const { return column / (GROUP ? GROUP : 1) * (u32)N; }
-};
-
-struct Coming {  // the next block to bring: this lane's words in either row, the first of 16 rows, which block
-    const u16 *words[2];
-    int first, block;
-};
-
-__device__ __forceinline__ Coming first_block(const Given &given, int first, int warp, int lane) {
-    Coming found = {{}, first, warp};
-#pragma unroll
-    for (int low = 0; low < 2; low++)
-        found.words[low] = given.words + (i64)min(first + lane / 4 + 8 * low, given.N - 1) * given.stride +
-                           warp * PLANES * WORDS + 8 * (lane % 4);
-    return found;
-}
-
-// Begins to bring a block into a slot: each lane what it needs itself, and some of them scales and zero-points.
-// `slot` has the lane's share of each 512 bytes. Then the next block: of these rows, or the first of those to follow.
-__device__ __forceinline__ void bring(u32 slot, Coming &coming, const Given &given, int warp, int lane) {
-    if (coming.first < given.N && coming.block < given.blocks) {
-#pragma unroll
-        for (int load = 0; load < LOADS; load++)
-            copy16(slot + load * 512, place_of(load, coming.words[0], coming.words[1]));
-#pragma unroll
-        for (int first = 0; first < SCALES + ZEROS; first += 32) {
-            const int copy = first + lane, part = copy < SCALES ? copy / SCALE_BYTES : copy - SCALES;
-            const u32 column = coming.block * BLOCK + part * IN_GROUP * WORDS;
-            if (copy >= SCALES + ZEROS || (!EVEN && column >= given.K)) continue;
-            const u32 place = given.group_at(column) + coming.first;
-            const u8 *from = (const u8 *)given.scale + (i64)place * SCALE_BYTES + copy % SCALE_BYTES * 16;
-            copy16(slot + (LOADS + first / 32) * 512, copy < SCALES ? from : given.zero + place);
-        }
-        coming.block += WARPS;
-        coming.words[0] += WARPS * PLANES * WORDS, coming.words[1] += WARPS * PLANES * WORDS;
-        if (coming.block >= given.blocks) coming = first_block(given, coming.first + gridDim.x * 16, warp, lane);
-    }
-    copies_end();
-}
-
-// Of a group, for rows `lane / 4` and `lane / 4 + 8`.
-struct Scales {
-    float scale[2], middle[2];
-};
-
-__device__ __forceinline__ Scales scales_in(u32 slot, int part, int lane) {
-    Scales found;
-#pragma unroll
-    for (int low = 0; low < 2; low++) {
-        const u32 own = slot + LOADS * 512, row = lane / 4 + 8 * low;
-        const u32 place = own + (part * 16 + row) * SCALE_BYTES;
-        found.scale[low] = scale_of(SCALE_BYTES == 4 ? shared4(place) : shared2(place));
-#if ZERO
-        found.middle[low] = middle_of(shared1(own + (SCALES + part) * 16 + row));
-#endif
-    }
-    return found;
-}
-
-__device__ __forceinline__ Scales scales_at(const Given &given, u32 column, const u32 (&rows)[2]) {
-    Scales found;
-#pragma unroll
-    for (int low = 0; low < 2; low++) {
-        const u32 place = given.group_at(column) + rows[low];
-        found.scale[low] = scale_at(given.scale, place);
-#if ZERO
-        found.middle[low] = middle_of(given.zero[place]);
-#endif
-    }
-    return found;
-}
 
 constexpr int BOTH = 2;
 
@@ -211,7 +123,7 @@ __device__ __forceinline__ void settle(float (&total)[TILES][4], const Sums &sum
             float found = sums.products[WHICH % BOTH][tile][part];
             if (WHICH == BOTH) found += sums.products[1][tile][part];
 #if ZERO
-            found -= scales.middle[part / 2] * (sums.inputs[0][tile][part] + sums.inputs[1][tile][part]);
+            found -= middle_of(scales.zero[part / 2]) * (sums.inputs[0][tile][part] + sums.inputs[1][tile][part]);
 #endif
             total[tile][part] += scales.scale[part / 2] * found;
         }
@@ -221,10 +133,8 @@ template <int PART, int WHICH>
 __device__ __forceinline__ void settle_part(float (&total)[TILES][4], const Sums &sums, const Lane &lane,
                                             const Given &given, const Place &place) {
     constexpr int COLUMN = PART * IN_GROUP * WORDS;
-    if (SCALES)
-        settle<WHICH>(total, sums, scales_in(place.slot, PART, lane.number));
-    else if (GROUP != 0 && (EVEN || COLUMN < lane.left))
-        settle<WHICH>(total, sums, scales_at(given, place.column + COLUMN, place.rows));
+    if (GROUP == 0 || (!EVEN && COLUMN >= lane.left)) return;  // beyond the row nobody brought scales
+    settle<WHICH>(total, sums, SCALES ? scales_in(place.slot, PART, lane.number) : scales_at(given, place.column + COLUMN, place.rows));
 }
 
 template <int PART>
@@ -250,14 +160,11 @@ constexpr int RESIDENT = TILES > 1 ? (ZERO ? 12 : 16) : TABLE || ZERO ? 16 : 24;
 extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT / WARPS)
 decode(const u16 *x, const u16 *words, const void *scale, const u8 *zero, const float *table, u16 *out, int M, int N,
        int K, int stride, int blocks) {
-    SHARED_AT_LAUNCH(ring);
+    SHARED_AT_LAUNCH(slots);
     __shared__ float shared[WARPS][TILES * 8][16];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, quad = lane % 4;
     const Given given = {words, scale, zero, N, K, stride, blocks};
-    const u32 slots = shared_place(ring) + warp * SLOTS * SLOT, last = slots + (SLOTS - 1) * SLOT;
-    Coming coming = first_block(given, blockIdx.x * 16, warp, lane);
-#pragma unroll
-    for (int slot = 0; slot < SLOTS - 1; slot++) bring(slots + slot * SLOT + lane * 16, coming, given, warp, lane);
+    Ring ring = first_blocks(shared_place(slots), given, blockIdx.x * 16, warp, lane);
     next_may_start();
 #if TABLE
 #pragma unroll
@@ -272,26 +179,19 @@ decode(const u16 *x, const u16 *words, const void *scale, const u8 *zero, const 
 #if TABLE
     own.values = values_of(table);
 #endif
-    u32 used = slots, free = last;  // slots of a block, and of the one before it
     for (int first = blockIdx.x * 16; first < N; first += gridDim.x * 16) {
         own.left = K - warp * BLOCK - 8 * quad;
 #pragma unroll
         for (int tile = 0; tile < TILES; tile++)
             own.x[tile] = x + (i64)min(8 * tile + lane / 4, M - 1) * K + warp * BLOCK + 8 * quad;
-        Place place = {used, (u32)warp * BLOCK, {(u32)min(first + lane / 4, N - 1), (u32)min(first + lane / 4 + 8, N - 1)}};
+        Place place = {0, (u32)warp * BLOCK, {(u32)min(first + lane / 4, N - 1), (u32)min(first + lane / 4 + 8, N - 1)}};
         float total[TILES][4] = {};
         Sums sums;
         clear(sums);
         for (int block = warp; block < blocks; block += WARPS) {
             Block held;
-            copies_are_there<SLOTS - 2>();
-            bring(free + lane * 16, coming, given, warp, lane);
-#pragma unroll
-            for (int load = 0; load < LOADS; load++)
-                shared16(held.words[load / 2 / PLANES][load / 2 % PLANES][load % 2], used + lane * 16 + load * 512);
-            place.slot = used;
+            place.slot = next_block(ring, held, given, warp, lane);
             parts<0>(total, sums, held, own, given, place);
-            free = used, used = used == last ? slots : used + SLOT;
             place.column += WARPS * BLOCK, own.left -= WARPS * BLOCK;
 #pragma unroll
             for (int tile = 0; tile < TILES; tile++) own.x[tile] += WARPS * BLOCK;
@@ -302,14 +202,7 @@ decode(const u16 *x, const u16 *words, const void *scale, const u8 *zero, const 
 #pragma unroll
             for (int part = 0; part < 4; part++)
                 shared[warp][tile * 8 + 2 * quad + part % 2][lane / 4 + 8 * (part / 2)] = total[tile][part];
-        __syncthreads();
-        for (int at = threadIdx.x; at < TILES * 8 * 16; at += WARPS * 32) {
-            const int token = at / 16, column = first + at % 16;
-            float sum = 0;
-#pragma unroll
-            for (int part = 0; part < WARPS; part++) sum += shared[part][token][at % 16];
-            if (token < M && column < N) out[(i64)token * N + column] = (u16)rounded(sum, 0);
-        }
+        add_up(shared, out, first, M, N);
         if (first + gridDim.x * 16 < N) __syncthreads();
     }
 }

@@ -22,6 +22,19 @@ __device__ __forceinline__ void shared16(u32 (&to)[4], u32 from) {
                  : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(from));
 }
 
+__device__ __forceinline__ void shared8(u32 (&to)[2], u32 from) {
+    asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(to[0]), "=r"(to[1]) : "r"(from));
+}
+
+__device__ __forceinline__ void put16(u32 to, const u32 (&from)[4]) {
+    asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};"
+                 ::"r"(to), "r"(from[0]), "r"(from[1]), "r"(from[2]), "r"(from[3]) : "memory");
+}
+
+__device__ __forceinline__ void put8(u32 to, const u32 (&from)[2]) {
+    asm volatile("st.shared.v2.u32 [%0], {%1,%2};" ::"r"(to), "r"(from[0]), "r"(from[1]) : "memory");
+}
+
 __device__ __forceinline__ u32 shared4(u32 from) {
     u32 found;
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(found) : "r"(from));
@@ -118,4 +131,28 @@ __device__ __forceinline__ void multiply(float (&sums)[4], const u32 (&weights)[
 #endif
         : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
         : "r"(weights[0]), "r"(weights[1]), "r"(weights[2]), "r"(weights[3]), "r"(low), "r"(high));
+}
+
+// sums (16 rows, 8 columns) += weights (16, 32) unsigned * inputs (32, 8) signed, exactly, spread like those of `multiply`.
+__device__ __forceinline__ void multiply_bytes(int (&sums)[4], const u32 (&weights)[4], u32 low, u32 high) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
+        : "r"(weights[0]), "r"(weights[1]), "r"(weights[2]), "r"(weights[3]), "r"(low), "r"(high));
+}
+
+__device__ __forceinline__ int bytes_sum(u32 bytes, int others) { return __dp4a((int)bytes, 0x01010101, others); }  // signed
+
+__device__ __forceinline__ u32 larger_halves(u32 left, u32 right) { return __vmaxu2(left, right); }
+
+__device__ __forceinline__ float inverse(float number) {  // to a bit or two
+    float found;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(found) : "f"(number));
+    return found;
+}
+
+// What all of LANES neighbours have, put together; every lane of the warp takes part.
+template <int LANES, class Both> __device__ __forceinline__ u32 over_lanes(u32 own, Both both) {
+#pragma unroll
+    for (int by = 1; by < LANES; by *= 2) own = both(own, __shfl_xor_sync(0xffffffffu, own, by));
+    return own;
 }

@@ -27,7 +27,10 @@ def multiplies(x: Tensor, prepared: Mapping[str, Tensor], packing: Packing, rows
     """Whether the kernel that such a product would take is right: this format, dtype, width and configuration."""
     scale, whole = prepared["scale"].dtype, nvrtc.is_whole(prepared, rows)
     tile = config.rows if isinstance(config, Fused) else nvrtc.ROWS
-    tokens = config.tokens + UNEVEN if isinstance(config, Fused) else -(-len(x) // nvrtc.TILE) * nvrtc.TILE
+    if isinstance(config, Fused):
+        tokens = config.tokens + UNEVEN
+    else:  # as many as the kernel holds; those that it keeps in shared memory are as many as it is asked for
+        tokens = -(-len(x) // nvrtc.TILE) * nvrtc.TILE if config.terms == 1 else len(x)
     height = TILES * tile - (0 if whole else UNEVEN)
 
     def right() -> bool:

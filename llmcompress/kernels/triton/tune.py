@@ -21,7 +21,7 @@ from llmcompress.kernels.nvrtc import small as nvrtc
 from llmcompress.kernels.triton.layout import Packing
 from llmcompress.kernels.triton.measure import Apart, Died, Measure, compiled
 from llmcompress.kernels.triton.trial import Case
-from llmcompress.kernels.triton.tuning import BUCKETS, MANY, Choice, Config, Lean, Strips, choose, choose_many
+from llmcompress.kernels.triton.tuning import BUCKETS, FEW, MANY, Choice, Config, Lean, Strips, choose, choose_many
 from llmcompress.spec import LinearSpec
 
 MANY_TILES = ((64, 4), (128, 8))  # rows and warps
@@ -54,8 +54,11 @@ def candidates(packing: Packing, most: int, lean: bool = False) -> Iterator[Choi
         yield from many.candidates(packing) if lean else ()
         return
     if lean and most <= nvrtc.MOST_TOKENS:
-        yield from (Lean(warps, 2, early) for warps in (4, 8, 16) for early in (0, 1))
-        yield from (Lean(warps, 3, 1) for warps in (4, 8))
+        for terms in (1, 2) if nvrtc.takes_terms(packing, most) else (1,):
+            yield from (Lean(warps, 2, early, terms) for warps in (4, 8, 16) for early in (0, 1))
+            yield from (Lean(warps, 3, 1, terms) for warps in (4, 8))
+    if most in FEW:
+        return
     for rows, warps in ((32, 2), (64, 4), (128, 4), (128, 8)):
         for split in (1, 2, 4, 8):
             if split <= packing.blocks and (most <= 32 or split <= 2):
@@ -80,17 +83,25 @@ def tune(
     compile beforehand: as many as there are processors, where it is None; 0 for none. `measure` takes the place of a
     process that may die of a kernel.
     """
-    search = search or Search((*BUCKETS, *MANY), candidates)
+    search = search or Search((*FEW, *BUCKETS, *MANY), candidates)
     whole = {(c.packing, c.rows): c for c in (Case(*linear, 0, dtype, device) for linear in linears)}
     planar = [case for case in whole.values() if case.packing.planar is not None]
     cases = [replace(case, tokens=most) for case in planar for most in search.tokens]
     compile_ahead(
-        [(case, config) for case in cases for config in search.trials(case.packing, case.tokens, _lean(case))],
+        [(case, config) for case in cases for config in _possible(case, search.trials)],
         (os.cpu_count() or 1) if workers is None else workers,
     )
     with nullcontext(measure) if measure else Apart() as measuring:
         for case in cases:
-            yield _best(measuring, case, search.trials)
+            if trials := [*_possible(case, search.trials)]:
+                yield _best(measuring, case, trials)
+
+
+def _possible(case: Case, trials: Trials) -> Iterator[Choice]:
+    """What is worth trying, and has room on the device."""
+    for config in trials(case.packing, case.tokens, _lean(case)):
+        if not isinstance(config, Lean) or nvrtc.possible(config, case.packing, case.tokens, case.device) == config:
+            yield config
 
 
 def _lean(case: Case) -> bool:
@@ -99,14 +110,14 @@ def _lean(case: Case) -> bool:
     return fits(case.packing, case.dtype, case.device)
 
 
-def _best(measure: Measure, case: Case, trials: Trials) -> Tuned:
+def _best(measure: Measure, case: Case, trials: Iterable[Choice]) -> Tuned:
     """The fastest of those that are right."""
     lean, most = _lean(case), case.tokens
     usual = (choose_many if most > BUCKETS[-1] else choose)(case.packing, case.rows, most, case.device, lean)
     times: dict[Choice, float] = {}
     wrong: list[Choice] = []
     fatal: dict[Choice, str] = {}
-    for config in dict.fromkeys((usual, *trials(case.packing, most, lean))):
+    for config in dict.fromkeys((usual, *trials)):
         try:
             times[config] = measure(case, config)
         except Died as how:

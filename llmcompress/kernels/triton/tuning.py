@@ -2,7 +2,7 @@
 
 Nothing is measured while a model runs, so equal inputs give equal bits, and a captured graph stays valid.
 A table is JSON: device class or name -> what a linear is (`int4`, `int4 4096x4096`) -> most tokens -> five numbers of
-the kernel in Triton, or up to three of that in CUDA C++; for more tokens than its tiles hold, five of the kernel in
+the kernel in Triton, or up to four of those in CUDA C++; for more tokens than its tiles hold, five of the kernel in
 Triton, three of that for many tokens, or none for strips.
 """
 
@@ -21,6 +21,7 @@ from llmcompress.kernels.triton.layout import TABLE_PER_ROW, Packing
 
 SHIPPED = Path(__file__).with_name("tuning.json")
 BUCKETS = (8, 16, 32, 64, 128)
+FEW = (1, 2, 4)  # what is chosen for up to so many, of those in CUDA C++, before what is for the first bucket
 MANY = (512, 2048)  # the same beyond what one tile holds; the last one for all that are more
 LEAN_TOKENS = 8  # where nothing was measured, the kernel in CUDA C++ takes up to so many
 LEAN_ROWS = 8192  # and more warps to a row below so many rows
@@ -41,14 +42,16 @@ class Config(NamedTuple):
 
 
 class Lean(NamedTuple):
-    """Of the kernel in CUDA C++: warps that share 16 rows, and blocks of each in shared memory.
+    """Of the kernels in CUDA C++: warps that share 16 rows, and blocks of each in shared memory.
 
     early   whether it begins to read the weight while the kernel before it still runs; compute capability 9.0
+    terms   1: inputs as they are; 2: as two signed bytes each, which multiply the codes of integers exactly
     """
 
     warps: int
     slots: int = 2
     early: int = 0
+    terms: int = 1
 
 
 class Fused(NamedTuple):
@@ -93,8 +96,9 @@ def read_table(path: Path) -> Table:
 def _checked(numbers: list[int]) -> Config | Lean:
     if len(numbers) <= len(Lean._fields):
         lean = Lean(*numbers)
-        if lean.warps not in WARPS or lean.slots not in SLOTS or lean.early not in (0, 1):
-            raise ValueError("no such number of warps or slots")
+        known = lean.warps in WARPS and lean.slots in SLOTS and lean.early in (0, 1) and lean.terms in (1, 2)
+        if not known or not all(type(value) is int for value in lean):
+            raise ValueError("no such number of warps, slots or terms")
         return lean
     config = Config(*numbers)
     whole = all(type(value) is int for value in config)
@@ -144,7 +148,8 @@ def choose(packing: Packing, rows: int, tokens: int, device: torch.device, lean:
     if device.type != "cuda":
         return fill(rule(packing, bucket(tokens)), packing, (rows, tokens), 4)
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    for known in _entries(packing, rows, bucket(tokens), device):
+    sizes = [size for size in FEW if tokens <= size]
+    for known in _entries(packing, rows, (*sizes, bucket(tokens)), device):
         if isinstance(known, Config):
             return fill(known, packing, (rows, tokens), processors)
         if isinstance(known, Lean) and lean:
@@ -165,7 +170,7 @@ def choose_many(
     if device.type != "cuda":
         return Strips()
     most = next((size for size in MANY if tokens <= size), MANY[-1])
-    for known in _entries(packing, rows, most, device):
+    for known in _entries(packing, rows, (most,), device):
         if isinstance(known, Config):
             processors = torch.cuda.get_device_properties(device).multi_processor_count
             return fill(known, packing, (rows, tokens), processors)
@@ -174,13 +179,13 @@ def choose_many(
     return Strips()
 
 
-def _entries(packing: Packing, rows: int, most: int, device: torch.device) -> Iterator[Choice]:
-    """What tables say of a weight and up to `most` tokens: the user's before the shipped one, its shape before all."""
+def _entries(packing: Packing, rows: int, sizes: tuple[int, ...], device: torch.device) -> Iterator[Choice]:
+    """What tables say of a weight and up to so many tokens: the user's before the shipped one, its shape before all."""
     found = torch.cuda.get_device_properties(device)
     for table in _tables(found.name, f"sm_{found.major}{found.minor}"):
         for key in (f"{packing.label} {rows}x{packing.columns}", packing.label):
-            if (known := table.get(key, {}).get(str(most))) is not None:
-                yield known
+            row = table.get(key, {})
+            yield from (row[str(most)] for most in sizes if str(most) in row)
 
 
 def rule(packing: Packing, most: int) -> Config:
