@@ -13,6 +13,7 @@ Which backend does it is decided at each call (`backends.choose`); what it prepa
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
@@ -25,7 +26,23 @@ from llmcompress.kernels.backends import spec_of
 from llmcompress.plugins import find
 
 FILE = "file"
-KEPT, BOUND = "_llmcompress_prepared", "_llmcompress_bound"  # attributes of the first tensor of a linear
+DERIVED = "_llmcompress_derived"  # attribute of the first tensor of a linear
+
+
+@dataclass
+class Derived:
+    """What a backend made of the tensors of one linear. Copies of the tensors, pickled ones too, have None of it."""
+
+    prepared: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    bound: tuple[str | None, Any] | None = None
+
+    def __deepcopy__(self, _: object) -> None:
+        return None
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
+
+
 LIBRARY = torch.library.Library("llmcompress", "DEF")  # type: ignore[no-untyped-call]
 SCHEMA = "(Tensor x, Tensor[] tensors, str names, str form, int[] size) -> Tensor"
 
@@ -41,12 +58,22 @@ def names_of(layout: str, parts: Sequence[str]) -> str:
     return f"{layout}:{','.join(parts)}"
 
 
+def _derived(tensors: Sequence[Tensor]) -> Derived:
+    found: Derived | None = getattr(tensors[0], DERIVED, None)
+    if found is None:
+        found = Derived()
+        setattr(tensors[0], DERIVED, found)
+    return found
+
+
+def forget(tensors: Sequence[Tensor]) -> None:
+    """Forget what was made of the tensors of a linear: they hold something else now."""
+    setattr(tensors[0], DERIVED, None)
+
+
 def prepared_by(backend: ModuleType, tensors: Sequence[Tensor], parts: Sequence[str], form: str) -> dict[str, Tensor]:
     """What a backend needs of the tensors of a file, made once."""
-    kept: dict[str, dict[str, Tensor]] | None = getattr(tensors[0], KEPT, None)
-    if kept is None:
-        kept = {}
-        setattr(tensors[0], KEPT, kept)
+    kept = _derived(tensors).prepared
     if backend.__name__ not in kept:
         kept[backend.__name__] = backend.prepare(dict(zip(parts, tensors, strict=True)), spec_of(form))
     return kept[backend.__name__]
@@ -54,7 +81,8 @@ def prepared_by(backend: ModuleType, tensors: Sequence[Tensor], parts: Sequence[
 
 def run(x: Tensor, tensors: Sequence[Tensor], names: str, form: str, size: Sequence[int]) -> Tensor:
     """The operator without torch's dispatcher, which costs as much as a small linear. Knows no gradients."""
-    bound = getattr(tensors[0], BOUND, None)
+    derived: Derived | None = getattr(tensors[0], DERIVED, None)
+    bound = None if derived is None else derived.bound
     if bound is not None and bound[0] == backends.forced() and (ready := bound[1](x)) is not None:
         return ready  # type: ignore[no-any-return]
     (rows, columns), (layout, parts) = size, _parts(names)
@@ -62,7 +90,7 @@ def run(x: Tensor, tensors: Sequence[Tensor], names: str, form: str, size: Seque
         backend = backends.choose(form, rows, columns, x)
         prepared = prepared_by(backend, tensors, parts, form)
         if hasattr(backend, "bind"):
-            setattr(tensors[0], BOUND, (backends.forced(), backend.bind(prepared, spec_of(form), rows, columns)))
+            _derived(tensors).bound = (backends.forced(), backend.bind(prepared, spec_of(form), rows, columns))
     else:
         backend = find(backends.__name__, layout)
         prepared = dict(zip(parts, tensors, strict=True))

@@ -41,9 +41,11 @@ def load(
     again. Linears whose inputs are rounded round them, and multiply integers where both sides are 8-bit integers.
     Skipped halves of blocks are not computed, and their weights are not in memory.
     An adapter that `heal` left beside the checkpoint is not added: peft opens it over a dense model.
-    Raises InputError where the directory is not such a checkpoint, is damaged, or may not be had from the Hub, and
-    MachineError where the way there fails.
+    Raises InputError where the directory is not such a checkpoint, is damaged, or may not be had from the Hub, or there
+    is no such device, and MachineError where the way there fails.
     """
+    if device_map is None:
+        _check_device(device)
     folder = resolve(path).path if isinstance(path, str) else path
     files = check_source(folder, packed=True)
     document = files.config
@@ -67,6 +69,16 @@ def load(
             raise InputError(f"{key.replace('_', ' ')}: {sorted(map(str, report[key]))[0]}", "the files are damaged")
     found: nn.Module = model.eval()
     return found
+
+
+def _check_device(device: str) -> None:
+    """Raises InputError before anything is read."""
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise InputError(f"device {device!r}: no such device", "give cpu, cuda or cuda:0") from None
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device {device!r}: no CUDA device of that name here", "leave device out to use the CPU")
 
 
 def _open(folder: Path, config: Any, record: SkipRecord | None, options: dict[str, Any]) -> tuple[Any, Any]:

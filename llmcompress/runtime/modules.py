@@ -1,7 +1,7 @@
 """A linear that keeps its weight as the file stores it, and multiplies with it through one operator."""
 
 from collections.abc import Callable, Mapping
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -75,9 +75,10 @@ class PackedLinear(nn.Module):
         if self.siblings is not None and self.siblings.settle(x):
             return
         backend = backends.choose(self.form, self.out_features, self.in_features, x.reshape(-1, self.in_features)[:1])
-        tensors = self.of_file()
+        tensors = {part: tensor.to(x.device) for part, tensor in self.of_file().items()}
         prepared = backend.prepare(tensors, self.spec.plain)
         if all(any(mine is known for known in tensors.values()) for mine in prepared.values()):
+            self._buffers.update(zip(self._buffer_names, tensors.values(), strict=True))
             return
         name = backend.__name__.rpartition(".")[2]
         self._settled = (ops.names_of(name, tuple(prepared)), list(prepared.values()))
@@ -138,11 +139,15 @@ class PackedLinear(nn.Module):
         weight, factors = ops.weight_of(tensors, names, self.form, self._size), self._factors()
         return weight if factors is None else weight + factors[0].float() @ factors[1].float()
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        known = {id(self._buffers[name]) for name in self._buffers}
+    def _release(self) -> None:
+        """Forget what is on the device, and what was computed of the weight."""
         self._settled = self._sums = None
         if self.siblings is not None:
             self.siblings.release()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        known = {id(self._buffers[name]) for name in self._buffers}
+        self._release()
 
         def moved(tensor: Tensor) -> Tensor:
             found = fn(tensor)
@@ -150,6 +155,12 @@ class PackedLinear(nn.Module):
 
         super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
         return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Other codes come into the buffers: what a backend or a device has of those before is forgotten."""
+        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[no-untyped-call]
+        self._release()
+        ops.forget([*self.of_file().values()])
 
     def extra_repr(self) -> str:
         """Sizes and format, for `print(model)`."""
