@@ -16,6 +16,7 @@ from llmcompress.errors import InputError, MachineError
 
 CHUNK_BYTES = 1 << 20
 LARGEST_DOCUMENT_BYTES = 256 << 20
+LARGEST_NUMBER = 2**32 - 1  # that a user may give as a count or a seed; torch and numpy go on from there
 LONE = re.compile("[\ud800-\udfff]")
 ALLOW_NONFINITE, ALLOW_EXTERNAL = "LLMCOMPRESS_ALLOW_NONFINITE", "LLMCOMPRESS_ALLOW_EXTERNAL_FILES"
 
@@ -37,9 +38,14 @@ def _umask() -> int:
 
 
 def cache_folder(*parts: str) -> Path:
-    """Where this user keeps what can be made again: `~/.cache/llmcompress`, or below XDG_CACHE_HOME."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache").joinpath("llmcompress", *parts)
+    """Where this user keeps what can be made again: `~/.cache/llmcompress`, or below XDG_CACHE_HOME.
+
+    Raises FileNotFoundError for a user without a home, as in containers. Relative paths are no homes.
+    """
+    for base in (os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache")):
+        if os.path.isabs(base):
+            return Path(base).joinpath("llmcompress", *parts)
+    raise FileNotFoundError("no folder for caches: neither HOME nor XDG_CACHE_HOME names one")
 
 
 def own_folder(folder: Path) -> Path:

@@ -53,7 +53,8 @@ class Noun(BaseModel):
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(map(str, first["loc"])) or "top level"
-            raise InputError(f"{where}: {place}: {first['msg']}", "the file is damaged or was edited by hand") from None
+            hint = "the file is damaged, was edited by hand, or is of another version of llmcompress"
+            raise InputError(f"{where}: {place}: {first['msg']}", hint) from None
 
 
 class InputSpec(Noun):

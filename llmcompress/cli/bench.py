@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from llmcompress.cli.options import Finite, speaking
+from llmcompress.cli.options import Finite, Whole, speaking
 from llmcompress.cli.say import Speaker
 
 COPIES = 8  # of a linear, so that caches have forgotten one before its turn comes again
@@ -16,9 +16,9 @@ TYPICAL = (4096, 4096)
 
 @click.command("bench")
 @click.argument("model", required=False, type=click.Path(path_type=Path))
-@click.option("--tokens", type=click.IntRange(1), default=1, show_default=True, help="Tokens at a time; 1 is decoding.")
+@click.option("--tokens", type=Whole(1), default=1, show_default=True, help="Tokens at a time; 1 is decoding.")
 @click.option("--seconds", type=Finite(0.05), default=1.0, show_default=True, help="For each row group.")
-@click.option("--threads", type=click.IntRange(1), help="Of torch. Default: what torch takes.")
+@click.option("--threads", type=Whole(1), help="Of torch. Default: what torch takes.")
 @speaking
 def bench_command(model: Path | None, tokens: int, seconds: float, threads: int | None, speaker: Speaker) -> None:
     """Time the linears of MODEL (or typical ones) on this machine's CPU, packed and as bfloat16.

@@ -6,15 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
-from llmcompress.cli.options import Command, check_place, pick_device, speaking
-from llmcompress.cli.say import Speaker, command_line
+from llmcompress.cli.options import Command, Whole, check_place, pick_device, speaking
+from llmcompress.cli.say import Speaker, command_line, json_of
 from llmcompress.errors import InputError, MachineError
+from llmcompress.files import parse_yaml
 
 REPORT_NAME = "report.json"
 FORMATS = ("text", "json", "github", "junit", "markdown")
 LIMITS = ("profile", "max_kld", "max_ppl_increase", "max_drop", "max_top1_loss", "max_regression", "alpha", "looks")
 LOOKS_WITH_REF = 3
+EVALUATING = ("output", "samples", "max_samples", "sequence_length", "data", "device")  # options of --ref alone
 
 
 def limit_options(function: Command) -> Command:
@@ -51,11 +54,9 @@ def evaluation_options(function: Command) -> Command:
     for option in (
         click.option("--device", default=None, help="With --ref: cpu or cuda. Default: cpu."),
         click.option("--data", default="builtin", show_default=True, help="With --ref: builtin, or a text file."),
-        click.option("--sequence-length", type=click.IntRange(8), default=512, show_default=True, help="With --ref."),
-        click.option("--max-samples", type=click.IntRange(8), default=None, help="With --ref: most sequences."),
-        click.option(
-            "--samples", type=click.IntRange(8), default=32, show_default=True, help="With --ref: of the first look."
-        ),
+        click.option("--sequence-length", type=Whole(8), default=512, show_default=True, help="With --ref."),
+        click.option("--max-samples", type=Whole(8), default=None, help="With --ref: most sequences."),
+        click.option("--samples", type=Whole(8), default=32, show_default=True, help="With --ref: of the first look."),
         click.option("-o", "--output", type=click.Path(path_type=Path), help="With --ref: folder for report.json."),
         click.option("--ref", default=None, help="Evaluate first: SUBJECT is a model, and this the original."),
     ):
@@ -79,15 +80,37 @@ def gate_command(subject: str, speaker: Speaker, config: Path | None, suggest: b
     REPORT is a report.json or a folder with one; with --ref it is a model, which is evaluated first.
     """
     check_place(flags["junit"])
+    _check_flags(flags)
     limits, baseline = _limits(config, flags), _baseline(flags["baseline"])
     report, verdict = _judged(subject, limits, baseline, speaker=speaker, flags=flags)
     if suggest:
         from llmcompress.gate.suggest import suggest as suggested
 
-        click.echo(suggested(report, limits[0]), nl=False)
+        text = suggested(report, limits[0])
+        asked = speaker.json or flags["form"] == "json"
+        click.echo(json_of(parse_yaml(text, "limits")) if asked else text, nl=False)
         return
     _say(speaker, report, verdict, flags)
-    raise SystemExit(0 if flags["allow_undecided"] and verdict.exit_code == 4 else verdict.exit_code)
+    raise SystemExit(_exit_code(verdict, flags))
+
+
+def _exit_code(verdict: Any, flags: dict[str, Any]) -> int:
+    return 0 if flags["allow_undecided"] and verdict.exit_code == 4 else int(verdict.exit_code)
+
+
+def _check_flags(flags: dict[str, Any]) -> None:
+    """Refuse what nothing would read, and a report that could not be written. Raises InputError, MachineError."""
+    given = click.get_current_context().get_parameter_source
+    if flags["ref"] is None:
+        for name in EVALUATING:
+            if given(name) is ParameterSource.COMMANDLINE:
+                word = "-o" if name == "output" else f"--{name.replace('_', '-')}"
+                raise InputError(f"{word} says nothing without --ref", "add --ref ORIGINAL, or leave it out")
+    elif flags["output"] is not None:
+        check_place(flags["output"] / REPORT_NAME, made=True)
+    if flags["max_regression"] is not None and flags["baseline"] is None:
+        what = "--max-regression is a rise over the last release's KL"
+        raise InputError(f"{what}, and there is no --baseline", "give its report.json, or leave it out")
 
 
 def _limits(config: Path | None, flags: dict[str, Any]) -> Any:
@@ -168,7 +191,7 @@ def _evaluator(subject: str, flags: dict[str, Any]) -> Callable[[int], Any]:
     sources, device = (resolve(subject), resolve(flags["ref"])), pick_device(flags["device"])
 
     def evaluate(count: int) -> Any:
-        text = TextRequest(flags["data"], count, flags["sequence_length"], 0, "evaluation")
+        text = TextRequest(flags["data"], count, flags["sequence_length"], 0, "evaluation", "options")
         return run_eval(EvalRequest(*sources, text, 8, device, command_line()))
 
     return evaluate
@@ -176,7 +199,7 @@ def _evaluator(subject: str, flags: dict[str, Any]) -> Callable[[int], Any]:
 
 def _say(speaker: Speaker, report: Any, verdict: Any, flags: dict[str, Any]) -> None:
     """Print the verdict in its format, and write the files that were asked for."""
-    from llmcompress.files import commit_bytes, to_json
+    from llmcompress.files import commit_bytes
     from llmcompress.gate import formats
 
     allowed = flags["allow_undecided"]
@@ -193,7 +216,7 @@ def _say(speaker: Speaker, report: Any, verdict: Any, flags: dict[str, Any]) -> 
     elif form in ("junit", "markdown"):
         click.echo(junit if form == "junit" else formats.markdown(report, verdict), nl=False)
     elif form == "json":
-        click.echo(to_json(verdict.model_dump(mode="json") | {"exit_code": verdict.exit_code}), nl=False)
+        click.echo(json_of(verdict.model_dump(mode="json") | {"exit_code": _exit_code(verdict, flags)}), nl=False)
     else:
         click.echo("\n".join(formats.text(verdict)))
 

@@ -1,13 +1,12 @@
 """`llmcompress heal`: bring a pruned or quantized checkpoint nearer to its original."""
 
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 import click
 
-from llmcompress.cli.options import Finite, find_model, pick_device, speaking, trusting
-from llmcompress.cli.say import Speaker, command_line, megabytes, typed
+from llmcompress.cli.options import Finite, Whole, find_model, pick_device, speaking, trusting
+from llmcompress.cli.say import Speaker, command_line, megabytes, path_word, typed
 from llmcompress.cli.trackers import Tracker, tracking
 
 OPTIONS = (
@@ -27,28 +26,28 @@ OPTIONS = (
         help="Blocks to train: rdp (where the path of the hidden states bends, and beside removed ones), all, random, "
         "or numbers: 0,3.",
     ),
-    click.option("--blocks", type=click.IntRange(1), help="How many bends, or random ones. Default: a third."),
-    click.option("--lisa", type=click.IntRange(1), metavar="K", help="Train K of the blocks at a time: less memory."),
-    click.option("--period", type=click.IntRange(1), default=20, show_default=True, help="Steps between draws of K."),
-    click.option("--rank", type=click.IntRange(1), default=32, show_default=True, help="Of the adapters."),
+    click.option("--blocks", type=Whole(1), help="How many bends, or random ones. Default: a third."),
+    click.option("--lisa", type=Whole(1), metavar="K", help="Train K of the blocks at a time: less memory."),
+    click.option("--period", type=Whole(1), default=20, show_default=True, help="Steps between draws of K."),
+    click.option("--rank", type=Whole(1), default=32, show_default=True, help="Of the adapters."),
     click.option("--alpha", type=Finite(0, min_open=True), help="Of the adapters. Default: 2 rank."),
     click.option("--lr", type=Finite(0, min_open=True), help="Default: 0.002 for lora, 0.005 for norms."),
-    click.option("--steps", type=click.IntRange(1), default=1000, show_default=True),
-    click.option("--batch-size", type=click.IntRange(1), default=4, show_default=True, help="Sequences in a step."),
-    click.option("--samples", type=click.IntRange(1), default=1024, show_default=True, help="Sequences of text."),
-    click.option("--sequence-length", type=click.IntRange(8), default=256, show_default=True, help="Tokens in each."),
+    click.option("--steps", type=Whole(1), default=1000, show_default=True),
+    click.option("--batch-size", type=Whole(1), default=4, show_default=True, help="Sequences in a step."),
+    click.option("--samples", type=Whole(1), default=1024, show_default=True, help="Sequences of text."),
+    click.option("--sequence-length", type=Whole(8), default=256, show_default=True, help="Tokens in each."),
     click.option(
-        "--held-out", type=click.IntRange(2), default=32, show_default=True,
+        "--held-out", type=Whole(2), default=32, show_default=True,
         help="Sequences to stop by, and as many to judge by, of the samples.",
     ),
-    click.option("--every", type=click.IntRange(1), default=50, show_default=True, help="Steps from look to look."),
-    click.option("--patience", type=click.IntRange(1), default=5, show_default=True, help="Looks without a new best."),
+    click.option("--every", type=Whole(1), default=50, show_default=True, help="Steps from look to look."),
+    click.option("--patience", type=Whole(1), default=5, show_default=True, help="Looks without a new best."),
     click.option("--minutes", type=Finite(0, min_open=True), help="Stop training after this long."),
     click.option(
         "--calibration", metavar="SPEC", default="builtin", show_default=True, envvar="LLMCOMPRESS_CALIBRATION",
         help="builtin, self, a text file, or org/name[:split[:column]].",
     ),
-    click.option("--seed", type=click.IntRange(0), default=0, show_default=True, envvar="LLMCOMPRESS_SEED"),
+    click.option("--seed", type=Whole(0), default=0, show_default=True, envvar="LLMCOMPRESS_SEED"),
     click.option("--device", default=None, envvar="LLMCOMPRESS_DEVICE", help="cpu or cuda. Default: cpu."),
     click.option("--force", is_flag=True, help="Replace an existing output, atomically, once the new one is complete."),
     click.option("--restart", is_flag=True, help="Discard an unfinished run instead of going on with it."),
@@ -104,7 +103,8 @@ def _request(out: str, flags: dict[str, Any]) -> Any:
     from llmcompress.compress.heal.request import HealRequest
     from llmcompress.model.text import TextRequest
 
-    text = TextRequest(flags["calibration"], flags["samples"], flags["sequence_length"], flags["seed"], "calibration")
+    size = flags["samples"], flags["sequence_length"]
+    text = TextRequest(flags["calibration"], *size, flags["seed"], "calibration", "options")
     name = source.name.rstrip("/").rsplit("/", 1)[-1].replace("@", "-")
     return HealRequest(
         source=source,
@@ -167,7 +167,7 @@ def _tell_result(request: Any, finished: Any, speaker: Speaker) -> None:
         )
     lines += [
         f"written to  {request.output}  ({megabytes(finished.directory_bytes)})",
-        f"next        llmcompress eval {quote(str(request.output))} --ref {typed(request.against)}",
+        f"next        llmcompress eval {path_word(request.output)} --ref {typed(request.against)}",
     ]
     document = {"output": request.output.name, "helped": record.helped, "recovered": record.recovered}
     speaker.result(document | record.model_dump(mode="json"), lines)

@@ -11,6 +11,7 @@ from llmcompress.cli.figures import lines_of
 from llmcompress.cli.options import (
     MEMORY,
     Finite,
+    Whole,
     check_place,
     find_model,
     memory_of,
@@ -53,14 +54,14 @@ def verify_command(output: str, device: str | None, speaker: Speaker) -> None:
 @click.option("--ref", required=True, help="The original: a directory, org/name[@revision], a short name or demo.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for the report. Default: MODEL-eval.")
 @click.option("--data", default="builtin", show_default=True, help="builtin (held-out files), or a text file.")
-@click.option("--samples", type=click.IntRange(2), default=64, show_default=True, help="Sequences.")
-@click.option("--sequence-length", type=click.IntRange(8), default=512, show_default=True, help="Tokens in each.")
-@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True)
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--samples", type=Whole(2), default=64, show_default=True, help="Sequences.")
+@click.option("--sequence-length", type=Whole(8), default=512, show_default=True, help="Tokens in each.")
+@click.option("--batch-size", type=Whole(1), default=8, show_default=True)
+@click.option("--seed", type=Whole(0), default=0, show_default=True)
 @click.option("--sweep", is_flag=True, help="Also KL at temperatures, and where greedy continuations part.")
 @click.option("--speed", is_flag=True, help="Also tokens per second and memory of both, as users load them.")
 @click.option("--tasks", metavar="NAME[=FILE],...", help="Also tasks of lm-evaluation-harness; FILE has the documents.")
-@click.option("--task-limit", type=click.IntRange(1), help="Documents of each task. Default: all.")
+@click.option("--task-limit", type=Whole(1), help="Documents of each task. Default: all.")
 @click.option("--skip-voids", is_flag=True, help="Also run MODEL with blocks skipped per token, where they are voids.")
 @click.option("--void-alpha", type=Finite(0), default=0.8, show_default=True, help="Larger: more voids.")
 @click.option("--device", default=None, help="cpu or cuda. Default: cpu.")
@@ -109,7 +110,8 @@ def _request(model: str, ref: str, flags: dict[str, Any]) -> Any:
     from llmcompress.model.crew import ALONE
     from llmcompress.model.text import TextRequest
 
-    text = TextRequest(flags["data"], flags["samples"], flags["sequence_length"], flags["seed"], "evaluation")
+    size = flags["samples"], flags["sequence_length"]
+    text = TextRequest(flags["data"], *size, flags["seed"], "evaluation", "options")
     tasks = tuple(filter(None, (flags["tasks"] or "").split(",")))
     return EvalRequest(
         *sources, text, flags["batch_size"], pick_device(flags["device"]), command_line(),

@@ -14,7 +14,7 @@ import click
 from llmcompress.cli.crew import rank
 from llmcompress.cli.say import Speaker, open_log
 from llmcompress.errors import InputError, MachineError, out_of_memory
-from llmcompress.files import ALLOW_EXTERNAL, ALLOW_NONFINITE, read_json
+from llmcompress.files import ALLOW_EXTERNAL, ALLOW_NONFINITE, LARGEST_NUMBER, read_json
 
 Command = Callable[..., Any]
 OURS = "llmcompress"  # reads whatever is planned: nobody has to plan for it
@@ -39,6 +39,17 @@ class Finite(click.FloatRange):
         found = float(super().convert(value, param, ctx))
         if not math.isfinite(found):
             self.fail(f"{value} is not a finite number.", param, ctx)
+        return found
+
+
+class Whole(click.IntRange):
+    """A range of whole numbers, none of them beyond what torch and numpy can count."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The number. Raises what click raises for a wrong word."""
+        found = int(super().convert(value, param, ctx))
+        if abs(found) > LARGEST_NUMBER:
+            self.fail(f"{value} is more than {LARGEST_NUMBER}.", param, ctx)
         return found
 
 
@@ -121,7 +132,7 @@ def recipe_options(function: Command) -> Command:
     """Add --recipe, --set, --calibration, --seed and --device."""
     for option in (
         click.option("--device", default=None, envvar="LLMCOMPRESS_DEVICE", help="cpu or cuda. Default: cpu."),
-        click.option("--seed", type=click.IntRange(0), default=None, envvar="LLMCOMPRESS_SEED", help="Default: 0."),
+        click.option("--seed", type=Whole(0), default=None, envvar="LLMCOMPRESS_SEED", help="Default: 0."),
         click.option(
             "--calibration",
             metavar="SPEC",

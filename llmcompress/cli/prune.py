@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 import click
@@ -11,6 +10,7 @@ from llmcompress.cli.drawing import say_lines, say_table, terminal_bars, write_p
 from llmcompress.cli.options import (
     MEMORY,
     Finite,
+    Whole,
     batches_of,
     find_model,
     memory_of,
@@ -21,7 +21,7 @@ from llmcompress.cli.options import (
     trusting,
     with_half,
 )
-from llmcompress.cli.say import Speaker, as_set, command_line, megabytes, step_line
+from llmcompress.cli.say import Speaker, as_set, command_line, megabytes, path_word, step_line
 from llmcompress.cli.scoring import PICTURES
 
 
@@ -32,20 +32,16 @@ from llmcompress.cli.scoring import PICTURES
 @click.option("--by", metavar="SCORER", help="Rank by another score (`llmcompress list scorers`), or kl: measured.")
 @click.option("--sublayers", is_flag=True, help="Skip halves of blocks (attention or MLP) in place of blocks; --by kl.")
 @click.option("--pairs", is_flag=True, help="With --sublayers: also try both halves of a block at once.")
-@click.option("--blocks", type=click.IntRange(1), help="How many blocks to remove.")
-@click.option("--halves", type=click.IntRange(1), help="How many halves to skip, with --sublayers.")
-@click.option(
-    "--tie", type=click.IntRange(2), metavar="N", help="Let groups of N neighbouring blocks share one weight."
-)
-@click.option("--rank", type=click.IntRange(0), default=0, help="With --tie: rank of each block's own corrections.")
-@click.option("--groups", type=click.IntRange(1), help="How many groups to tie, with --tie.")
+@click.option("--blocks", type=Whole(1), help="How many blocks to remove.")
+@click.option("--halves", type=Whole(1), help="How many halves to skip, with --sublayers.")
+@click.option("--tie", type=Whole(2), metavar="N", help="Let groups of N neighbouring blocks share one weight.")
+@click.option("--rank", type=Whole(0), default=0, help="With --tie: rank of each block's own corrections.")
+@click.option("--groups", type=Whole(1), help="How many groups to tie, with --tie.")
 @click.option("--keep", type=Finite(0, 1, min_open=True), help="Share of blocks or halves to keep, e.g. 0.8.")
 @click.option("--max-kld", type=Finite(0), help="Remove what keeps the KL's upper 95 % bound within this.")
 @click.option("--exclude", type=int, multiple=True, help="A block that stays. Repeatable.")
-@click.option("--beam", type=click.IntRange(1), default=3, show_default=True, help="Sets of each size that are grown.")
-@click.option(
-    "--shortlist", type=click.IntRange(1), default=12, show_default=True, help="Blocks tried for each set, by rank."
-)
+@click.option("--beam", type=Whole(1), default=3, show_default=True, help="Sets of each size that are grown.")
+@click.option("--shortlist", type=Whole(1), default=12, show_default=True, help="Blocks tried for each set, by rank.")
 @PICTURES
 @recipe_options
 @MEMORY
@@ -200,7 +196,7 @@ def _tell_result(request: Any, finished: Any, speaker: Speaker) -> None:
         lines += [
             "verified    reopened, and its logits are those of the model with these blocks passed over",
             f"written to  {request.output}  ({megabytes(size)})",
-            f"next        llmcompress quantize {quote(str(request.output))} --budget 3.5bits",
+            f"next        llmcompress quantize {path_word(request.output)} --budget 3.5bits",
         ]
     elif finished.nothing is None:
         lines.append("nothing was written; give -o to write the result")

@@ -2,13 +2,12 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 import click
 
 from llmcompress.cli.options import pick_device, speaking
-from llmcompress.cli.say import Speaker
+from llmcompress.cli.say import Speaker, path_word
 
 Command = Callable[..., Any]
 PUBLIC = "Push to a public repository. Default: a private one."
@@ -93,7 +92,7 @@ def pushed(output: Path, repository: str, public: bool, speaker: Speaker) -> tup
     try:
         return push_output(output, repository, public=public, report_path=None, speaker=speaker)
     except (InputError, MachineError) as error:
-        again = f"{output.name} is complete: llmcompress push {output} {repository}" + " --public" * public
+        again = f"{output.name} is complete: llmcompress push {path_word(output)} {repository}" + " --public" * public
         found: CompressError = type(error)(error.what, f"{error.hint}; {again}")
         raise found from None
 
@@ -137,6 +136,6 @@ def _said(done: Any, evaluated: bool, output: Path) -> tuple[dict[str, Any], lis
     if done.removed:
         lines.append(f"removed     {', '.join(done.removed)}, of an earlier push")
     if not evaluated:
-        command = f"llmcompress eval {quote(str(output))} --ref MODEL"
+        command = f"llmcompress eval {path_word(output)} --ref MODEL"
         lines.append(f"next        {command}, and push again: the card has no figures yet")
     return document, [*lines, f"page        {done.url}"]

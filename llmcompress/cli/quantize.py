@@ -4,7 +4,6 @@ import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 import click
@@ -25,7 +24,7 @@ from llmcompress.cli.planning import SCORES, read_scores
 from llmcompress.cli.progress import BlockProgress
 from llmcompress.cli.push import check_original, check_target, push_options, pushed
 from llmcompress.cli.rewrite import tell_rewriting
-from llmcompress.cli.say import Speaker, command_line, dropping_lines, megabytes, typed
+from llmcompress.cli.say import Speaker, command_line, dropping_lines, megabytes, path_word, typed
 from llmcompress.cli.trackers import Tracker, block_numbers, tracking
 
 
@@ -289,5 +288,5 @@ def _lines(request: Any, told: Told) -> list[str]:
         ),
         f"verified    {', '.join(check.name for check in finished.checks)}",
         f"written to  {request.output}  in {told.seconds:.0f} s",
-        f"next        llmcompress eval {quote(str(request.output))} --ref {typed(request.source)}",
+        f"next        llmcompress eval {path_word(request.output)} --ref {typed(request.source)}",
     ]

@@ -2,13 +2,12 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 import click
 
 from llmcompress.cli.options import find_model, pick_device, read_recipe, recipe_options, speaking, trusting
-from llmcompress.cli.say import Speaker, megabytes
+from llmcompress.cli.say import Speaker, megabytes, path_word
 from llmcompress.plugins import available, summary
 
 REPARAM = "llmcompress.compress.reparam"
@@ -60,7 +59,7 @@ def rewrite_command(model: str, output: Path, speaker: Speaker, **flags: Any) ->
         tell_rewriting(record, speaker)
     lines = [
         f"written to  {output}  ({megabytes(size)})",
-        f"next        llmcompress quantize {quote(str(output))} --budget 3.5bits",
+        f"next        llmcompress quantize {path_word(output)} --budget 3.5bits",
     ]
     speaker.result({"output": output.name, **record.model_dump(mode="json")}, lines)
 

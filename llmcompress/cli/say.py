@@ -1,7 +1,10 @@
 """What the program says: results to stdout, talk to stderr, exactly one JSON document with --json."""
 
+import codecs
+import json
 import logging
 import os
+import re
 import shlex
 import sys
 import traceback
@@ -11,6 +14,7 @@ from typing import Any
 
 import click
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from llmcompress.errors import CompressError, Finding, InputError, Refused, one_line
@@ -18,6 +22,8 @@ from llmcompress.files import to_json
 from llmcompress.pictures.words import megabytes as megabytes
 
 MOST_LINES = 6
+USUAL_WIDTH, WIDEST = 80, 10_000
+BEYOND_ASCII = re.compile(r"[^\x00-\x7f]")
 LOG = logging.getLogger("llmcompress")
 LOG.addHandler(logging.NullHandler())
 
@@ -31,6 +37,8 @@ class Speaker:
         self.verbose = verbose
         plain: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False, "soft_wrap": True}
         self.err, self.out = Console(stderr=True, **plain), Console(**plain)
+        for console in (self.err, self.out):
+            console.width = console.width or USUAL_WIDTH  # COLUMNS=0 says that nobody knows it
 
     def talk(self, text: str) -> None:
         """A remark on stderr."""
@@ -44,13 +52,13 @@ class Speaker:
         if self.silent:
             return
         if self.json:
-            click.echo(to_json(document), nl=False)
+            click.echo(json_of(document), nl=False)
             return
         for line in lines:
             self.out.print(one_line(line))
 
     def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-        """A table on stdout; silent with --json."""
+        """A table on stdout, nothing of which is cut; silent with --json."""
         if self.json or self.silent:
             return
         table = Table(title=one_line(title) or None, box=None, pad_edge=False, title_justify="left")
@@ -58,7 +66,16 @@ class Speaker:
             table.add_column(one_line(column), justify="left" if place == 0 else "right", no_wrap=True)
         for row in rows:
             table.add_row(*(one_line(cell) for cell in row))
+        wide = Measurement.get(self.out, self.out.options.update(max_width=WIDEST), table).maximum
+        self.out.width = max(self.out.width, wide)
         self.out.print(table)
+
+
+def json_of(document: Any) -> str:
+    """JSON for stdout: its letters are escaped where stdout is not in UTF-8, as JSON has to be."""
+    coding = codecs.lookup(getattr(sys.stdout, "encoding", None) or "utf-8").name
+    text = to_json(document)
+    return text if coding == "utf-8" else BEYOND_ASCII.sub(lambda found: json.dumps(found[0])[1:-1], text)
 
 
 def tell_error(error: CompressError) -> None:
@@ -146,7 +163,13 @@ def dropping_lines(dropping: Any) -> list[str]:
 def typed(source: Any) -> str:
     """A word that names this source on a command line again."""
     named = source.repository is not None or source.name == "demo"
-    return shlex.quote(str(source.name) if named else os.path.relpath(source.path))
+    return shlex.quote(str(source.name)) if named else path_word(os.path.relpath(source.path))
+
+
+def path_word(path: Path | str) -> str:
+    """A path as a word of a command line: quoted for a shell, and no option where it begins with a dash."""
+    word = str(path)
+    return shlex.quote(f"./{word}" if word.startswith("-") else word)
 
 
 def as_set(names: Iterable[object]) -> str:

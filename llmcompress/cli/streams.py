@@ -6,16 +6,21 @@ from typing import Any
 
 
 class Outliving:
-    """A text stream that goes on into nowhere once nobody reads it any more."""
+    """A text stream that goes on into nowhere once nobody reads it any more; letters that its coding lacks become `?`.
 
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
+    leaves  the errors after which it does
+    """
+
+    def __init__(self, stream: Any, leaves: type[OSError] = BrokenPipeError) -> None:
+        self._stream, self._leaves = stream, leaves
+        if getattr(stream, "errors", None) == "strict" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
 
     def write(self, text: str) -> int:
         """Write it, for as long as somebody reads."""
         try:
             return int(self._stream.write(text))
-        except BrokenPipeError:
+        except self._leaves:
             self._leave()
         return len(text)
 
@@ -23,7 +28,7 @@ class Outliving:
         """Hand over what is held back."""
         try:
             self._stream.flush()
-        except BrokenPipeError:
+        except self._leaves:
             self._leave()
 
     def _leave(self) -> None:
@@ -38,9 +43,10 @@ class Outliving:
 def outlive_readers() -> None:
     """Let the program finish, with the exit code of what it did, when what it says is no longer read.
 
-    click and rich would end it with 1, which is a gate that failed.
+    click and rich would end it with 1, which is a gate that failed. What is said on stderr is no result: there a disk
+    that is full ends nothing either.
     """
     if sys.stdout is not None:
         sys.stdout = Outliving(sys.stdout)
     if sys.stderr is not None:
-        sys.stderr = Outliving(sys.stderr)
+        sys.stderr = Outliving(sys.stderr, OSError)

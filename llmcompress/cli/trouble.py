@@ -1,11 +1,15 @@
 """What Python, torch and click raise, in words that a user can act on."""
 
+import errno
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import click
 
-from llmcompress.errors import CompressError, Interrupted, MachineError, Stopped, out_of_memory
+from llmcompress.errors import CompressError, InputError, Interrupted, MachineError, Stopped, out_of_memory
+
+SHOWN = 40  # letters of a name that is too long
 
 INSTALLED_WITH = {"torch": ("PyTorch", "torch")} | {
     name: (name, name) for name in ("accelerate", "huggingface_hub", "numpy", "safetensors", "scipy", "transformers")
@@ -28,6 +32,9 @@ def understood(error: BaseException) -> BaseException:
     if isinstance(error, ModuleNotFoundError) and error.name in INSTALLED_WITH:
         title, package = INSTALLED_WITH[error.name]
         return MachineError(f"{title} is not installed", f"pip install {package}")
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        name = Path(str(error.filename or "")).name
+        return InputError(f"{name[:SHOWN]}...: a name too long for this disk", "choose a shorter one")
     if isinstance(error, OSError):
         return MachineError(str(error), "check the disk and its permissions; finished work is kept")
     return error

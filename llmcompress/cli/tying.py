@@ -1,10 +1,9 @@
 """`llmcompress prune --tie`: let neighbouring blocks share one stored weight."""
 
-from shlex import quote
 from typing import Any
 
 from llmcompress.cli.options import find_model, pick_device, read_recipe
-from llmcompress.cli.say import Speaker, as_set, command_line, megabytes, step_line, typed
+from llmcompress.cli.say import Speaker, as_set, command_line, megabytes, path_word, step_line, typed
 
 OTHERS = ("voids", "by", "sublayers", "pairs", "blocks", "halves", "pictures")  # of removing
 
@@ -78,7 +77,7 @@ def _tell(request: Any, finished: Any, speaker: Speaker) -> None:
         lines += [
             "verified    reopened, and its logits are those of the model that was measured",
             f"written to  {request.output}  ({megabytes(size)}); only llmcompress.load opens it",
-            f"next        llmcompress heal {quote(str(request.output))} --against {typed(request.source)} --at all",
+            f"next        llmcompress heal {path_word(request.output)} --against {typed(request.source)} --at all",
         ]
     else:
         lines.append("nothing was written; give -o to write the result")

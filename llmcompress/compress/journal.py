@@ -48,25 +48,26 @@ def check_output(output: Path, source: Path, force: bool) -> None:
     With `force` one that we wrote may exist, or an empty folder, but nothing else: what is replaced is deleted.
     """
     check_name(output)
+    name = output.name or str(output)
     real, origin = output.resolve(), source.resolve()
     if real == origin:
-        raise InputError(f"output equals the input: {output.name}", "choose another -o")
+        raise InputError(f"output equals the input: {name}", "choose another -o")
     if origin in real.parents:
-        raise InputError(f"output lies inside the input: {output.name}", "choose another -o")
+        raise InputError(f"output lies inside the input: {name}", "choose another -o")
     if real in origin.parents:
-        raise InputError(f"the input lies inside the output: {output.name}", "choose another -o")
+        raise InputError(f"the input lies inside the output: {name}", "choose another -o")
     if not real.parent.is_dir():
         raise InputError(f"no such folder for the output: {output.parent}", "create it, or choose another -o")
     if not output.exists() and not output.is_symlink():
         return
     if not _replaceable(output):
         raise InputError(
-            f"output already exists: {output.name}, and llmcompress did not write it",
+            f"output already exists: {name}, and llmcompress did not write it",
             "choose another -o; --force replaces only what llmcompress wrote",
         )
     if not force:
         Journal(output).sweep()
-        raise InputError(f"output already exists: {output.name}", "choose another -o, or pass --force to replace it")
+        raise InputError(f"output already exists: {name}", "choose another -o, or pass --force to replace it")
 
 
 def _replaceable(output: Path) -> bool:
@@ -206,7 +207,7 @@ class Journal:
     def discard(self) -> None:
         """Forget the unfinished run, whatever it left; its request first, so that nobody goes on with half of it."""
         self.run_file.unlink(missing_ok=True)
-        shutil.rmtree(self.partial, ignore_errors=True)
+        _drop(self.partial)
         for path in self.state.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
@@ -273,7 +274,7 @@ class Journal:
 
     def clear(self) -> None:
         """Remove the state of a finished run, and what `--force` replaced; last what says that it is finished."""
-        shutil.rmtree(self.partial, ignore_errors=True)
+        _drop(self.partial)
         for path in self.state.iterdir() if self.state.is_dir() else ():
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
@@ -295,7 +296,12 @@ def _exchange(new: Path, old: Path) -> None:
     aside = new.with_name(new.name + ".old")
     os.rename(old, aside)
     os.rename(new, old)
-    if aside.is_dir():
-        shutil.rmtree(aside)
+    _drop(aside)
+
+
+def _drop(path: Path) -> None:
+    """Remove a folder or a link; of a link nothing that it leads to."""
+    if path.is_symlink():
+        path.unlink()
     else:
-        aside.unlink()
+        shutil.rmtree(path, ignore_errors=True)

@@ -3,7 +3,7 @@
 import datetime
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from llmcompress.errors import InputError
+from llmcompress.errors import InputError, MachineError
 from llmcompress.eval.needs import keep_to
 from llmcompress.eval.pair import Pair
 from llmcompress.eval.report import (
@@ -170,7 +170,7 @@ def _fitted(text: TextRequest, skeleton: Skeleton) -> TextRequest:
     """Sequences never exceed the model's context."""
     context = getattr(skeleton.config.get_text_config(), "max_position_embeddings", None)
     length = min(text.sequence_length, context or text.sequence_length)
-    return TextRequest(text.spec, text.samples, length, text.seed, text.split)
+    return replace(text, sequence_length=length)
 
 
 def _record(folder: Path) -> Mapping[str, Any]:
@@ -256,11 +256,12 @@ def _environment() -> dict[str, str]:
 
 
 def write_report(report: EvalReport, folder: Path) -> Path:
-    """Write report.json into `folder`. Raises MachineError when it cannot be written."""
+    """Write report.json into `folder`. Raises MachineError when it cannot be written, InputError for no folder."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"{folder.name}: {error.strerror}", "choose another -o") from None
+        kind = InputError if isinstance(error, FileExistsError | NotADirectoryError) else MachineError
+        raise kind(f"{folder.name}: {error.strerror}", "choose another -o") from None
     path = folder / REPORT_NAME
     commit_bytes(path, to_json(report.model_dump(mode="json")).encode())
     return path

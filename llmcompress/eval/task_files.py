@@ -5,6 +5,7 @@ harness's own kind then names the tasks and gives them that folder for their dat
 """
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ PARTS_HINT = "documents of a group of tasks say in a field UID which task each b
 def file_of(word: str) -> tuple[str, Path | None]:
     """`NAME` or `NAME=FILE` as the name of a task and the file of its documents."""
     name, given, file = word.partition("=")
-    return name, Path(file).expanduser() if given else None
+    return name, Path(os.path.expanduser(file)) if given else None
 
 
 def write_group(files: Mapping[str, Path], folder: Path) -> set[str]:

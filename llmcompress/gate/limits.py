@@ -14,6 +14,7 @@ from llmcompress.types import Noun
 
 ProfileName = Literal["near-lossless", "standard", "aggressive", "none"]
 DEFAULT_PROFILE: ProfileName = "standard"
+LEAST_ALPHA = 1e-9  # quantiles further out than this are nothing floats can tell from 1
 
 
 def share(value: object) -> float:
@@ -52,7 +53,7 @@ class Limits(Noun):
     max_drop: Fraction | None = None
     max_top1_loss: Fraction | None = None
     max_regression: Share | None = 0.10
-    alpha: float = Field(default=0.05, gt=0, le=0.25)
+    alpha: float = Field(default=0.05, ge=LEAST_ALPHA, le=0.25)
     looks: int = Field(default=1, ge=1, le=10)
     expect: dict[Literal["model", "ref", "tokens", "tokenizer"], str] = Field(default_factory=dict)
 

@@ -5,7 +5,7 @@ import math
 from llmcompress.errors import InputError
 from llmcompress.eval.report import EvalReport
 from llmcompress.gate.judge import judge
-from llmcompress.gate.limits import Limits
+from llmcompress.gate.limits import LEAST_ALPHA, Limits
 from llmcompress.gate.rules import NORMAL, POWER
 from llmcompress.gate.verdict import Criterion
 
@@ -22,7 +22,7 @@ def suggest(report: EvalReport, limits: Limits) -> str:
     finite or there are too few of them.
     """
     level = NORMAL.cdf(-NORMAL.inv_cdf(1 - limits.alpha / limits.looks) - NORMAL.inv_cdf(POWER))
-    wide = Limits(max_kld=1.0, max_ppl_increase=0.5, max_top1_loss=0.5, max_drop=0.5, alpha=level)
+    wide = Limits(max_kld=1.0, max_ppl_increase=0.5, max_top1_loss=0.5, max_drop=0.5, alpha=max(level, LEAST_ALPHA))
     found = judge(report, wide)
     worst: dict[str, float] = {}
     for criterion in found.criteria:

@@ -36,13 +36,17 @@ SAMPLING_ROWS = 16  # sequences sampled side by side, which bounds the key-value
 
 @dataclass(frozen=True)
 class TextRequest:
-    """Which text, and how many windows of how many tokens of it."""
+    """Which text, and how many windows of how many tokens of it.
+
+    sized_by  where the user says how much of it: keys of the recipe, options of the command, or nowhere
+    """
 
     spec: str
     samples: int
     sequence_length: int
     seed: int
     split: Literal["calibration", "evaluation"]
+    sized_by: Literal["recipe", "options", "nothing"] = "recipe"
 
 
 @dataclass(frozen=True)
@@ -173,10 +177,10 @@ def _check_size(samples: int, sequence_length: int, purpose: str) -> None:
 def _smaller(request: TextRequest, tokens: int) -> str:
     """A request that `tokens` would satisfy, in the words of the command line."""
     length = min(request.sequence_length, tokens // 2)
-    if length < SHORTEST_SEQUENCE:
+    if length < SHORTEST_SEQUENCE or request.sized_by == "nothing":
         return "give more text"
     samples = tokens // length
-    if request.split == "evaluation":
+    if request.sized_by == "options":
         return f"give more text, or ask for less: --samples {samples} --sequence-length {length}"
     less = f"--set calibration.samples={samples} --set calibration.sequence_length={length}"
     return f"give more text, or fewer samples or shorter sequences: {less}"

@@ -1,6 +1,7 @@
 """What a user may ask for: the recipe schema, and the ready-made recipes beside this file."""
 
 import json
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -8,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from llmcompress.errors import InputError
-from llmcompress.files import parse_yaml, read_small
+from llmcompress.files import LARGEST_NUMBER, parse_yaml, read_small
 from llmcompress.options import RewriteOptions, ScorerOptions
 from llmcompress.plugins import nearest
 from llmcompress.runtimes import Runtime, RuntimeWord, find_runtime
@@ -140,7 +141,18 @@ def _keys(model: type[Noun] = Recipe, prefix: str = "") -> tuple[str, ...]:
     return tuple(names)
 
 
+def _beyond(value: Any, place: str = "") -> Iterator[str]:
+    """Places of whole numbers that are larger than anything counted."""
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in parts:
+        yield from _beyond(part, f"{place}.{key}" if place else str(key))
+    if isinstance(value, int) and abs(value) > LARGEST_NUMBER:
+        yield place
+
+
 def _validated(document: dict[str, Any], where: str) -> Recipe:
+    for place in _beyond(document):
+        raise InputError(f"{where}: {place}: more than {LARGEST_NUMBER}", "give a smaller number")
     try:
         recipe = Recipe.model_validate_json(json.dumps(document, default=str))
     except ValidationError as error:

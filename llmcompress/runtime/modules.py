@@ -158,7 +158,7 @@ class PackedLinear(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """Other codes come into the buffers: what a backend or a device has of those before is forgotten."""
-        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(*args, **kwargs)
         self._release()
         ops.forget([*self.of_file().values()])
 

@@ -110,6 +110,8 @@ def test_flags_config_and_suggestions_go_together(tmp_path: Path) -> None:
     assert gate(path, "--config", tmp_path / "gate.yaml", "--expect", "tokens=other").exit_code == 1
     assert "### llmcompress" in gate(path, "--format", "markdown").stdout
     assert gate(path, "--format", "junit").stdout.startswith("<?xml")
+    assert yaml.safe_load(suggested.stdout) == json.loads(gate(path, "--suggest", "--json").stdout)
+    assert "alpha: 0.000000001" in gate(path, "--suggest", "--alpha", "1e-9").stdout
 
 
 @pytest.mark.parametrize(
@@ -123,6 +125,11 @@ def test_flags_config_and_suggestions_go_together(tmp_path: Path) -> None:
         (("--config", "nowhere.yaml"), "nowhere.yaml"),
         (("--baseline", "nowhere.json"), "nowhere.json"),
         (("--ref", "demo", "--max-drop", "2%"), "measures no tasks"),
+        (("--alpha", "1e-300"), "alpha"),
+        (("--max-regression", "10%"), "no --baseline"),
+        (("-o", "folder"), "-o says nothing without --ref"),
+        (("--max-samples", "64"), "--max-samples says nothing without --ref"),
+        (("--data", "builtin"), "--data says nothing without --ref"),
     ],
 )
 def test_bad_flags_are_refused(words: tuple[str, ...], what: str, tmp_path: Path) -> None:

@@ -123,6 +123,7 @@ FILES = {
     "score": ["score", "MODEL", "-o", "nowhere/scores.json"],
     "plan": ["plan", "MODEL", "--budget", "4bits", "-o", "nowhere/plan.json"],
     "gate": ["gate", "report.json", "--junit", "nowhere/junit.xml"],
+    "gate with a model": ["gate", "MODEL", "--ref", "MODEL", "-o", "file/eval"],
     "eval": ["eval", "MODEL", "--ref", "MODEL", "-o", "file/eval"],
 }
 

@@ -34,7 +34,8 @@ def input_energies(checkpoint: Checkpoint, text: str) -> Energies:
     """What the linears of the blocks read on calibration text. Raises InputError where there is too little of it."""
     skeleton = checkpoint.skeleton
     limit = getattr(skeleton.config.get_text_config(), "max_position_embeddings", None) or LENGTH
-    batches = token_batches(TextRequest(text, SAMPLES, min(LENGTH, limit), 0, "calibration"), skeleton.files.folder)
+    request = TextRequest(text, SAMPLES, min(LENGTH, limit), 0, "calibration", "nothing")
+    batches = token_batches(request, skeleton.files.folder)
     traced, stream = trace(skeleton), BlockStream(skeleton)
     hidden, calls = stream.start(batches.split(BATCH))
     found: dict[str, Tensor] = {}

@@ -114,7 +114,7 @@ def _fitted(text: TextRequest, skeleton: Skeleton) -> TextRequest:
     """Sequences never exceed the model's context."""
     context = getattr(skeleton.config.get_text_config(), "max_position_embeddings", None)
     length = min(text.sequence_length, context or text.sequence_length)
-    return TextRequest(text.spec, text.samples, length, text.seed, text.split)
+    return replace(text, sequence_length=length)
 
 
 def _locked(request: HealRequest, journal: Journal, facts: Facts) -> Iterator[Event]:
