@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from llmcompress.cli.crew import crewed, rank
 from llmcompress.cli.figures import lines_of
@@ -23,6 +24,7 @@ from llmcompress.cli.options import (
 from llmcompress.cli.report import PAGE_NAME
 from llmcompress.cli.say import Speaker, command_line
 from llmcompress.cli.trackers import Tracker, report_numbers, tracking
+from llmcompress.errors import InputError
 
 
 @click.command("verify")
@@ -104,7 +106,22 @@ def _track(tracker: Tracker, report: Any) -> None:
     tracker.log(report_numbers(report))
 
 
+def _check_flags(flags: dict[str, Any], tasks: tuple[str, ...]) -> None:
+    """Raises InputError for options that nothing would read."""
+    if flags["tasks"] is not None and not tasks:
+        raise InputError("--tasks names no task", "for example --tasks piqa, or leave it out")
+    if flags["task_limit"] is not None and not tasks:
+        raise InputError("--task-limit says nothing without --tasks", "name tasks, or leave it out")
+    if (
+        not flags["skip_voids"]
+        and click.get_current_context().get_parameter_source("void_alpha") is ParameterSource.COMMANDLINE
+    ):
+        raise InputError("--void-alpha says nothing without --skip-voids", "add --skip-voids, or leave it out")
+
+
 def _request(model: str, ref: str, flags: dict[str, Any]) -> Any:
+    tasks = tuple(filter(None, (flags["tasks"] or "").split(",")))
+    _check_flags(flags, tasks)
     sources = find_model(model, packed=True), find_model(ref, packed=True)
     from llmcompress.eval.run import EvalRequest
     from llmcompress.model.crew import ALONE
@@ -112,7 +129,6 @@ def _request(model: str, ref: str, flags: dict[str, Any]) -> Any:
 
     size = flags["samples"], flags["sequence_length"]
     text = TextRequest(flags["data"], *size, flags["seed"], "evaluation", "options")
-    tasks = tuple(filter(None, (flags["tasks"] or "").split(",")))
     return EvalRequest(
         *sources, text, flags["batch_size"], pick_device(flags["device"]), command_line(),
         sweep=flags["sweep"], speed=flags["speed"], tasks=tasks, task_limit=flags["task_limit"],

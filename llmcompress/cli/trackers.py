@@ -1,6 +1,7 @@
 """`--log-to`: the numbers of a run to wandb, mlflow or trackio while it goes on. What fails there is a warning here."""
 
 import contextlib
+import importlib
 import os
 import resource
 import sys
@@ -53,16 +54,21 @@ BEGIN = {"wandb": _wandb, "mlflow": _mlflow, "trackio": _trackio}
 
 
 def _library(name: str) -> Any:
-    """The library, imported. Raises MachineError where it is not installed."""
-    try:
+    """The library, imported. Raises MachineError where it is not installed, or only half."""
+    library, doubt = None, _Doubt()
+    with doubt:
         if name == "wandb":
-            import wandb as library
+            library = importlib.import_module("wandb")
         elif name == "mlflow":
-            import mlflow as library
+            library = importlib.import_module("mlflow")
         else:
-            import trackio as library
-    except ModuleNotFoundError:
-        raise MachineError(f"--log-to {name}: not installed", f"pip install 'llmcompress[{name}]'") from None
+            library = importlib.import_module("trackio")
+    if isinstance(doubt.error, ModuleNotFoundError) and doubt.error.name == name:
+        raise MachineError(f"--log-to {name}: not installed", f"pip install 'llmcompress[{name}]'")
+    if doubt.error is not None:
+        raise MachineError(f"--log-to {name}: cannot be imported: {doubt.words}", f"pip install --upgrade {name}")
+    if getattr(library, "__file__", "") is None:  # a folder of the name, as the one that wandb writes to
+        raise MachineError(f"--log-to {name}: not installed", f"pip install 'llmcompress[{name}]'")
     return library
 
 
@@ -113,14 +119,18 @@ class Tracker:
                 sys.stdin = before
         if doubt.error is not None:
             self._target = self._module = None
-            what = str(doubt.error).strip().partition("\n")[0][:160]
-            self._speaker.talk(f"warning: --log-to {self._name}: {what or type(doubt.error).__name__}; the run goes on")
+            self._speaker.talk(f"warning: --log-to {self._name}: {doubt.words}; the run goes on")
 
 
 class _Doubt:
     """Keeps whatever error ends its block; signals and exits pass."""
 
     error: BaseException | None = None
+
+    @property
+    def words(self) -> str:
+        """The first line of what it says."""
+        return str(self.error).strip().partition("\n")[0][:160] or type(self.error).__name__
 
     def __enter__(self) -> Self:
         return self

@@ -6,8 +6,8 @@ reads a data set made of that file (`task_files.py`).
 
 import contextlib
 import difflib
+import importlib
 import importlib.metadata
-import importlib.util
 import io
 import logging
 import math
@@ -57,8 +57,13 @@ def run_tasks(request: TaskRequest, reference: Path, candidate: Path) -> TaskRes
 
     Raises InputError where the harness is missing, a task is unknown, or its documents cannot be had or do not fit it.
     """
-    if importlib.util.find_spec("lm_eval") is None:
-        raise InputError("--tasks needs lm-evaluation-harness", "pip install 'llmcompress[tasks]'")
+    try:
+        with _quietly():
+            importlib.import_module("lm_eval.tasks")
+            importlib.import_module("lm_eval.models.huggingface")
+    except ImportError as error:
+        words = "" if error.name == "lm_eval" else f", which cannot be imported: {error}"
+        raise InputError(f"--tasks needs lm-evaluation-harness{words}", "pip install 'llmcompress[tasks]'") from None
     with tempfile.TemporaryDirectory(prefix="llmcompress-tasks-") as scratch, _quietly():
         names, manager = _prepared(request.names, Path(scratch))
         before, after = (_run(names, manager, request, folder=folder) for folder in (reference, candidate))

@@ -147,6 +147,21 @@ def test_numbers_beyond_counting_are_refused_in_recipes(key: str) -> None:
     assert load_recipe("balanced", (f"seed={LARGEST_NUMBER}",)).seed == LARGEST_NUMBER
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--tasks", ","], "--tasks names no task"),
+        (["--tasks", ""], "--tasks names no task"),
+        (["--task-limit", "3"], "--task-limit says nothing without --tasks"),
+        (["--void-alpha", "0.8"], "--void-alpha says nothing without --skip-voids"),
+    ],
+)
+def test_eval_refuses_options_that_nothing_reads(words: list[str], said: str, run: Run, tmp_path: Path) -> None:
+    done = run("eval", "demo", "--ref", "demo", *words)
+    assert (done.returncode, said in done.stderr) == (2, True), done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_too_little_text_is_answered_in_the_words_of_the_command(llama: Path, run: Run, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("too short for this, but not by much\n" * 20)
     for words in (

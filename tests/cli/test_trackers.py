@@ -11,6 +11,7 @@ from conftest import TEXT
 
 from llmcompress.cli import cli, trackers
 from llmcompress.cli.say import Speaker
+from llmcompress.errors import MachineError
 
 FAST = ["quantize", "model", "--recipe", "fast", "--budget", "4.5bits", "-o", "out"]
 Calls = list[tuple[str, tuple[Any, ...], dict[str, Any]]]
@@ -113,6 +114,31 @@ def test_a_library_that_is_missing_or_unknown_is_said_before_work(
     found = CliRunner().invoke(cli, [*FAST, "--log-to", "tensorboard"])
     assert "wandb, mlflow, trackio" in found.exception.hint  # type: ignore[union-attr]
     assert sorted(path.name for path in folder.iterdir()) == ["model", "text.txt"]
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"wandb.py": "from os import nothing_of_this_name"}, "nothing_of_this_name"),
+        ({"wandb.py": "raise RuntimeError('built for another numpy\\nsee there')"}, "built for another numpy"),
+        ({"wandb.py": "import nothing_of_this_name"}, "nothing_of_this_name"),
+        ({"wandb/run-1/log": "a folder that it wrote to before"}, "not installed"),
+    ],
+    ids=["broken", "raises", "half", "folder"],
+)
+def test_a_library_that_is_half_installed_is_said_before_work(
+    files: dict[str, str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    with pytest.raises(MachineError, match=said) as found:
+        trackers.Tracker("wandb", Speaker(json=False, quiet=True, verbose=False))
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    assert "\n" not in found.value.what
+    assert found.value.hint
 
 
 def test_signals_pass_through(monkeypatch: pytest.MonkeyPatch) -> None:
