@@ -191,6 +191,10 @@ def test_public_names_are_sorted() -> None:
     assert all(hasattr(llmcompress, name) for name in llmcompress.__all__)
 
 
+def test_type_checkers_of_others_may_read_the_annotations() -> None:
+    assert (PACKAGE / "py.typed").is_file()
+
+
 def test_readme_lists_the_commands() -> None:
     help_text = subprocess.run(
         [sys.executable, "-m", "llmcompress", "--help"], capture_output=True, text=True, check=True

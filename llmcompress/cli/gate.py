@@ -8,7 +8,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from llmcompress.cli.options import Command, Whole, check_place, pick_device, speaking
+from llmcompress.cli.options import Command, Whole, check_place, evaluation_folder, pick_device, speaking
 from llmcompress.cli.say import Speaker, command_line, json_of
 from llmcompress.errors import InputError, MachineError
 from llmcompress.files import parse_yaml
@@ -57,7 +57,12 @@ def evaluation_options(function: Command) -> Command:
         click.option("--sequence-length", type=Whole(8), default=512, show_default=True, help="With --ref."),
         click.option("--max-samples", type=Whole(8), default=None, help="With --ref: most sequences."),
         click.option("--samples", type=Whole(8), default=32, show_default=True, help="With --ref: of the first look."),
-        click.option("-o", "--output", type=click.Path(path_type=Path), help="With --ref: folder for report.json."),
+        click.option(
+            "-o",
+            "--output",
+            type=click.Path(path_type=Path),
+            help="With --ref: folder for report.json. Default: as of eval.",
+        ),
         click.option("--ref", default=None, help="Evaluate first: SUBJECT is a model, and this the original."),
     ):
         function = option(function)
@@ -172,15 +177,17 @@ def _evaluated(subject: str, limits: Any, baseline: Any, *, speaker: Speaker, fl
     from llmcompress.gate.looks import look_until_decided, sizes
 
     counts = sizes(flags["samples"], limits.looks, flags["max_samples"])
-    for report, verdict in look_until_decided(_evaluator(subject, flags), limits, counts, baseline):
+    evaluate, source = _evaluator(subject, flags)
+    for report, verdict in look_until_decided(evaluate, limits, counts, baseline):
         speaker.talk(f"{report.data.sequences} sequences: {verdict.verdict}")
     from llmcompress.eval.run import write_report
 
-    write_report(report, flags["output"] or Path(f"{report.model.name}-eval"))
+    write_report(report, flags["output"] or evaluation_folder(source))
     return report, verdict
 
 
-def _evaluator(subject: str, flags: dict[str, Any]) -> Callable[[int], Any]:
+def _evaluator(subject: str, flags: dict[str, Any]) -> tuple[Callable[[int], Any], Any]:
+    """What measures a model on so many sequences, and where that model is."""
     try:
         from llmcompress.eval.run import EvalRequest, run_eval
     except ModuleNotFoundError as error:
@@ -194,7 +201,7 @@ def _evaluator(subject: str, flags: dict[str, Any]) -> Callable[[int], Any]:
         text = TextRequest(flags["data"], count, flags["sequence_length"], 0, "evaluation", "options")
         return run_eval(EvalRequest(*sources, text, 8, device, command_line()))
 
-    return evaluate
+    return evaluate, sources[0]
 
 
 def _say(speaker: Speaker, report: Any, verdict: Any, flags: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from llmcompress.cli.options import (
     Finite,
     Whole,
     check_place,
+    evaluation_folder,
     find_model,
     memory_of,
     pick_device,
@@ -54,7 +55,9 @@ def verify_command(output: str, device: str | None, speaker: Speaker) -> None:
 @click.command("eval")
 @click.argument("model")
 @click.option("--ref", required=True, help="The original: a directory, org/name[@revision], a short name or demo.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for the report. Default: MODEL-eval.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="Folder for the report. Default: MODEL-eval, beside it."
+)
 @click.option("--data", default="builtin", show_default=True, help="builtin (held-out files), or a text file.")
 @click.option("--samples", type=Whole(2), default=64, show_default=True, help="Sequences.")
 @click.option("--sequence-length", type=Whole(8), default=512, show_default=True, help="Tokens in each.")
@@ -75,7 +78,7 @@ def verify_command(output: str, device: str | None, speaker: Speaker) -> None:
 def eval_command(model: str, ref: str, output: Path | None, speaker: Speaker, **flags: Any) -> None:
     """Compare MODEL with its original on held-out text: KL divergence, perplexity, agreement, single tokens, blocks."""
     request = _request(model, ref, flags)
-    folder = output or Path(f"{request.model.name}-eval")
+    folder = output or evaluation_folder(request.model)
     check_place(folder / PAGE_NAME, made=True)
     from llmcompress.cli.report import write_page
     from llmcompress.eval.run import run_eval, write_report

@@ -197,6 +197,19 @@ def check_place(path: Path | None, *, made: bool = False) -> None:
         raise MachineError(f"cannot write in {folder.name}", "check its permissions, or choose another name")
 
 
+def evaluation_folder(source: Any) -> Path:
+    """Where an evaluation goes when nobody says: OUT-eval, beside OUT, where `report` and `push` look for it.
+
+    In this folder for what is on the Hub, for the demo model, and where nothing can be written beside the model.
+    """
+    name = source.name.rsplit("/", 1)[-1].replace("@", "-")
+    whole = source.path.resolve()
+    named = source.repository is not None or source.name == "demo"
+    if named or not os.access(whole.parent, os.W_OK):
+        return Path(f"{name}-eval")
+    return Path(os.path.relpath(whole.with_name(f"{whole.name}-eval")))
+
+
 def find_model(model: str, *, packed: bool = False) -> Any:
     """MODEL on this machine, looked over before any library that could open it is imported. Raises InputError.
 

@@ -11,7 +11,12 @@ from llmcompress.errors import InputError, MachineError
 from llmcompress.hub.refusals import PASSWORD, TOKENS, explain_push
 from llmcompress.hub.source import ADAPTER, MODEL_FILES
 
-RECORDS = ("llmcompress.json", "export.json", "pruning.json")  # one of them makes a repository one of ours
+RECORDS = (
+    "llmcompress.json",
+    "export.json",
+    "pruning.json",
+    "tying.json",
+)  # one of them makes a repository one of ours
 WEIGHTS = re.compile(r"[^/]+\.(safetensors|safetensors\.index\.json|bin|gguf|pt|pth)")
 NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 

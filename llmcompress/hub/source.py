@@ -33,7 +33,13 @@ MODEL_FILES = (
     "*.jinja",
     "chat_template.json",
     "*processor_config.json",
-    *("llmcompress.json", "export.json", "pruning.json", "rewriting.json"),  # what ours say of themselves,
+    *(
+        "llmcompress.json",
+        "export.json",
+        "pruning.json",
+        "tying.json",
+        "rewriting.json",
+    ),  # what ours say of themselves,
     *("scores.json", "report.json", "report.html", "bits.svg"),  # and what they list
 )
 WANTED = (*MODEL_FILES, "LICEN[CS]E*", "NOTICE*", "USE_POLICY*", "README.md")

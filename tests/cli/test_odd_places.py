@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from llmcompress.cli.options import evaluation_folder
 from llmcompress.cli.say import Speaker, json_of, path_word
 from llmcompress.cli.streams import Outliving
 from llmcompress.compress.journal import Journal
 from llmcompress.errors import InputError
 from llmcompress.files import LARGEST_NUMBER, cache_folder
+from llmcompress.hub.source import Source
 from llmcompress.recipes import load_recipe
 from tests.conftest import SMALL, program
 
@@ -160,6 +162,22 @@ def test_eval_refuses_options_that_nothing_reads(words: list[str], said: str, ru
     done = run("eval", "demo", "--ref", "demo", *words)
     assert (done.returncode, said in done.stderr) == (2, True), done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_evaluation_goes_where_it_is_looked_for(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there" / "out").mkdir(parents=True)
+    (tmp_path / "here" / "latest").symlink_to("../there/out")
+    monkeypatch.chdir(tmp_path / "here")
+    for word in ("latest", "../there/out"):
+        folder = Path(os.path.abspath(word))
+        assert evaluation_folder(Source(folder, folder.name)) == Path("../there/out-eval")
+    assert evaluation_folder(Source(llama, "org/name@v1", "org/name", "1" * 40)) == Path("name-v1-eval")
+    assert evaluation_folder(Source(llama, "demo")) == Path("demo-eval")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert evaluation_folder(Source(llama, "llama")) == Path("llama-eval")
 
 
 def test_too_little_text_is_answered_in_the_words_of_the_command(llama: Path, run: Run, tmp_path: Path) -> None:

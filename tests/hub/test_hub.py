@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from hub_stub import CARD, FIRST, SECOND, SECRET, TAGGED, WANTED, Stub, running_stub
 
+from llmcompress.compress import journal
 from llmcompress.errors import InputError
+from llmcompress.hub import push
 from llmcompress.hub import source as hub
 from llmcompress.hub.source import Source, aliases, known_words, resolve
 
@@ -218,6 +220,11 @@ def test_the_demo_is_the_packaged_directory(tmp_path: Path, monkeypatch: pytest.
     (folder / "model.safetensors").write_bytes(b"")
     (folder / "README.md").write_text(CARD)
     assert resolve("demo") == Source(folder, "demo", license="apache-2.0")
+
+
+def test_what_our_outputs_say_of_themselves_is_fetched_and_known_as_ours() -> None:
+    assert set(journal.RECORDS) <= set(hub.MODEL_FILES)
+    assert set(journal.RECORDS) - set(push.RECORDS) == {"rewriting.json"}  # which lists no files: it is not pushed
 
 
 @pytest.mark.parametrize(
