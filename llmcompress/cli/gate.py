@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
-from llmcompress.cli.options import Command, Whole, check_place, evaluation_folder, pick_device, speaking
+from llmcompress.cli.options import Command, Whole, check_place, evaluation_folder, given, pick_device, speaking
 from llmcompress.cli.say import Speaker, command_line, json_of
 from llmcompress.errors import InputError, MachineError
 from llmcompress.files import parse_yaml
@@ -105,13 +104,9 @@ def _exit_code(verdict: Any, flags: dict[str, Any]) -> int:
 
 def _check_flags(flags: dict[str, Any]) -> None:
     """Refuse what nothing would read, and a report that could not be written. Raises InputError, MachineError."""
-    given = click.get_current_context().get_parameter_source
-    if flags["ref"] is None:
-        for name in EVALUATING:
-            if given(name) is ParameterSource.COMMANDLINE:
-                word = "-o" if name == "output" else f"--{name.replace('_', '-')}"
-                raise InputError(f"{word} says nothing without --ref", "add --ref ORIGINAL, or leave it out")
-    elif flags["output"] is not None:
+    if flags["ref"] is None and (word := given(*EVALUATING)) is not None:
+        raise InputError(f"{word} says nothing without --ref", "add --ref ORIGINAL, or leave it out")
+    if flags["output"] is not None:
         check_place(flags["output"] / REPORT_NAME, made=True)
     if flags["max_regression"] is not None and flags["baseline"] is None:
         what = "--max-regression is a rise over the last release's KL"

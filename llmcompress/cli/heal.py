@@ -5,9 +5,11 @@ from typing import Any
 
 import click
 
-from llmcompress.cli.options import Finite, Whole, find_model, pick_device, speaking, trusting
+from llmcompress.cli.options import Finite, Whole, find_model, given, pick_device, speaking, trusting
 from llmcompress.cli.say import Speaker, command_line, megabytes, path_word, typed
 from llmcompress.cli.trackers import Tracker, tracking
+from llmcompress.errors import InputError
+from llmcompress.files import read_json
 
 OPTIONS = (
     click.option("--against", required=True, metavar="MODEL", help="The original: a directory, org/name or demo."),
@@ -98,6 +100,7 @@ def heal_command(out: str, speaker: Speaker, tracker: Tracker, **flags: Any) -> 
 
 def _request(out: str, flags: dict[str, Any]) -> Any:
     source, against = (find_model(word, packed=True) for word in (out, flags["against"]))
+    _check_flags(flags, source)
     from llmcompress.compress.heal.lora import LoraOptions
     from llmcompress.compress.heal.places import Places
     from llmcompress.compress.heal.request import HealRequest
@@ -121,6 +124,16 @@ def _request(out: str, flags: dict[str, Any]) -> Any:
         force=flags["force"],
         restart=flags["restart"],
     )
+
+
+def _check_flags(flags: dict[str, Any], source: Any) -> None:
+    """Raises InputError for options that nothing would read."""
+    packed = "quantization_config" in read_json(source.path / "config.json")
+    adapters = given("rank", "alpha")
+    if adapters is not None and (flags["method"] or ("norms" if packed else "lora")) == "norms":
+        raise InputError(f"{adapters} is of adapters, and norms and scales are trained here", "add --method lora")
+    if flags["lisa"] is None and given("period"):
+        raise InputError("--period says nothing without --lisa", "add --lisa K, or leave it out")
 
 
 def _schedule(flags: dict[str, Any]) -> Any:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
 from llmcompress.cli.crew import crewed, rank
 from llmcompress.cli.figures import lines_of
@@ -16,6 +15,7 @@ from llmcompress.cli.options import (
     check_place,
     evaluation_folder,
     find_model,
+    given,
     memory_of,
     pick_device,
     speaking,
@@ -115,10 +115,7 @@ def _check_flags(flags: dict[str, Any], tasks: tuple[str, ...]) -> None:
         raise InputError("--tasks names no task", "for example --tasks piqa, or leave it out")
     if flags["task_limit"] is not None and not tasks:
         raise InputError("--task-limit says nothing without --tasks", "name tasks, or leave it out")
-    if (
-        not flags["skip_voids"]
-        and click.get_current_context().get_parameter_source("void_alpha") is ParameterSource.COMMANDLINE
-    ):
+    if not flags["skip_voids"] and given("void_alpha"):
         raise InputError("--void-alpha says nothing without --skip-voids", "add --skip-voids, or leave it out")
 
 

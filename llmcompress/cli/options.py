@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from llmcompress.cli.crew import rank
 from llmcompress.cli.say import Speaker, open_log
@@ -195,6 +196,13 @@ def check_place(path: Path | None, *, made: bool = False) -> None:
         raise InputError(f"no such folder for the output: {folder}", "create it, or choose another name")
     if not os.access(folder, os.W_OK):
         raise MachineError(f"cannot write in {folder.name}", "check its permissions, or choose another name")
+
+
+def given(*names: str) -> str | None:
+    """The first of these options of the command that was given on the command line, as it is written there."""
+    source = click.get_current_context().get_parameter_source
+    found = next((name for name in names if source(name) is ParameterSource.COMMANDLINE), None)
+    return None if found is None else "-o" if found == "output" else f"--{found.replace('_', '-')}"
 
 
 def evaluation_folder(source: Any) -> Path:

@@ -164,6 +164,20 @@ def test_eval_refuses_options_that_nothing_reads(words: list[str], said: str, ru
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--period", "20"], "--period says nothing without --lisa"),
+        (["--method", "norms", "--alpha", "3"], "--alpha is of adapters"),
+        (["--method", "norms", "--rank", "32"], "--rank is of adapters"),
+    ],
+)
+def test_heal_refuses_options_that_nothing_reads(words: list[str], said: str, run: Run, tmp_path: Path) -> None:
+    done = run("heal", "demo", "--against", "demo", *words)
+    assert (done.returncode, said in done.stderr) == (2, True), done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_evaluation_goes_where_it_is_looked_for(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
