@@ -81,6 +81,8 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
             del module.weight
         self._reader.prepare(model, {f"{stem}.weight": f"{name}.weight" for stem, name in self._names.items()})
         introduce(model)
+        for packed in [module for module in model.modules() if isinstance(module, PackedLinear)]:
+            packed.stand_alone()
         del self._reader, self._names, self._standing_in  # the model keeps its quantizer; open files cannot be copied
         return model
 

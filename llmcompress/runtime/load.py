@@ -1,6 +1,8 @@
 """`llmcompress.load`: a quantized checkpoint as a transformers model, whatever its layout."""
 
+import re
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -17,6 +19,8 @@ from llmcompress.runtime.hf import packed_config
 from llmcompress.runtime.packed import PackedReader
 from llmcompress.runtime.shards import ShardReader
 from llmcompress.runtime.skipping import SkipRecord, skip
+
+LOADING = Lock()  # transformers changes its classes while it loads: two at once leave heads untied, for good
 
 
 def load(
@@ -51,17 +55,18 @@ def load(
     document = files.config
     record = SkipRecord.of(document)
     packed = "quantization_config" in document or record is None
-    if dense and packed:
-        model, report = _dense(folder, PackedReader(ShardReader(files.paths), document), dtype)
-        if record is not None:
-            skip(model, record)
-        model = model.to(device)
-    else:
-        if packed:
-            PackedReader(ShardReader(files.paths), document)  # refuses what is not ours
-        config = packed_config(folder) if packed else AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        where = device_map if device_map is not None else None if device == "cpu" else {"": device}
-        model, report = _open(folder, config, record, {"dtype": dtype or "auto", "device_map": where})
+    with LOADING:
+        if dense and packed:
+            model, report = _dense(folder, PackedReader(ShardReader(files.paths), document), dtype)
+            if record is not None:
+                skip(model, record)
+            model = model.to(device)
+        else:
+            if packed:
+                PackedReader(ShardReader(files.paths), document)  # refuses what is not ours
+            config = packed_config(folder) if packed else AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            where = device_map if device_map is not None else None if device == "cpu" else {"": device}
+            model, report = _open(folder, config, record, {"dtype": dtype or "auto", "device_map": where})
     if record is not None:
         model.save_pretrained = _refuse_to_save
     for key in ("missing_keys", "mismatched_keys"):
@@ -94,7 +99,10 @@ def _open(folder: Path, config: Any, record: SkipRecord | None, options: dict[st
         plain.__init__(self, *args, **kwargs)
         skip(self, record)
 
-    shorter: Any = type(plain.__name__, (plain,), {"__init__": build, "__module__": plain.__module__})
+    passed = [rf"^{re.escape(module)}\." for module in (*record.zero, *record.idle)]  # zeros of the file
+    known = [*(plain._keys_to_ignore_on_load_unexpected or ()), *passed]
+    own = {"__init__": build, "__module__": plain.__module__, "_keys_to_ignore_on_load_unexpected": known}
+    shorter: Any = type(plain.__name__, (plain,), own)
     model, report = shorter.from_pretrained(
         folder, config=config, output_loading_info=True, use_safetensors=True, **options
     )

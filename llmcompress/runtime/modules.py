@@ -60,6 +60,12 @@ class PackedLinear(nn.Module):
             return self.siblings.part(self)
         return self._settled or (self._names, [getattr(self, name) for name in self._buffer_names])
 
+    def stand_alone(self) -> None:
+        """Give empty buffers a place of their own: in a file they begin where others do, which torch.save refuses."""
+        for name, tensor in self._buffers.items():
+            if tensor is not None and not tensor.numel():
+                self._buffers[name] = tensor.clone()
+
     def of_file(self) -> dict[str, Tensor]:
         """The tensors of the weight as in the file, by the ends of their names."""
         parts = self._names.partition(":")[2].split(",")

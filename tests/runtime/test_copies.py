@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from llmcompress.kernels.stored import tensors_of
 from llmcompress.recipes import load_recipe
 from llmcompress.runtime.modules import PackedLinear
 from llmcompress.spec import InputSpec, LinearSpec
+from tests.conftest import llama_config, save_model
 
 TOKENS = torch.arange(3, 33)[None]
 FORMATS = {
@@ -55,6 +57,29 @@ def test_a_model_that_was_used_is_copied_and_pickled(output: Path) -> None:
     assert torch.equal(logits_of(model), wanted)
     assert torch.equal(logits_of(twins[0]), logits_of(twins[1]))
     assert not torch.equal(logits_of(twins[0]), wanted)
+
+
+def test_what_torch_saves_it_loads_again(llama: Path, tmp_path: Path) -> None:
+    recipe = load_recipe("fast", ("plan.bits=[4]", "plan.group_size=64", "quantize.correction_rank=2"))
+    budget = parse_budget("7bits")
+    list(quantize(QuantizeRequest(Source(llama, "llama"), tmp_path / "out", recipe, budget, "cpu", "")))
+    model, other = llmcompress.load(tmp_path / "out"), llmcompress.load(tmp_path / "out")
+    assert any(not tensor.numel() for tensor in model.state_dict().values())
+    torch.save(model.state_dict(), tmp_path / "state.pt")
+    for parameter in other.parameters():
+        parameter.data.zero_()
+    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert torch.equal(logits_of(other), logits_of(model))
+
+
+def test_threads_that_load_at_once_get_whole_models(tmp_path: Path) -> None:
+    source = Source(save_model(tmp_path / "tied", llama_config(tie_word_embeddings=True)), "tied")
+    recipe, budget = load_recipe("fast", ("plan.bits=[4]", "plan.group_size=64")), parse_budget("4.5bits")
+    list(quantize(QuantizeRequest(source, tmp_path / "out", recipe, budget, "cpu", "")))
+    wanted = logits_of(llmcompress.load(tmp_path / "out"))
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: logits_of(llmcompress.load(tmp_path / "out")), range(8)))
+    assert all(torch.equal(logits, wanted) for logits in found)
 
 
 @pytest.mark.parametrize("backend", ["native_cpu", "torch_cpu", "reference"])
