@@ -43,8 +43,7 @@ class Siblings:
         self.ends = [sum(m.out_features for m in self.members[: place + 1]) for place in range(len(self.members))]
         self._names, self._backend = "", ""
         self._tensors: list[Tensor] = []
-        self._input: Tensor | None = None
-        self._left: list[Tensor | None] = []
+        self._last: tuple[Tensor, list[Tensor | None]] | None = None  # an input, and what nobody has asked for yet
 
     @property
     def settled(self) -> bool:
@@ -81,22 +80,24 @@ class Siblings:
 
     def product(self, member: Member, x: Tensor) -> Tensor:
         """What a member makes of `x`, without its bias."""
-        place = self._place(member)
-        found = self._left[place] if self._input is x else None
-        if found is None:
+        place, last = self._place(member), self._last  # read once: other threads have inputs of their own
+        left = last[1] if last is not None and last[0] is x else None
+        found = None if left is None else left[place]
+        if left is None or found is None:
             run = torch.ops.llmcompress.linear if torch.compiler.is_compiling() else ops.run
             out = run(x, self._tensors, self._names, member.form, (self.ends[-1], member.in_features))
             starts = [0, *self.ends[:-1]]
             outputs: list[Tensor] = [out[..., a:b] for a, b in zip(starts, self.ends, strict=True)]
-            self._input, self._left, found = x, [*outputs], outputs[place]
-        self._left[place] = None
-        if all(left is None for left in self._left):
-            self._input = None
+            left, found = [*outputs], outputs[place]
+            self._last = (x, left)
+        left[place] = None
+        if all(output is None for output in left):
+            self._last = None
         return found
 
     def release(self) -> None:
         """Forget what is on the device."""
-        self._names, self._tensors, self._input, self._left = "", [], None, []
+        self._names, self._tensors, self._last = "", [], None
 
 
 def introduce(model: nn.Module) -> None:

@@ -120,4 +120,4 @@ def test_they_compile_whole() -> None:
     wanted = model(x)
     found = torch.compile(model, fullgraph=True, backend="eager")(x)
     assert all(torch.equal(left, right) for left, right in zip(found, wanted, strict=True))
-    assert model.q_proj.siblings._input is None
+    assert model.q_proj.siblings._last is None
