@@ -141,6 +141,9 @@ def _refuse(opened: Opened, budget: Budget, smallest: float, smallest_bytes: int
 
 
 def _hidden_bytes(opened: Opened, recipe: Recipe) -> int:
+    """Of the whole calibration text after one block; none where nothing reads it."""
+    if not needs_data(recipe):
+        return 0
     width = int(opened.skeleton.config.get_text_config().hidden_size)
     length = min(recipe.calibration.sequence_length, opened.context_tokens or recipe.calibration.sequence_length)
     return recipe.calibration.samples * length * width * FLOAT_BYTES

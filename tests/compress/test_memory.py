@@ -112,6 +112,11 @@ def test_states_go_to_files_before_batches_shrink(opened: Opened, text_file: Pat
     assert smaller.peak_memory_bytes < spilled.peak_memory_bytes < free.peak_memory_bytes
 
 
+def test_a_recipe_that_reads_no_text_needs_disk_for_its_output_alone(opened: Opened) -> None:
+    found = forecast(opened, load_recipe("fast", ("plan.bits=[2, 3, 4]",)), BUDGET)
+    assert (found.disk_bytes, found.hidden_bytes) == (found.output_bytes, 0)
+
+
 def test_too_little_is_refused_with_a_figure_that_does(opened: Opened, text_file: Path) -> None:
     recipe = recipe_for(text_file)
     with pytest.raises(InputError) as caught:
