@@ -7,7 +7,16 @@ from typing import Any
 
 import click
 
-from llmcompress.cli.options import Command, Whole, check_place, evaluation_folder, given, pick_device, speaking
+from llmcompress.cli.options import (
+    Command,
+    Whole,
+    check_place,
+    evaluation_folder,
+    given,
+    keep_apart,
+    pick_device,
+    speaking,
+)
 from llmcompress.cli.say import Speaker, command_line, json_of
 from llmcompress.errors import InputError, MachineError
 from llmcompress.files import parse_yaml
@@ -84,6 +93,7 @@ def gate_command(subject: str, speaker: Speaker, config: Path | None, suggest: b
     REPORT is a report.json or a folder with one; with --ref it is a model, which is evaluated first.
     """
     check_place(flags["junit"])
+    keep_apart(flags["junit"], Path(subject), Path(subject) / REPORT_NAME, config, flags["baseline"])
     _check_flags(flags)
     limits, baseline = _limits(config, flags), _baseline(flags["baseline"])
     report, verdict = _judged(subject, limits, baseline, speaker=speaker, flags=flags)

@@ -198,6 +198,15 @@ def check_place(path: Path | None, *, made: bool = False) -> None:
         raise MachineError(f"cannot write in {folder.name}", "check its permissions, or choose another name")
 
 
+def keep_apart(output: Path | None, *read: Path | None) -> None:
+    """What is written takes the place of nothing that is read. Raises InputError."""
+    if output is None or not output.exists():
+        return
+    for path in read:
+        if path is not None and path.exists() and output.samefile(path):
+            raise InputError(f"{output} is read here, and would be written over", "choose another name")
+
+
 def given(*names: str) -> str | None:
     """The first of these options of the command that was given on the command line, as it is written there."""
     source = click.get_current_context().get_parameter_source

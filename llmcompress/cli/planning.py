@@ -20,6 +20,7 @@ from llmcompress.cli.options import (
     RUNTIME,
     check_place,
     find_model,
+    keep_apart,
     pick_device,
     read_recipe,
     recipe_options,
@@ -75,6 +76,7 @@ def plan_command(model: str, budget: str, output: Path | None, frontier: bool, s
     from llmcompress.compress.decide import plan_file
 
     check_place(output)
+    keep_apart(output, Path(model), flags["scores_path"])
     spent = parse_budget(budget)
     case = _from_file(model, flags) if _is_file(model) else _from_model(model, spent, flags, frontier, speaker=speaker)
     allocation = case.decide(spent)

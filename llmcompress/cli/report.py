@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from llmcompress.cli.options import speaking
+from llmcompress.cli.options import keep_apart, speaking
 from llmcompress.cli.say import Speaker
 
 PAGE_NAME = "report.html"
@@ -49,9 +49,11 @@ def report_command(runs: tuple[Path, ...], output: Path | None, markdown: bool, 
 
 def _check(paths: tuple[Path, ...], runs: list[Any], output: Path | None) -> None:
     from llmcompress.errors import InputError
+    from llmcompress.pages.reading import RECORD_NAME, REPORT_NAME
 
     if output is not None and not output.absolute().parent.is_dir():
         raise InputError(f"no such folder for the output: {output.parent}", "create it, or choose another -o")
+    keep_apart(output, *paths, *(run.folder / name for run in runs for name in (REPORT_NAME, RECORD_NAME)))
     for path, run in zip(paths, runs, strict=True):
         if run.report is None and len(runs) > 1:
             hint = f"llmcompress eval {path} --ref MODEL"

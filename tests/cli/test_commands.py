@@ -170,6 +170,17 @@ def test_scores_can_be_planned_without_the_model(llama: Path, run: Run, tmp_path
     assert abs(made["shard_bytes"] - from_scores["file_bytes"]) < 200
 
 
+def test_a_plan_is_not_written_over_its_scores(run: Run, llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    assert run("score", llama, "--recipe", "fast", "-o", "elsewhere/scores.json", "-q").returncode == 0
+    before = (tmp_path / "elsewhere" / "scores.json").read_bytes()
+    scores = "elsewhere/scores.json"
+    refused(run("plan", scores, "--budget", "4bits", "-o", scores), "is read here", tmp_path)
+    words = ["plan", llama, "--recipe", "fast", "--scores", scores, "--budget", "4bits"]
+    refused(run(*words, "-o", f"../{tmp_path.name}/{scores}"), "is read here", tmp_path)
+    assert (tmp_path / scores).read_bytes() == before
+
+
 def test_planning_from_a_damaged_file_names_the_place(run: Run, llama: Path, tmp_path: Path) -> None:
     run("score", llama, "--recipe", "fast", "-o", "scores.json")
     document = json.loads((tmp_path / "scores.json").read_text())

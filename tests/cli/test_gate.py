@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import llmcompress
 from llmcompress.cli.gate import gate_command
+from llmcompress.cli.report import report_command
 from llmcompress.errors import CompressError
 from llmcompress.files import to_json
 
@@ -136,6 +137,20 @@ def test_bad_flags_are_refused(words: tuple[str, ...], what: str, tmp_path: Path
     path = write(tmp_path / "report.json", document())
     found = refusal(path, *words)
     assert (found.exit_code, what in found.what, bool(found.hint)) == (2, True, True)
+
+
+def test_nothing_is_written_over_what_is_read(tmp_path: Path) -> None:
+    path = write(tmp_path / "report.json", document())
+    before = path.read_bytes()
+    (tmp_path / "link.json").symlink_to(path)
+    for words in ((path, "--junit", path), (tmp_path, "--junit", path), (path, "--junit", tmp_path / "link.json")):
+        assert "is read here" in refusal(*words).what
+    base = write(tmp_path / "base.json", document(name="base"))
+    assert "is read here" in refusal(path, "--baseline", base, "--junit", base).what
+    for folder in (path, tmp_path):
+        found = CliRunner().invoke(report_command, [str(folder), "-o", str(path)])
+        assert "is read here" in getattr(found.exception, "what", "")
+    assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"schema_version": "1"}', "\xff"])
