@@ -112,6 +112,9 @@ def _request(model: str, flags: dict[str, Any]) -> Any:
         raise InputError(f"--{count} and --keep say the same thing twice", "give one of them")
     if flags["voids"] and flags["by"] not in (None, "voids"):
         raise InputError(f"--voids and --by {flags['by']} are two rankings", "give one of them")
+    by = flags["by"] or ("kl" if sublayers and not flags["voids"] else "voids")
+    if flags["pictures"] is not None and by != "voids":
+        raise InputError("--pictures: only voids can be drawn", "rank by voids")
     recipe = read_recipe(flags["recipe"], flags["changes"], flags["calibration"], flags["seed"])
     source = find_model(model)
     from llmcompress.compress.prune.choose import Search
@@ -123,7 +126,7 @@ def _request(model: str, flags: dict[str, Any]) -> Any:
         recipe=recipe,
         device=pick_device(flags["device"]),
         command=command_line(),
-        by=flags["by"] or ("kl" if sublayers and not flags["voids"] else "voids"),
+        by=by,
         count=flags[count],
         keep=flags["keep"],
         max_kld=flags["max_kld"],

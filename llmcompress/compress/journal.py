@@ -28,6 +28,8 @@ from llmcompress.types import BlockOutcome, Noun
 AT_FDCWD = -100
 RENAME_EXCHANGE = 2
 KEPT_HIDDEN = 2
+FOLDERS = ("adapter", "additional_chat_templates")  # that an output of ours may have
+BESIDE = ("report.json", "report.html", ".gitattributes")  # that come into an output later
 RECORDS = ("llmcompress.json", "pruning.json", "tying.json", "rewriting.json", "export.json")  # one is in every output
 
 
@@ -45,7 +47,8 @@ class CommitRecord(Noun):
 def check_output(output: Path, source: Path, force: bool) -> None:
     """Refuse an output that exists, is the input, lies inside it, or has no parent. Raises InputError.
 
-    With `force` one that we wrote may exist, or an empty folder, but nothing else: what is replaced is deleted.
+    With `force` one that we wrote may exist, with nothing of others in it, or an empty folder: what is replaced is
+    deleted.
     """
     check_name(output)
     name = output.name or str(output)
@@ -65,6 +68,11 @@ def check_output(output: Path, source: Path, force: bool) -> None:
             f"output already exists: {name}, and llmcompress did not write it",
             "choose another -o; --force replaces only what llmcompress wrote",
         )
+    if force and (stranger := _stranger(output)) is not None:
+        raise InputError(
+            f"output already exists: {name}, and llmcompress did not write {stranger} in it",
+            "choose another -o, or move that away: what --force replaces is deleted",
+        )
     if not force:
         Journal(output).sweep()
         raise InputError(f"output already exists: {name}", "choose another -o, or pass --force to replace it")
@@ -73,6 +81,27 @@ def check_output(output: Path, source: Path, force: bool) -> None:
 def _replaceable(output: Path) -> bool:
     """Whether it is a folder with a record of ours, or with nothing in it."""
     return output.is_dir() and (any((output / name).is_file() for name in RECORDS) or not any(output.iterdir()))
+
+
+def _stranger(output: Path) -> str | None:
+    """Something in an output that no record of ours lists. A link's own target is not deleted with it."""
+    if output.is_symlink():
+        return None
+    listed: set[str] | None = None
+    for path in [output / name for name in RECORDS if (output / name).is_file()]:
+        try:
+            files = read_json(path)["files"]
+            listed = {str(file["name"]) for file in files} | (listed or set())
+        except (InputError, KeyError, TypeError):  # damaged, or of a kind that lists none
+            continue
+    for path in sorted(output.iterdir()):
+        known = {*FOLDERS, *(name.partition("/")[0] for name in listed or ())}
+        if path.is_dir() and not path.is_symlink():
+            if path.name not in known:
+                return f"{path.name}/"
+        elif listed is not None and path.name not in {*listed, *RECORDS, *BESIDE}:
+            return path.name
+    return None
 
 
 class Journal:

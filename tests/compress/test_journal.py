@@ -1,6 +1,7 @@
 """What an unfinished run keeps: used only as it was written, and gone when it is of no use."""
 
 import contextlib
+import json
 import os
 import shutil
 import subprocess
@@ -87,6 +88,30 @@ def test_force_replaces_only_what_we_wrote(tmp_path: Path) -> None:
             with pytest.raises(InputError, match="already exists") as refusal:
                 check_output(strange, tmp_path / "model", force)
             assert "only what llmcompress wrote" in refusal.value.hint
+
+
+def test_force_does_not_delete_what_others_put_into_an_output(tmp_path: Path) -> None:
+    out, model = tmp_path / "out", tmp_path / "model"
+    (out / "adapter").mkdir(parents=True)
+    listed = [{"name": "config.json"}, {"name": "adapter/adapter_config.json"}]
+    (out / output.RECORD_NAME).write_text(json.dumps({"files": listed}))
+    for name in ("config.json", "adapter/adapter_config.json", "report.html", "report.json"):
+        (out / name).write_text("{}")
+    check_output(out, model, force=True)
+    for name, folder in (("notes.txt", False), (".git", True), ("scores", True)):
+        (out / name).mkdir() if folder else (out / name).write_text("mine")
+        with pytest.raises(InputError, match=name):
+            check_output(out, model, force=True)
+        (tmp_path / "link").symlink_to(out)
+        check_output(tmp_path / "link", model, force=True)  # only the link goes
+        (tmp_path / "link").unlink()
+        (out / name).rmdir() if folder else (out / name).unlink()
+    (out / output.RECORD_NAME).write_text("{}")  # lists nothing
+    (out / "notes.txt").write_text("mine")
+    check_output(out, model, force=True)
+    (out / ".git").mkdir()
+    with pytest.raises(InputError, match=r"\.git/"):
+        check_output(out, model, force=True)
 
 
 def test_what_has_no_request_on_record_is_discarded(tmp_path: Path) -> None:

@@ -214,6 +214,9 @@ def test_what_cannot_be_asked_for(llama: Path, run: Run, text_file: Path, tmp_pa
     asked: list[tuple[dict[str, Any], str]] = [
         ({"count": 3}, "1 to 2"),
         ({"exclude": (9,)}, "blocks are numbered"),
+        ({"exclude": (0, 1, 2), "count": 1}, "exclude fewer"),
+        ({"exclude": (0,), "count": 3}, "1 to 2"),
+        ({"exclude": (0, 1), "count": 2}, "1 to 1"),
         ({"keep": 0.9}, "of 3 blocks removes none"),
         ({"by": "voidz"}, "voids"),
         ({"max_kld": 0.0}, "--blocks 1"),
@@ -229,6 +232,8 @@ def test_what_cannot_be_asked_for(llama: Path, run: Run, text_file: Path, tmp_pa
     found = run("prune", llama, "-o", "out", "--blocks", "1", "--keep", "0.5")
     assert found.returncode == 2
     assert "twice" in found.stderr
+    found = run("prune", llama, "-o", "out", "--blocks", "1", "--by", "kl", "--pictures", "pictures")
+    assert (found.returncode, "only voids can be drawn" in found.stderr) == (2, True)
     for option in ("--keep", "--max-kld"):
         found = run("prune", llama, "-o", "out", option, "nan")
         assert found.returncode == 2

@@ -199,7 +199,10 @@ def _units(request: PruneRequest, opened: Opened) -> Units:
 def _counted(request: PruneRequest, units: Units) -> PruneRequest:
     """The request with a count in place of a share. Raises InputError where it does not fit the model."""
     every, word = len(units.units), "halves of blocks" if request.sublayers else "blocks"
-    most = every - 1 - len(units.exclude)
+    staying = len(units.exclude) - sum(unit in units.earlier for unit in units.units)
+    most = every - len(units.exclude) - (not staying)  # one always stays
+    if most < 1:
+        raise InputError(f"none of {every} {word} may be removed", "exclude fewer; one always stays")
     if request.keep is not None:
         count = int(every * (1 - request.keep) + 1e-9)
         if not count:
