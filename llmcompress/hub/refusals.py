@@ -14,6 +14,7 @@ PASSWORD = re.compile(r"//[^/@\s]*@")
 TOKENS = "https://huggingface.co/settings/tokens"
 VALID = f"HF_TOKEN must be a valid token that may write: {TOKENS}"
 FULL = re.compile(r"quota|storage|payment|billing|exceed", re.IGNORECASE)
+NO_HOME = "determine home directory"  # as Python says it
 CACHED = "or set HF_HUB_OFFLINE=1 to use what is cached"
 GO_ON = "what was uploaded stays there; run the same command again to go on"
 
@@ -41,7 +42,8 @@ def explain(repository: str, revision: str | None, error: Exception) -> Compress
     if isinstance(reason, OSError) and reason.errno is not None and not isinstance(reason, ConnectionError):
         hint = "free space, or let HF_HOME name a directory on another disk; what was fetched is kept"
         return MachineError(f"cannot store {asked} in the hub cache: {reason.strerror}", hint)
-    return MachineError(f"cannot fetch {asked}: {_words(reason)}", "run the same command again to go on")
+    hint = "let HF_HOME name a directory" if NO_HOME in str(reason) else "run the same command again to go on"
+    return MachineError(f"cannot fetch {asked}: {_words(reason)}", hint)
 
 
 def _refusal(repository: str, revision: str | None, error: Any) -> CompressError:

@@ -11,6 +11,7 @@ from llmcompress.compress import journal
 from llmcompress.errors import InputError
 from llmcompress.hub import push
 from llmcompress.hub import source as hub
+from llmcompress.hub.refusals import explain
 from llmcompress.hub.source import Source, aliases, known_words, resolve
 
 
@@ -220,6 +221,12 @@ def test_the_demo_is_the_packaged_directory(tmp_path: Path, monkeypatch: pytest.
     (folder / "model.safetensors").write_bytes(b"")
     (folder / "README.md").write_text(CARD)
     assert resolve("demo") == Source(folder, "demo", license="apache-2.0")
+
+
+def test_a_user_without_a_home_is_told_what_to_set() -> None:
+    with pytest.raises(RuntimeError) as found:
+        Path("~nobody-of-this-name/x").expanduser()
+    assert explain("org/name", None, found.value).hint == "let HF_HOME name a directory"
 
 
 def test_what_our_outputs_say_of_themselves_is_fetched_and_known_as_ours() -> None:
