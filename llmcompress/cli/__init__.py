@@ -23,7 +23,7 @@ from llmcompress.cli.push import push_command
 from llmcompress.cli.quantize import quantize_command
 from llmcompress.cli.report import report_command
 from llmcompress.cli.rewrite import rewrite_command
-from llmcompress.cli.say import tell_bug, tell_error
+from llmcompress.cli.say import tell_bug, tell_error, tell_where
 from llmcompress.cli.scoring import score_command
 from llmcompress.cli.streams import outlive_readers
 from llmcompress.cli.trouble import exit_code, understood
@@ -125,8 +125,8 @@ class _Manners:
         error = understood(error)
         if isinstance(error, CompressError) and type(error) is not CompressError:
             tell_error(error)
-            if os.environ.get("LLMCOMPRESS_DEBUG"):
-                tell_bug(error)
+            if os.environ.get("LLMCOMPRESS_DEBUG", "0") not in ("", "0"):
+                tell_where(error)
         else:
             tell_bug(error)
         return exit_code(error)

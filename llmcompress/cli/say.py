@@ -71,6 +71,14 @@ class Speaker:
         self.out.print(table)
 
 
+def tell_where(error: BaseException) -> None:
+    """The traceback of an error to the log, or to stderr where there is none."""
+    text = "".join(traceback.format_exception(error))
+    LOG.error("traceback\n%s", text)
+    if not any(isinstance(handler, logging.FileHandler) for handler in LOG.handlers):
+        click.echo(text, err=True, nl=False)
+
+
 def json_of(document: Any) -> str:
     """JSON for stdout: its letters are escaped where stdout is not in UTF-8, as JSON has to be."""
     coding = codecs.lookup(getattr(sys.stdout, "encoding", None) or "utf-8").name
@@ -105,13 +113,10 @@ def _told(findings: Sequence[Finding]) -> list[str]:
 
 def tell_bug(error: BaseException) -> None:
     """A bug: one line for the user, the traceback to the log, or to stderr where there is none."""
-    text = "".join(traceback.format_exception(error))
-    LOG.error("bug\n%s", text)
     logged = any(isinstance(handler, logging.FileHandler) for handler in LOG.handlers)
-    where = "the log file" if logged else "below"
-    click.echo(f"error: this is a bug in llmcompress: {type(error).__name__}; the traceback is in {where}", err=True)
-    if not logged:
-        click.echo(text, err=True, nl=False)
+    where = "in the log file" if logged else "below"
+    click.echo(f"error: this is a bug in llmcompress: {type(error).__name__}; the traceback is {where}", err=True)
+    tell_where(error)
     click.echo("  hint: report it with the output of `llmcompress env`", err=True)
 
 

@@ -116,6 +116,12 @@ def test_a_link_in_the_place_of_data_is_dropped_and_not_followed(tmp_path: Path)
     assert (tmp_path / "real" / "file").read_text() == "mine"
 
 
+@pytest.mark.parametrize(("value", "shown"), [("1", True), ("0", False), ("", False)])
+def test_a_wrong_word_is_no_bug_however_much_is_told(value: str, shown: bool, run: Run) -> None:
+    done = run("inspect", "nowhere", env={"LLMCOMPRESS_DEBUG": value})
+    assert (done.returncode, "bug" in done.stderr, "Traceback" in done.stderr) == (2, False, shown)
+
+
 @pytest.mark.parametrize("length", [250, 300])
 def test_a_name_too_long_is_the_users(length: int, llama: Path, run: Run, tmp_path: Path) -> None:
     done = run("quantize", llama, "--budget", "3.5bits", "-o", "a" * length)
