@@ -90,6 +90,15 @@ def test_wrong_products_are_told_from_rounded_ones(dtype: torch.dtype) -> None:
     assert not any(is_right(lambda _, found=found: found, wanted) for found in (row, token, hole))
 
 
+def test_users_without_a_home_have_the_shipped_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    from llmcompress.kernels.triton import tuning
+
+    monkeypatch.setattr(tuning, "cache_folder", lambda *_: Path("/nowhere").joinpath(*os.listdir("/nowhere")))
+    tuning._tables.cache_clear()
+    assert tuning._tables("NVIDIA H200", "sm_90") == ({}, tuning.read_shipped()["sm_90"])
+    tuning._tables.cache_clear()
+
+
 def deadly(_: Case, config: Choice) -> float:
     """A clock that some configurations do not survive."""
     assert isinstance(config, Config)

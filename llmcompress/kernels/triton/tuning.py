@@ -127,8 +127,11 @@ def _checked_many(numbers: list[int]) -> Fused | Strips:
 @functools.lru_cache(maxsize=8)
 def _tables(name: str, device_class: str) -> tuple[Table, ...]:
     """The user's table of this GPU, where there is one, and the shipped one of its class."""
-    own, shipped = user_table(name), read_shipped()
-    return (read_table(own) if own.is_file() else {}, shipped.get(device_class, {}))
+    try:
+        own = user_table(name)
+    except OSError:  # a user without a home
+        own = None
+    return ({} if own is None or not own.is_file() else read_table(own), read_shipped().get(device_class, {}))
 
 
 def read_shipped() -> dict[str, Table]:
