@@ -19,7 +19,7 @@ STEPS, CODES, WEIGHTS, ERRORS, PACK, UNPACK, MOMENTS, BEYOND = range(8)
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 WORD_BYTES = 4
 BEST = -1
-LEVELS = {"plain": 0, "avx2": 1, "avx512": 2, "best": BEST}
+LEVELS = {"plain": 0, "avx2": 1, "avx512": 3, "best": BEST}
 
 
 class Wanted(NamedTuple):

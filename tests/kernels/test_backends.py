@@ -66,7 +66,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_compiler
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("level", ["scalar", "avx2", "avx512", "best"])
+@pytest.mark.parametrize("level", ["scalar", "avx2", "avx2_vnni", "avx512", "best"])
 @pytest.mark.parametrize("name", FORMATS)
 def test_native(name: str, level: str) -> None:
     library, why = compiled.library()

@@ -20,7 +20,7 @@ OFFSET = ".offset"
 MAP, ABSMAX, HIGHER = stored.NESTED_MAP, stored.NESTED_ABSMAX, stored.PACKED_HIGH
 WORD_BYTES = WORD_BITS // 8
 BEST = -1
-LEVELS = {"scalar": 0, "avx2": 1, "avx512": 2, "vnni": 3, "best": BEST}
+LEVELS = {"scalar": 0, "avx2": 1, "avx2_vnni": 2, "avx512": 3, "vnni": 4, "best": BEST}
 
 
 def why_not(spec: LinearSpec, rows: int, columns: int, *, tokens: int, dtype: torch.dtype, device: str) -> str | None:

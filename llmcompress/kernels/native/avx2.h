@@ -1,11 +1,11 @@
 /* 2, 3, 4 and 8 bits with AVX2: the sixteen lanes of a block in two halves of eight. */
 #ifndef AVX2_H
 #define AVX2_H
-#include <immintrin.h>
 #include "blocks.h"
+#include "lanes256.h"
 
-#define NARROW static inline __attribute__((always_inline, target("avx2,fma")))
-#define NARROW_ENTRY static __attribute__((target("avx2,fma")))
+#define NARROW static inline __attribute__((always_inline, target("avx2,fma,f16c")))
+#define NARROW_ENTRY static __attribute__((target("avx2,fma,f16c")))
 
 typedef struct { __m256i low, high; } Half;
 
@@ -50,12 +50,6 @@ NARROW __m256 half_field(Half words, __m256 low, __m256 high, int bits, int swap
     }
     __m256 code = _mm256_cvtepi32_ps(_mm256_and_si256(moved, _mm256_set1_epi32(255)));
     return _mm256_sub_ps(code, _mm256_set1_ps(128.0f));
-}
-
-NARROW float sum_of(__m256 lanes) {
-    __m128 four = _mm_add_ps(_mm256_castps256_ps128(lanes), _mm256_extractf128_ps(lanes, 1));
-    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
 }
 
 /* Two rows, from `pair` on, times `count` tokens. */

@@ -78,6 +78,25 @@ WIDE_ENTRY void wide_scales(const Job *job, int64_t row, float *to) {
     memset(to + job->groups, 0, LANES * sizeof(float));
 }
 
+/* As `fill_tables`, of a row that has a table for itself. */
+WIDE_ENTRY void wide_tables(const Job *job, Quad *quad, int r) {
+    const uint16_t *from = (const uint16_t *)job->table + (quad->row[r] << job->bits);
+    __m256i halves;
+    if (job->bits == 4) halves = _mm256_loadu_si256((const __m256i *)from);
+    else if (job->bits == 3) halves = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)from));
+    else {
+        int64_t four;
+        memcpy(&four, from, sizeof four);
+        halves = _mm256_set1_epi64x(four);
+    }
+    __m512 table = _mm512_cvtph_ps(halves);
+    float most = _mm512_reduce_max_ps(_mm512_abs_ps(table)), inverse = most == 0.0f ? 0.0f : TABLE_MOST / most;
+    __m256i integers = _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(table, _mm512_set1_ps(inverse))));
+    _mm512_storeu_ps(quad->table[r], table);
+    _mm512_storeu_si512(quad->integers[r], _mm512_broadcast_i64x4(integers));
+    quad->step[r] = most / TABLE_MOST;
+}
+
 /* Four rows times `count` tokens. One token: scale after the sum over a block; more: scale the weights, once for all. */
 WIDE void quad_tokens(const Job *job, const Quad *quad, const Inputs *x, int64_t token, int bits, int swapped, int zeros,
                       int count) {

@@ -4,6 +4,7 @@
    of all lanes is codes j, 8 + j, 16 + j, ...; inputs are laid out in that order once (`spread_inputs`). */
 #ifndef BLOCKS_H
 #define BLOCKS_H
+#include <math.h>
 #include "job.h"
 
 enum { PACKET = 320, WORD_PACKET = 256, SCALES_AHEAD = 32 };
@@ -36,6 +37,18 @@ const uint8_t *whole_block(const uint8_t *codes, int bits, int64_t size, uint8_t
     return memcpy(tail, codes, (size_t)size);
 }
 
+/* What one of the integers stands for that the inputs of a block become, and by what those are multiplied: of the largest
+   magnitude. Not a number where that is not finite, so that no output hides it. */
+static inline float scale_of_inputs(float most, float *inverse) {
+    *inverse = 0.0f;
+    if (most == 0.0f) return 0.0f;
+    if (!(most < INFINITY)) return NAN;
+    *inverse = INPUT_MOST / most;
+    if (*inverse < INFINITY) return most / INPUT_MOST;
+    *inverse = 0x1p127f;  /* inputs that are next to nothing */
+    return 0x1p-127f;
+}
+
 /* The first scale of a block. */
 static inline int64_t scale_place(const Quad *quad, int64_t block) {
     return quad->blocks == 1 ? block * quad->per_block : block / quad->blocks;
@@ -47,7 +60,12 @@ typedef void (*Scales)(const Job *, int64_t row, float *to);
 /* Tokens from `token` on, at most four, of four rows. */
 typedef void (*Kernel)(const Job *, const Quad *, const Inputs *, int64_t token);
 
+/* One block of inputs of 16 bits as the kernel takes them: as integers. */
+typedef void (*Packets)(const Job *, const Inputs *, int64_t token, int64_t block);
+
 /* What the codes of a row stand for, in the places of row r of the quad. */
+typedef void (*Tables)(const Job *, Quad *, int r);
+
 static void fill_tables(const Job *job, Quad *quad, int r) {
     float *table = quad->table[r], largest = 0.0f;
     int mask = (1 << job->bits) - 1;
@@ -67,6 +85,9 @@ static void fill_tables(const Job *job, Quad *quad, int r) {
     memcpy(quad->integers[r] + LANES, quad->integers[r], LANES * sizeof(int16_t));
 }
 
+/* How a job is done: with inputs as float32 where there are no `packets`, which have so many bytes and sums for each block. */
+typedef struct { Kernel kernel; Scales scales; Tables tables; Packets packets; int64_t bytes, sums; } Way;
+
 /* The same as for the first row. */
 static void copy_tables(Quad *quad, int r) {
     memcpy(quad->table[r], quad->table[0], sizeof quad->table[0]);
@@ -74,7 +95,7 @@ static void copy_tables(Quad *quad, int r) {
     quad->step[r] = quad->step[0];
 }
 
-static void quad_rows(const Job *job, Quad *quad, const float *scales, int64_t first, int64_t last, int64_t row) {
+static void quad_rows(const Job *job, Quad *quad, const float *scales, int64_t first, int64_t last, int64_t row, Tables tables) {
     int64_t room = job->groups + LANES;
     for (int r = 0; r < ROWS; r++) {  /* past the last row, the last one again */
         int64_t mine = row + r < last ? row + r : last - 1;
@@ -82,7 +103,7 @@ static void quad_rows(const Job *job, Quad *quad, const float *scales, int64_t f
         quad->codes[r] = job->codes + mine * job->stride;
         quad->scale[r] = scales + (mine - first) * room;
         quad->zero[r] = quad->scale[r] + (last - first) * room;
-        if (job->format == CODEBOOK) fill_tables(job, quad, r);
+        if (job->format == CODEBOOK) tables(job, quad, r);
     }
 }
 
@@ -111,8 +132,7 @@ static inline int64_t room_of(const Job *job, int64_t rows) {
 
 /* Rows [first, last) of all tokens; `scratch` has `room_of` floats. Few tokens pass over the rows once, and then scales are
    read four rows at a time, so that codes and scales come from memory side by side. */
-static void rows_blocks(const Job *job, const Inputs *x, int64_t first, int64_t last, float *scratch, Kernel kernel,
-                        Scales scales) {
+static inline void rows_blocks(const Job *job, const Inputs *x, int64_t first, int64_t last, float *scratch, const Way *way) {
     Quad quad = {.step = {1.0f, 1.0f, 1.0f, 1.0f}};
     if (job->bits < 8 && job->format != CODEBOOK) {
         fill_tables(job, &quad, 0);
@@ -131,11 +151,11 @@ static void rows_blocks(const Job *job, const Inputs *x, int64_t first, int64_t 
     }
     for (int64_t top = first; top < last; top += height) {
         int64_t end = top + height < last ? top + height : last;
-        load_scales(job, top, end, scratch, scales);
+        load_scales(job, top, end, scratch, way->scales);
         for (int64_t token = 0; token < job->tokens; token += 4)
             for (int64_t row = top; row < end; row += ROWS) {
-                quad_rows(job, &quad, scratch, top, end, row);
-                kernel(job, &quad, x, token);
+                quad_rows(job, &quad, scratch, top, end, row, way->tables);
+                way->kernel(job, &quad, x, token);
             }
     }
 }

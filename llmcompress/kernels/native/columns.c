@@ -88,7 +88,7 @@ static int whole_tile(Tile *tile) {
 #if defined(__x86_64__)
     int level = level_of(tile->job->level, AVX512);
     if (level == AVX512) return tile_wide(tile);
-    if (level == AVX2) return tile_narrow(tile);
+    if (level >= AVX2) return tile_narrow(tile);
 #endif
     return tile_plain(tile);
 }

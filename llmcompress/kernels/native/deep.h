@@ -187,4 +187,9 @@ DEEP_ENTRY void deep_inputs(const Job *job, const Inputs *x, int64_t token, int6
     if (in_words(job)) word_inputs(job, x, token, block);
     else byte_inputs(job, x, token, block);
 }
+
+static Way deep_way(const Job *job) {
+    Scales scales = job->tokens == 1 && reads_own_scales(job) ? NULL : job->group ? wide_scales : row_scales;
+    return (Way){deep_kernel(job), scales, wide_tables, deep_inputs, PACKET, LANES};
+}
 #endif

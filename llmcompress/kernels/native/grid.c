@@ -116,7 +116,7 @@ static Row row_of(const Grid *job) {
                                     row_errors_wide, row_pack_bmi, row_unpack_bmi, row_moments_wide, row_beyond_wide};
     int level = level_of(job->level, AVX512);
     if (level == AVX512) return wide[job->task];
-    if (level == AVX2) return narrow[job->task];
+    if (level >= AVX2) return narrow[job->task];
 #endif
     return plain[job->task];
 }

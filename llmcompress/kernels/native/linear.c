@@ -12,6 +12,7 @@
 #include "avx512.h"
 #include "avx2.h"
 #include "deep.h"
+#include "slim.h"
 #endif
 
 /* The best this processor has, for tests. */
@@ -27,7 +28,7 @@ static int in_blocks(const Job *job) {
 
 typedef struct {
     const Job *job;
-    int level;
+    Way way;  /* no kernel: row by row, in plain C */
     int64_t step, scratch, length; /* rows at a time; floats a thread needs; columns in whole blocks */
     Inputs x;
     Regions *rows;
@@ -37,14 +38,12 @@ typedef struct {
 /* Inputs of one token as float32; for blocks, padded with zeros and in the order of `Inputs`. */
 static void spread_inputs(const Work *work, int64_t token) {
     const Job *job = work->job;
-#if defined(__x86_64__)
-    if (work->level == VNNI) {
-        for (int64_t block = 0; block < work->length / BLOCK; block++) deep_inputs(job, &work->x, token, block);
+    if (work->way.packets) {
+        for (int64_t block = 0; block < work->length / BLOCK; block++) work->way.packets(job, &work->x, token, block);
         return;
     }
-#endif
     float *to = work->x.values + token * work->length;
-    if (work->level == SCALAR) {
+    if (!work->way.kernel) {
         for (int64_t k = 0; k < job->columns; k++) to[k] = read_as(job->x, job->dtype, token * job->columns + k);
         return;
     }
@@ -60,23 +59,16 @@ static void spread_some(void *data) {
     for (int64_t token; (token = atomic_fetch_add(&work->next_token, 1)) < work->job->tokens;) spread_inputs(work, token);
 }
 
-static Kernel kernel_of(const Job *job, int level) {
+/* How a job is done with the instructions there are. Inputs of float32 stay exact. */
+static Way way_of(const Job *job) {
+    int level = level_of(job->level, job->dtype == F32 ? AVX512 : VNNI);
+    if (level == SCALAR || !in_blocks(job)) return (Way){0};
 #if defined(__x86_64__)
-    return level == VNNI ? deep_kernel(job) : level == AVX512 ? wide_kernel(job) : narrow_kernel(job);
-#else
-    (void)job, (void)level;
-    return NULL;
+    if (level == VNNI) return deep_way(job);
+    if (level == AVX512) return (Way){wide_kernel(job), job->group ? wide_scales : row_scales, wide_tables, NULL, 0, 0};
+    if (job->dtype != F32 && slim_parts(job)) return slim_way(job, level == AVX2_VNNI);
+    return (Way){narrow_kernel(job), row_scales, fill_tables, NULL, 0, 0};
 #endif
-}
-
-static Scales scales_of(const Job *job, int level) {
-#if defined(__x86_64__)
-    if (level == VNNI && job->tokens == 1 && reads_own_scales(job)) return NULL;
-    if (level >= AVX512 && job->group) return wide_scales;
-#else
-    (void)job, (void)level;
-#endif
-    return row_scales;
 }
 
 static void rows_some(void *data) {
@@ -89,8 +81,8 @@ static void rows_some(void *data) {
             atomic_store(&work->failed, 1);
             return;
         }
-        if (work->level == SCALAR) rows_scalar(job, work->x.values, span.first, span.last, scratch);
-        else rows_blocks(job, &work->x, span.first, span.last, scratch, kernel_of(job, work->level), scales_of(job, work->level));
+        if (!work->way.kernel) rows_scalar(job, work->x.values, span.first, span.last, scratch);
+        else rows_blocks(job, &work->x, span.first, span.last, scratch, &work->way);
     }
     free(scratch);
 }
@@ -98,20 +90,18 @@ static void rows_some(void *data) {
 /* Room for the inputs as this level wants them, in `x`; or null. */
 static char *room_for_inputs(const Work *work, Inputs *x) {
     int64_t inputs = work->job->tokens * work->length, blocks = inputs / BLOCK;
-    size_t bytes = (size_t)inputs * sizeof(float);
-    if (work->level == VNNI) bytes = (size_t)(blocks * (PACKET + (LANES + 1) * 4) + LANES * 4);
-    char *memory = aligned_alloc(64, (bytes + 63) / 64 * 64);
-    float *sums = (float *)(memory + blocks * PACKET);
-    *x = (Inputs){(float *)memory, (int8_t *)memory, sums + blocks * LANES, sums};
+    int64_t packets = blocks * work->way.bytes, sums = blocks * work->way.sums * (int64_t)sizeof(float);
+    int64_t bytes = work->way.packets ? packets + sums + (blocks + LANES) * (int64_t)sizeof(float) : inputs * (int64_t)sizeof(float);
+    char *memory = aligned_alloc(64, (size_t)(bytes + 63) / 64 * 64);
+    if (memory) *x = (Inputs){(float *)memory, (int8_t *)memory, (float *)(memory + packets + sums), (float *)(memory + packets)};
     return memory;
 }
 
 /* 0, or 1 where memory ran out; `out` is then not complete. */
 int llmcompress_linear(const Job *job) {
     Regions rows;
-    Work work = {.job = job, .rows = &rows};
-    work.level = in_blocks(job) ? level_of(job->level, job->dtype == F32 ? AVX512 : VNNI) : SCALAR;  /* float32 stays exact */
-    int blocked = work.level != SCALAR;
+    Work work = {.job = job, .rows = &rows, .way = way_of(job)};
+    int blocked = work.way.kernel != NULL;
     work.step = blocked ? 128 : 8;
     work.length = blocked ? (job->columns + BLOCK - 1) / BLOCK * BLOCK : job->columns;
     work.scratch = blocked ? room_of(job, work.step) : 2 * job->columns + LANES;

@@ -40,13 +40,17 @@ DEEP float rounded_block(const Job *job, int64_t token, int64_t block, __m512i t
     const uint16_t *from = (const uint16_t *)job->x + token * job->columns + begin;
     uint16_t tail[BLOCK] = {0};
     if (job->columns - begin < BLOCK) from = memcpy(tail, from, (size_t)(job->columns - begin) * 2);
-    __m512 largest = _mm512_setzero_ps();
+    const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);  /* bits in the order of sizes, those of NaN last */
+    __m512i largest = _mm512_setzero_si512();
     UNROLL
-    for (int v = 0; v < FIELDS; v++) largest = _mm512_max_ps(largest, _mm512_abs_ps(sixteen(from + v * LANES, job->dtype)));
-    float most = _mm512_reduce_max_ps(largest);
-    __m512 inverse = _mm512_set1_ps(most > 0.0f ? INPUT_MOST / most : 0.0f);
+    for (int v = 0; v < FIELDS; v++)
+        largest = _mm512_max_epi32(largest, _mm512_and_si512(magnitude, _mm512_castps_si512(sixteen(from + v * LANES, job->dtype))));
+    int32_t bits = _mm512_reduce_max_epi32(largest);
+    float most, inverse;
+    memcpy(&most, &bits, sizeof most);
+    float scale = scale_of_inputs(most, &inverse);
     UNROLL
-    for (int v = 0; v < FIELDS; v++) to[v] = _mm512_cvtps_epi32(_mm512_mul_ps(sixteen(from + v * LANES, job->dtype), inverse));
-    return most / INPUT_MOST;
+    for (int v = 0; v < FIELDS; v++) to[v] = _mm512_cvtps_epi32(_mm512_mul_ps(sixteen(from + v * LANES, job->dtype), _mm512_set1_ps(inverse)));
+    return scale;
 }
 #endif

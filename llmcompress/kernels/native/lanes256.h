@@ -1,0 +1,24 @@
+/* Vectors of 256 bits, as kernels for AVX2 share them. */
+#ifndef LANES256_H
+#define LANES256_H
+#include <immintrin.h>
+#include "job.h"
+
+#define SLIM static inline __attribute__((always_inline, target("avx2,fma,f16c")))
+#define SLIM_ENTRY static __attribute__((target("avx2,fma,f16c")))
+
+SLIM __m256i load256(const void *from) { return _mm256_loadu_si256((const __m256i *)from); }
+SLIM void store256(void *to, __m256i value) { _mm256_storeu_si256((__m256i *)to, value); }
+
+/* Eight numbers of 16 bits as float32. */
+SLIM __m256 eight(const uint16_t *from, int64_t dtype) {
+    __m128i bits = _mm_loadu_si128((const __m128i *)from);
+    return dtype == F16 ? _mm256_cvtph_ps(bits) : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+
+SLIM float sum_of(__m256 lanes) {
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(lanes), _mm256_extractf128_ps(lanes, 1));
+    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+}
+#endif
