@@ -11,6 +11,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 
@@ -18,8 +19,8 @@ from llmcompress.files import cache_folder, own_folder
 
 SOURCES = Path(__file__).parent / "native"
 # nothing is contracted: the searches of grid.c have the bits of torch's own operations
-FLAGS = ("-O2", "-ftree-vectorize", "-std=gnu11", "-fno-math-errno", "-ffp-contract=off", "-fPIC", "-shared")
-LIBRARIES = ("-lpthread", "-lm")
+FLAGS = ("-O2", "-ftree-vectorize", "-std=gnu11", "-fno-math-errno", "-ffp-contract=off", "-fPIC")
+LIBRARIES = ("-shared", "-lpthread", "-lm")
 COMPILERS = ("cc", "gcc", "clang")
 SECONDS = 120
 
@@ -44,15 +45,28 @@ def build(program: str, folder: Path) -> Path:
     """Compile into `folder`, or find what was compiled there before. Raises OSError or subprocess.SubprocessError."""
     library = own_folder(folder) / f"{_digest(program)}.so"
     if not library.is_file():
-        handle, aside = tempfile.mkstemp(suffix=".so", dir=folder)
-        os.close(handle)
-        try:
-            words = [program, *FLAGS, *map(str, sorted(SOURCES.glob("*.c"))), "-o", aside, *LIBRARIES]
+        with tempfile.TemporaryDirectory(dir=folder) as aside:
+            objects = _compile(program, Path(aside))
+            whole = Path(aside) / "whole.so"
+            words = [program, *map(str, objects), "-o", str(whole), *LIBRARIES]
             subprocess.run(words, check=True, capture_output=True, timeout=SECONDS)
-            Path(aside).replace(library)  # whole or not at all, also when two compile at once
-        finally:
-            Path(aside).unlink(missing_ok=True)
+            whole.replace(library)  # whole or not at all, also when two compile at once
     return library
+
+
+def _compile(program: str, folder: Path) -> list[Path]:
+    """All sources at the same time."""
+    sources = sorted(SOURCES.glob("*.c"))
+    objects = [folder / f"{source.stem}.o" for source in sources]
+    commands = [[program, *FLAGS, "-c", str(a), "-o", str(b)] for a, b in zip(sources, objects, strict=True)]
+    with ExitStack() as stack:
+        running = [stack.enter_context(subprocess.Popen(words, stderr=subprocess.DEVNULL)) for words in commands]
+        for one in running:
+            stack.callback(one.kill)  # those that are left where one fails or takes too long
+        for one, words in zip(running, commands, strict=True):
+            if one.wait(SECONDS):
+                raise subprocess.CalledProcessError(one.returncode, words)
+    return objects
 
 
 @cache
