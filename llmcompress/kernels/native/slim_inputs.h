@@ -82,14 +82,35 @@ SLIM void bytes_of(const int16_t words[BLOCK], int is_signed, Four *upper, Four 
     }
 }
 
-/* The even ones of 32 words, and the odd ones behind them. */
-SLIM void split_words(const int16_t from[32], int8_t *to) {
-    __m256i first = load256(from), second = load256(from + LANES);
-    __m256i even = _mm256_packs_epi32(_mm256_srai_epi32(_mm256_slli_epi32(first, 16), 16),
-                                      _mm256_srai_epi32(_mm256_slli_epi32(second, 16), 16));
-    __m256i odd = _mm256_packs_epi32(_mm256_srai_epi32(first, 16), _mm256_srai_epi32(second, 16));
-    store256(to, _mm256_permute4x64_epi64(even, 0xd8));
-    store256(to + HALF, _mm256_permute4x64_epi64(odd, 0xd8));
+/* The even and the odd ones of 32 words. */
+SLIM void split_words(__m256i first, __m256i second, __m256i *even, __m256i *odd) {
+    __m256i evens = _mm256_packs_epi32(_mm256_srai_epi32(_mm256_slli_epi32(first, 16), 16),
+                                       _mm256_srai_epi32(_mm256_slli_epi32(second, 16), 16));
+    __m256i odds = _mm256_packs_epi32(_mm256_srai_epi32(first, 16), _mm256_srai_epi32(second, 16));
+    *even = _mm256_permute4x64_epi64(evens, 0xd8), *odd = _mm256_permute4x64_epi64(odds, 0xd8);
+}
+
+/* For 8 bits: of every 32 words the even ones, then the odd ones. */
+SLIM void pairs_of(const int16_t words[BLOCK], int8_t *to) {
+    for (int i = 0; i < 4; i++) {
+        __m256i even, odd;
+        split_words(load256(words + 32 * i), load256(words + 32 * i + LANES), &even, &odd);
+        store256(to + 64 * i, even), store256(to + 64 * i + HALF, odd);
+    }
+}
+
+/* For 3 bits: of every 64 words each fourth, from the first, the second, the third and the last on. */
+SLIM void fourths_of(const int16_t words[BLOCK], int8_t *to) {
+    for (int h = 0; h < 2; h++) {
+        __m256i even[2], odd[2], found[4];
+        for (int i = 0; i < 2; i++) {
+            const int16_t *from = words + 64 * h + 32 * i;
+            split_words(load256(from), load256(from + LANES), &even[i], &odd[i]);
+        }
+        split_words(even[0], even[1], &found[0], &found[2]);
+        split_words(odd[0], odd[1], &found[1], &found[3]);
+        for (int j = 0; j < 4; j++) store256(to + 128 * h + HALF * j, found[j]);
+    }
 }
 
 /* Scales of a row as float32, as `row_scales`. */

@@ -4,41 +4,51 @@
 
 #define PART TARGET static inline __attribute__((always_inline))
 
-/* Codes of one block as bytes, less than 2**bits; those of 8 bits as they are. */
-PART Four NAME(codes)(const uint8_t *from, int bits) {
+/* Words of four codes of 3 bits, from bit 4 on: those of half a block, 24 bytes. */
+PART __m256i NAME(fours)(const uint8_t *from) {
+    const __m256i spread = _mm256_setr_epi8(0, 1, 1, 2, 3, 4, 4, 5, 6, 7, 7, 8, 9, 10, 10, 11,
+                                            4, 5, 5, 6, 7, 8, 8, 9, 10, 11, 11, 12, 13, 14, 14, 15);
+    __m256i dense = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)from)),
+                                            _mm_loadu_si128((const __m128i *)(from + 8)), 1);
+    return _mm256_mullo_epi16(_mm256_shuffle_epi8(dense, spread), _mm256_set1_epi32(0x00010010));
+}
+
+/* Codes of one block as bytes, less than 2**bits; those of 8 bits as they are, those of 3 bits as words unless `looked_up`. */
+PART Four NAME(codes)(const uint8_t *from, int bits, int looked_up) {
     Four to;
-    if (bits == 8) {
-        UNROLL
-        for (int i = 0; i < 4; i++) to.v[i] = load256(from + 32 * i);
-    } else if (bits == 4) {
-        const __m256i mask = _mm256_set1_epi8(15);
-        UNROLL
-        for (int h = 0; h < 2; h++) {
-            __m256i both = load256(from + 32 * h);
-            to.v[2 * h] = _mm256_and_si256(both, mask);
-            to.v[2 * h + 1] = _mm256_and_si256(_mm256_srli_epi16(both, 4), mask);
-        }
-    } else if (bits == 2) {
-        const __m256i mask = _mm256_set1_epi8(3);
-        __m256i all = load256(from);
-        UNROLL
-        for (int i = 0; i < 4; i++) to.v[i] = _mm256_and_si256(i ? _mm256_srli_epi16(all, 2 * i) : all, mask);
-    } else {  /* four codes to 16 bits, from bit 4 on */
-        const __m256i spread = _mm256_setr_epi8(0, 1, 1, 2, 3, 4, 4, 5, 6, 7, 7, 8, 9, 10, 10, 11,
-                                                4, 5, 5, 6, 7, 8, 8, 9, 10, 11, 11, 12, 13, 14, 14, 15);
-        const __m256i low = _mm256_set1_epi16(0x0007), high = _mm256_set1_epi16(0x0700), up = _mm256_set1_epi32(0x00010010);
-        UNROLL
-        for (int h = 0; h < 2; h++) {
-            __m256i dense = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)(from + 24 * h))),
-                                                    _mm_loadu_si128((const __m128i *)(from + 24 * h + 8)), 1);
-            __m256i all = _mm256_mullo_epi16(_mm256_shuffle_epi8(dense, spread), up);
-            to.v[2 * h] = _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(all, 4), low),
-                                          _mm256_and_si256(_mm256_srli_epi16(all, 2), high));
-            to.v[2 * h + 1] = _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(all, 7), low),
-                                              _mm256_and_si256(_mm256_srli_epi16(all, 5), high));
+    UNROLL
+    for (int i = 0; i < 4; i++) {
+        const __m256i mask = _mm256_set1_epi8((char)((1 << bits) - 1));
+        if (bits == 8) {
+            to.v[i] = load256(from + 32 * i);
+        } else if (bits == 4) {
+            __m256i both = load256(from + 32 * (i / 2));
+            to.v[i] = _mm256_and_si256(i & 1 ? _mm256_srli_epi16(both, 4) : both, mask);
+        } else if (bits == 2) {
+            __m256i all = load256(from);
+            to.v[i] = _mm256_and_si256(i ? _mm256_srli_epi16(all, 2 * i) : all, mask);
+        } else if (!looked_up) {
+            to.v[i] = NAME(fours)(from + 24 * (i & 1));
+        } else {
+            const __m256i low = _mm256_set1_epi16(0x0007), high = _mm256_set1_epi16(0x0700);
+            __m256i all = NAME(fours)(from + 24 * (i / 2));
+            to.v[i] = _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(all, i & 1 ? 7 : 4), low),
+                                      _mm256_and_si256(_mm256_srli_epi16(all, i & 1 ? 5 : 2), high));
         }
     }
     return to;
+}
+
+/* Whether integers of so many bits are multiplied as words. */
+PART int NAME(in_words)(int bits) { return bits == 3 || (bits == 8 && !DOTS); }
+
+/* `sum`, and the products of pairs of words. */
+PART __m256i NAME(dot)(__m256i sum, __m256i left, __m256i right) {
+#if DOTS
+    return _mm256_dpwssd_avx_epi32(sum, left, right);
+#else
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(left, right));
+#endif
 }
 
 /* Sums of products of bytes with one token. */
@@ -88,14 +98,31 @@ PART void NAME(word_parts)(const Four *codes, const __m256i tables[2], const int
         UNROLL
         for (int t = 0; t < is.count; t++) {
             __m256i all = i % of ? to[t][i / of] : _mm256_setzero_si256();
-#if DOTS
-            all = _mm256_dpwssd_avx_epi32(all, first, load256(packet + t * step + 64 * i));
-            to[t][i / of] = _mm256_dpwssd_avx_epi32(all, second, load256(packet + t * step + 64 * i + HALF));
-#else
-            all = _mm256_add_epi32(all, _mm256_madd_epi16(first, load256(packet + t * step + 64 * i)));
-            to[t][i / of] = _mm256_add_epi32(all, _mm256_madd_epi16(second, load256(packet + t * step + 64 * i + HALF)));
-#endif
+            all = NAME(dot)(all, first, load256(packet + t * step + 64 * i));
+            to[t][i / of] = NAME(dot)(all, second, load256(packet + t * step + 64 * i + HALF));
         }
+    }
+}
+
+/* The same of words of four codes of 3 bits, where they lie in their words: sums of what lies highest are moved down until they
+   meet the others, which is exact, 4 * 7168 * 32639 < 2**31. */
+PART void NAME(four_parts)(const Four *codes, const int8_t *packet, int64_t step, Form is, __m256i to[4][SLIM_PARTS]) {
+    static const int field[] = {2, 1, 0, 3}, mask[] = {0x1c00, 0x0380, 0x0070}, down[] = {0, 3, 3, 4};
+    UNROLL
+    for (int k = 0; k < 4; k++) {
+        __m256i some[2];
+        UNROLL
+        for (int h = 0; h < 2; h++)
+            some[h] = k == 3 ? _mm256_srli_epi16(codes->v[h], 13) : _mm256_and_si256(codes->v[h], _mm256_set1_epi16((short)mask[k]));
+        UNROLL
+        for (int t = 0; t < is.count; t++)
+            UNROLL
+            for (int h = 0; h < 2; h++) {
+                int p = is.parts == 2 ? h : 0, first = h == 0 || is.parts == 2;
+                __m256i input = load256(packet + t * step + 128 * h + HALF * field[k]);
+                __m256i before = k == 0 && first ? _mm256_setzero_si256() : first ? _mm256_srai_epi32(to[t][p], down[k]) : to[t][p];
+                to[t][p] = NAME(dot)(before, some[h], input);
+            }
     }
 }
 
@@ -104,8 +131,9 @@ PART void NAME(block)(const Inputs *x, const SlimRow *row, const uint8_t *from, 
     __m256i part[4][SLIM_PARTS];
     const int8_t *packet = x->packets + input * SLIM_PACKET;
     int64_t blocks = row->blocks, step = blocks * SLIM_PACKET;
-    Four codes = NAME(codes)(from, is.bits);
-    if (is.words) NAME(word_parts)(&codes, row->tables, packet, step, is, part);
+    Four codes = NAME(codes)(from, is.bits, is.table);
+    if (is.words && is.bits == 3 && !is.table) NAME(four_parts)(&codes, packet, step, is, part);
+    else if (is.words) NAME(word_parts)(&codes, row->tables, packet, step, is, part);
     UNROLL
     for (int t = 0; t < is.count; t++) {
         const __m256i *middle = (const __m256i *)(packet + t * step + 256);
@@ -161,9 +189,10 @@ PART void NAME(all)(const Job *job, const Quad *quad, const Inputs *x, int64_t t
 
 /* What the middle code makes of a packet of inputs, and the sums of its lanes: products with ones. */
 PART void NAME(sums)(int8_t *packet, float *sums, Form is) {
-    Four ones = {{_mm256_set1_epi8(1), _mm256_set1_epi8(1), _mm256_set1_epi8(1), _mm256_set1_epi8(1)}};
-    __m256i part[4][SLIM_PARTS];
-    if (is.words) NAME(word_parts)(&ones, &ones.v[0], packet, 0, is, part);
+    __m256i one = is.bits == 3 ? _mm256_set1_epi16(0x2490) : _mm256_set1_epi8(1), part[4][SLIM_PARTS];
+    Four ones = {{one, one, one, one}};
+    if (is.bits == 3) NAME(four_parts)(&ones, packet, 0, is, part);
+    else if (is.words) NAME(word_parts)(&ones, &ones.v[0], packet, 0, is, part);
     else NAME(byte_parts)(&ones, packet, is.parts, part[0]);
     UNROLL
     for (int p = 0; p < is.parts; p++) {
@@ -175,7 +204,7 @@ PART void NAME(sums)(int8_t *packet, float *sums, Form is) {
 /* One block of inputs as a packet. */
 TARGET static void NAME(inputs)(const Job *job, const Inputs *x, int64_t token, int64_t block) {
     int64_t input = token * ((job->columns + BLOCK - 1) / BLOCK) + block;
-    int table = job->format >= TABLE, words = table || (job->bits == 8 && !DOTS), parts = slim_parts(job), bits = (int)job->bits;
+    int table = job->format >= TABLE, words = table || NAME(in_words)((int)job->bits), parts = slim_parts(job), bits = (int)job->bits;
     int16_t all[BLOCK];
     int8_t *to = x->packets + input * SLIM_PACKET;
     float *sums = x->sums + input * SLIM_SUMS;
@@ -183,21 +212,21 @@ TARGET static void NAME(inputs)(const Job *job, const Inputs *x, int64_t token, 
     x->scale[input] = rounded_words(job, token, block, all);
     bytes_of(all, !words, &upper, &lower);
     if (!table || bits != 8) upper = in_order(&upper, bits), lower = in_order(&lower, bits);
-    UNROLL
-    for (int i = 0; i < 4; i++) {
+    if (words && !table && bits == 3) fourths_of(all, to);
+    else if (words && !table) pairs_of(all, to);
+    for (int i = 0; i < 4 && (table || !words); i++) {
         int8_t *at = to + 64 * (job->format == TABLE ? i ^ 1 : i);  /* the first code of a pair lies in the upper half */
         if (table) {
             store256(at, _mm256_unpacklo_epi8(lower.v[i], upper.v[i]));
             store256(at + HALF, _mm256_unpackhi_epi8(lower.v[i], upper.v[i]));
-        } else if (words) {
-            split_words(all + 32 * i, at);
         } else {
             store256(at, upper.v[i]);
             store256(at + HALF, lower.v[i]);
         }
     }
     if (table) return;
-    if (words) NAME(sums)(to, sums, parts == 1 ? (Form){8, 0, 1, 0, 1, 1} : (Form){8, 0, 1, 0, 4, 1});
+    if (bits == 3) NAME(sums)(to, sums, parts == 1 ? (Form){3, 0, 1, 0, 1, 1} : (Form){3, 0, 1, 0, 2, 1});
+    else if (words) NAME(sums)(to, sums, parts == 1 ? (Form){8, 0, 1, 0, 1, 1} : (Form){8, 0, 1, 0, 4, 1});
     else if (parts == 1) NAME(sums)(to, sums, (Form){bits, 0, 0, 0, 1, 1});
     else if (parts == 2) NAME(sums)(to, sums, (Form){bits, 0, 0, 0, 2, 1});
     else if (DOTS) NAME(sums)(to, sums, (Form){bits, 0, 0, 0, 4, 1});
@@ -205,7 +234,7 @@ TARGET static void NAME(inputs)(const Job *job, const Inputs *x, int64_t token, 
 
 #define SLIM_CASE(name, bits, table, parts, zeros)                                                        \
     TARGET static void NAME(name)(const Job *job, const Quad *quad, const Inputs *x, int64_t token) {     \
-        NAME(all)(job, quad, x, token, (Form){bits, table, table || (bits == 8 && !DOTS), zeros, parts, 0}); \
+        NAME(all)(job, quad, x, token, (Form){bits, table, table || NAME(in_words)(bits), zeros, parts, 0}); \
     }
 SLIM_CASE(slim_2, 2, 0, 1, 0)
 SLIM_CASE(slim_3, 3, 0, 1, 0)
