@@ -7,7 +7,7 @@
 #include "regions.h"
 #include "team.h"
 #include "scalar.h"
-#include "blocks.h"
+#include "plain.h"
 #if defined(__x86_64__)
 #include "avx512.h"
 #include "avx2.h"
@@ -21,6 +21,7 @@ int llmcompress_level(void) { return best_level(); }
 /* Whether blocks of 128 columns are uniform enough for the vector code. */
 static int in_blocks(const Job *job) {
     int64_t bits = job->bits, group = job->group;
+    if (__BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__) return 0;
     if (job->high_mask || (bits != 2 && bits != 3 && bits != 4 && bits != 8)) return 0;
     if (job->format == CODEBOOK && bits == 8) return 0;
     return job->groups == 1 || group % BLOCK == 0 || group == 8 || group == 16 || group == 32 || group == 64;
@@ -61,14 +62,15 @@ static void spread_some(void *data) {
 
 /* How a job is done with the instructions there are. Inputs of float32 stay exact. */
 static Way way_of(const Job *job) {
-    int level = level_of(job->level, job->dtype == F32 ? AVX512 : VNNI);
-    if (level == SCALAR || !in_blocks(job)) return (Way){0};
+    if (!in_blocks(job)) return (Way){0};
 #if defined(__x86_64__)
+    int level = level_of(job->level, job->dtype == F32 ? AVX512 : VNNI);
     if (level == VNNI) return deep_way(job);
     if (level == AVX512) return (Way){wide_kernel(job), job->group ? wide_scales : row_scales, wide_tables, NULL, 0, 0};
-    if (job->dtype != F32 && slim_parts(job)) return slim_way(job, level == AVX2_VNNI);
-    return (Way){narrow_kernel(job), row_scales, fill_tables, NULL, 0, 0};
+    if (level >= AVX2 && job->dtype != F32 && slim_parts(job)) return slim_way(job, level == AVX2_VNNI);
+    if (level >= AVX2) return (Way){narrow_kernel(job), row_scales, fill_tables, NULL, 0, 0};
 #endif
+    return plain_way(job);
 }
 
 static void rows_some(void *data) {
