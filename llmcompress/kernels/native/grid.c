@@ -30,14 +30,8 @@ enum { ROWS_AT_ONCE = 8, FEW = 1 << 16 };
 
 typedef double Doubles __attribute__((vector_size(64)));
 typedef int64_t Counts __attribute__((vector_size(64)));
-typedef float Eight __attribute__((vector_size(32)));
-#define eight(from) __builtin_convertvector(loaded(from), Doubles)
-
-static inline __attribute__((always_inline)) Eight loaded(const float *from) {
-    Eight x;
-    memcpy(&x, from, sizeof x);
-    return x;
-}
+typedef float Eight __attribute__((vector_size(32), aligned(4)));
+#define eight(from) __builtin_convertvector(*(const Eight *)(from), Doubles)
 
 #define BODY "grid.h"
 #include "levels.h"
