@@ -54,6 +54,14 @@ static inline int64_t scale_place(const Quad *quad, int64_t block) {
     return quad->blocks == 1 ? block * quad->per_block : block / quad->blocks;
 }
 
+/* The same, from block to block of a row without dividing. */
+typedef struct { int64_t place, seen; } Walk;
+
+static inline void next_block(const Quad *quad, Walk *walk) {
+    if (quad->blocks == 1) walk->place += quad->per_block;
+    else if (++walk->seen == quad->blocks) walk->seen = 0, walk->place++;
+}
+
 /* How the scales of a row are read; as `row_scales`. Null where the kernel reads them. */
 typedef void (*Scales)(const Job *, int64_t row, float *to);
 

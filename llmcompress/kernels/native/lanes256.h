@@ -21,4 +21,19 @@ SLIM float sum_of(__m256 lanes) {
     __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
 }
+
+/* The table of a row that has one for itself, repeated to sixteen. */
+SLIM void read_book(const Job *job, int64_t row, __m256 *first, __m256 *second) {
+    const uint16_t *from = (const uint16_t *)job->table + (row << job->bits);
+    __m128i low, high;
+    if (job->bits == 2) {
+        int64_t four;
+        memcpy(&four, from, sizeof four);
+        low = high = _mm_set1_epi64x(four);
+    } else {
+        low = _mm_loadu_si128((const __m128i *)from);
+        high = job->bits == 4 ? _mm_loadu_si128((const __m128i *)(from + 8)) : low;
+    }
+    *first = _mm256_cvtph_ps(low), *second = _mm256_cvtph_ps(high);
+}
 #endif

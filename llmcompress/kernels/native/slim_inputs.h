@@ -126,19 +126,10 @@ SLIM_ENTRY void slim_scales(const Job *job, int64_t row, float *to) {
     memset(to + job->groups, 0, LANES * sizeof(float));
 }
 
-/* As `fill_tables`, of a row that has a table for itself. */
+/* As `fill_tables`, of a row that has a table for itself; integers alone. */
 SLIM_ENTRY void slim_tables(const Job *job, Quad *quad, int r) {
-    const uint16_t *from = (const uint16_t *)job->table + (quad->row[r] << job->bits);
-    __m128i low, high;
-    if (job->bits == 2) {
-        int64_t four;
-        memcpy(&four, from, sizeof four);
-        low = high = _mm_set1_epi64x(four);
-    } else {
-        low = _mm_loadu_si128((const __m128i *)from);
-        high = job->bits == 4 ? _mm_loadu_si128((const __m128i *)(from + 8)) : low;
-    }
-    __m256 first = _mm256_cvtph_ps(low), second = _mm256_cvtph_ps(high);
+    __m256 first, second;
+    read_book(job, quad->row[r], &first, &second);
     float most = most_of(_mm256_max_epi32(magnitude(first), magnitude(second)));
     __m256 by = _mm256_set1_ps(most == 0.0f ? 0.0f : TABLE_MOST / most);
     __m256i integers = _mm256_packs_epi32(_mm256_cvtps_epi32(_mm256_mul_ps(first, by)), _mm256_cvtps_epi32(_mm256_mul_ps(second, by)));

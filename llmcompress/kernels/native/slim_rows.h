@@ -158,21 +158,20 @@ PART void NAME(tokens)(const Job *job, const Quad *quad, const Inputs *x, int64_
     for (int r = 0; r < ROWS; r++) {
         SlimRow row = slim_row(quad, r, blocks, is);
         const uint8_t *codes = quad->codes[r];
-        int64_t place = 0, seen = 0, block = 0;
+        int64_t block = 0;
+        Walk walk = {0};
         __m256 sum[4];
         UNROLL
         for (int t = 0; t < is.count; t++) sum[t] = _mm256_setzero_ps();
-        for (; block < full; block++, codes += size) {
+        for (; block < full; block++, codes += size, next_block(quad, &walk)) {
             _mm_prefetch((const char *)(codes + AHEAD), _MM_HINT_NTA);
             if (is.bits == 8) _mm_prefetch((const char *)(codes + AHEAD + 64), _MM_HINT_NTA);
-            NAME(block)(x, &row, codes, token * blocks + block, place, is, sum);
-            if (quad->blocks == 1) place += quad->per_block;
-            else if (++seen == quad->blocks) seen = 0, place++;
+            NAME(block)(x, &row, codes, token * blocks + block, walk.place, is, sum);
         }
         if (block < blocks) {
             uint8_t tail[BLOCK];
             codes = whole_block(codes, is.bits, job->stride - full * size, tail);
-            NAME(block)(x, &row, codes, token * blocks + block, place, is, sum);
+            NAME(block)(x, &row, codes, token * blocks + block, walk.place, is, sum);
         }
         UNROLL
         for (int t = 0; t < is.count; t++)
