@@ -7,13 +7,17 @@ second, and the error against float64 arithmetic on the weights that each really
 pages under its weights; others, which do not, are timed as they come and with such pages lent to them. `--realtime`
 keeps other programs of the machine from running in between (needs the right to do so); caches have forgotten the
 weights of one call before its next turn.
+`--level avx2` measures on a machine with AVX-512 what those without it do: ours, torch and oneDNN keep to AVX2, and
+bitsandbytes to its way without AVX512-BF16, which dequantizes the weight at each call.
 """
 
 import argparse
+import importlib
 import importlib.metadata
 import json
 import os
 import platform
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +26,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.kernels import backends, ops, stored
+from llmcompress.kernels.backends import native_cpu
 from llmcompress.kernels.pages import in_huge_pages
 from llmcompress.kernels.samples import random_codes
 from llmcompress.runtime.timing import Contender, dense, packed, race, read_gigabytes_per_second
@@ -38,6 +43,20 @@ OURS: dict[str, tuple[LinearSpec, tuple[str, ...]]] = {
     "codebook4": (LinearSpec(bits=4, group_size=0, kind="codebook"), ("native_cpu",)),
     "int2+2": (LinearSpec(bits=2, group_size=128, high_share=0.1), ("native_cpu",)),
 }
+# what the others are told where ours are to keep to a level
+NARROW = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
+PLAIN = {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"}
+OTHERS = {"scalar": PLAIN, "avx2": NARROW, "avx2_vnni": NARROW}
+
+
+def keep_to(level: str) -> None:
+    """Begin again with everyone told which instructions to use: libraries ask once, when they are loaded."""
+    wanted = {native_cpu.VARIABLE: level, **OTHERS.get(level, {})}
+    if any(os.environ.get(name) != value for name, value in wanted.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **wanted})
+    if level in OTHERS:
+        functional = importlib.import_module("bitsandbytes.functional")
+        functional.has_avx512bf16 = lambda: False  # type: ignore[attr-defined]
 
 
 def copies_of(spec: LinearSpec, size: tuple[int, int]) -> list[dict[str, Tensor]]:
@@ -128,8 +147,10 @@ def main() -> None:
     parser.add_argument("--shapes", type=int, default=2, help="how many of the shapes")
     parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--realtime", action="store_true")
+    parser.add_argument("--level", choices=list(native_cpu.LEVELS), default="best")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    keep_to(options.level)
     torch.set_num_threads(options.threads)
     rows = []
     if options.realtime:
@@ -146,6 +167,7 @@ def main() -> None:
         facts = {name: importlib.metadata.version(name) for name in ("torch", "bitsandbytes")}
         facts |= {
             "threads": options.threads,
+            "level": options.level,
             "machine": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
         }
         facts["read_gigabytes_per_second"] = read_gigabytes_per_second()

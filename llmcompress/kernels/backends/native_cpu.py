@@ -1,12 +1,18 @@
-"""The C library of `kernels/native`, on CPU: codes are read where the file has them, results are exact to float32."""
+"""The C library of `kernels/native`, on CPU: codes are read where the file has them.
 
+Results are exact to float32, or where inputs have 16 bits to 3e-5. `LLMCOMPRESS_CPU_LEVEL=avx2`, or another of
+`LEVELS`, keeps it to simpler instructions than the processor has.
+"""
+
+import os
 import struct
 from collections.abc import Callable, Mapping
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from llmcompress.errors import MachineError
+from llmcompress.errors import InputError, MachineError
 from llmcompress.kernels import compiled, stored
 from llmcompress.kernels.pages import in_huge_pages
 from llmcompress.spec import FOUR_BIT, PER_ROW, WORD_BITS, LinearSpec
@@ -21,6 +27,17 @@ MAP, ABSMAX, HIGHER = stored.NESTED_MAP, stored.NESTED_ABSMAX, stored.PACKED_HIG
 WORD_BYTES = WORD_BITS // 8
 BEST = -1
 LEVELS = {"scalar": 0, "avx2": 1, "avx2_vnni": 2, "avx512": 3, "vnni": 4, "best": BEST}
+
+VARIABLE = "LLMCOMPRESS_CPU_LEVEL"
+
+
+@cache
+def _most() -> int:
+    """The level that the user leaves it, asked once. Raises InputError for one that there is not."""
+    name = os.environ.get(VARIABLE, "best")
+    if name not in LEVELS:
+        raise InputError(f"{VARIABLE} is {name}", f"choose one of: {', '.join(LEVELS)}")
+    return LEVELS[name]
 
 
 def why_not(spec: LinearSpec, rows: int, columns: int, *, tokens: int, dtype: torch.dtype, device: str) -> str | None:
@@ -77,6 +94,8 @@ def _call(x: Tensor, weight: bytes, rows: int, columns: int, *, level: int) -> T
     library, why = compiled.library()
     if library is None:
         raise MachineError(f"no native kernels: {why}", "use another backend")
+    if level == BEST:
+        level = _most()
     x = x.contiguous()
     out = torch.empty((*x.shape[:-1], rows), dtype=x.dtype)
     call = CALL.pack(x.data_ptr(), out.data_ptr(), DTYPES[x.dtype], torch.get_num_threads(), level, compiled.team())

@@ -53,7 +53,12 @@ DEEP void deep_tokens(const Job *job, const Quad *quad, const Inputs *x, int64_t
 DEEP void joint_scales(const Job *job, const Quad *quad, int r, const float *of_blocks, int64_t blocks) {
     float *to = quad->joint[r];
     if (!reads_own_scales(job)) {
-        for (int64_t block = 0; block < blocks; block++) to[block] = quad->scale[r][block / quad->blocks] * of_blocks[block];
+        const float *scale = quad->scale[r];
+        Walk walk = {0};
+        for (int64_t block = 0; block < blocks && job->groups > 1; block++, next_block(quad, &walk))
+            to[block] = scale[walk.place] * of_blocks[block];
+        for (int64_t block = 0; block < blocks && job->groups == 1; block += LANES)
+            _mm512_storeu_ps(to + block, _mm512_mul_ps(_mm512_set1_ps(*scale), _mm512_loadu_ps(of_blocks + block)));
         return;
     }
     const __m512i owners = _mm512_loadu_si512(quad->owners);

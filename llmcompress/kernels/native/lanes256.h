@@ -36,4 +36,17 @@ SLIM void read_book(const Job *job, int64_t row, __m256 *first, __m256 *second) 
     }
     *first = _mm256_cvtph_ps(low), *second = _mm256_cvtph_ps(high);
 }
+
+/* Scales of a row as float32, as `row_scales`. */
+SLIM_ENTRY void narrow_scales(const Job *job, int64_t row, float *to) {
+    int64_t g = 0, first = row * job->groups;
+    if (job->scale_dtype == F32 || job->scale_dtype == DOUBLE || !job->group) {
+        row_scales(job, row, to);
+        return;
+    }
+    const uint16_t *from = (const uint16_t *)job->scale + first;
+    for (; g + 8 <= job->groups; g += 8) _mm256_storeu_ps(to + g, eight(from + g, job->scale_dtype));
+    for (; g < job->groups; g++) to[g] = read_as(from, job->scale_dtype, g);
+    memset(to + job->groups, 0, LANES * sizeof(float));
+}
 #endif

@@ -68,7 +68,7 @@ static Way way_of(const Job *job) {
     if (level == VNNI) return deep_way(job);
     if (level == AVX512) return (Way){wide_kernel(job), job->group ? wide_scales : row_scales, wide_tables, NULL, 0, 0};
     if (level >= AVX2 && job->dtype != F32 && slim_parts(job)) return slim_way(job, level == AVX2_VNNI);
-    if (level >= AVX2) return (Way){narrow_kernel(job), row_scales, narrow_tables, NULL, 0, 0};
+    if (level >= AVX2) return (Way){narrow_kernel(job), narrow_scales, narrow_tables, NULL, 0, 0};
 #endif
     return plain_way(job);
 }

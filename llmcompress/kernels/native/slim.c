@@ -18,7 +18,7 @@
 #endif
 
 Way slim_way(const Job *job, int dots) {
-    Way way = {kernel_avx2(job), slim_scales, slim_tables, inputs_avx2, SLIM_PACKET, SLIM_SUMS};
+    Way way = {kernel_avx2(job), narrow_scales, slim_tables, inputs_avx2, SLIM_PACKET, SLIM_SUMS};
 #ifdef HAVE_DOTS
     if (dots) way.kernel = kernel_dots(job), way.packets = inputs_dots;
 #else
