@@ -139,19 +139,23 @@ DEEP void deep_rows(const Job *job, const Quad *quad, const Inputs *x, int64_t t
     for (int r = 0; r < ROWS; r++) write_as(job->out, job->dtype, token * job->rows + quad->row[r], found[r]);
 }
 
+DEEP void deep_last(const Job *job, const Quad *quad, const Inputs *x, int64_t last, Shape is) {
+    if (quad->per_block == 1) is.count = 1, deep_rows(job, quad, x, last, is);
+    else if (quad->per_block == 2) is.count = 2, deep_rows(job, quad, x, last, is);
+    else is.count = ANY, deep_rows(job, quad, x, last, is);
+}
+
 DEEP void deep_all(const Job *job, const Quad *quad, const Inputs *x, int64_t token, Shape is) {
     int64_t left = job->tokens - token, last = job->tokens - 1;
     is.begin = 0, is.end = ROWS;
-    if (left >= 4 && (is.words || is.bits == 8)) is.count = 4, deep_tokens(job, quad, x, token, is);
+    if (left >= 4 && is.words) is.count = 4, deep_tokens(job, quad, x, token, is);
     else if (left >= 2) is.count = 2, deep_tokens(job, quad, x, token, is);
     if (left != 1 && left != 3) return;
     if (is.words && !is.swapped && job->format == CODEBOOK) {  /* each row has a table, and waits for it */
         is.count = 1, deep_tokens(job, quad, x, last, is);
         return;
     }
-    if (quad->per_block == 1) is.count = 1, deep_rows(job, quad, x, last, is);
-    else if (quad->per_block == 2) is.count = 2, deep_rows(job, quad, x, last, is);
-    else is.count = ANY, deep_rows(job, quad, x, last, is);
+    deep_last(job, quad, x, last, is);
 }
 
 #define DEEP_CASE(name, ...)                                                                          \
@@ -161,11 +165,9 @@ DEEP void deep_all(const Job *job, const Quad *quad, const Inputs *x, int64_t to
 DEEP_CASE(byte_2, 2, 0, 0, 0)
 DEEP_CASE(byte_3, 3, 0, 0, 0)
 DEEP_CASE(byte_4, 4, 0, 0, 0)
-DEEP_CASE(byte_8, 8, 0, 0, 0)
 DEEP_CASE(byte_2_zeros, 2, 0, 0, 1)
 DEEP_CASE(byte_3_zeros, 3, 0, 0, 1)
 DEEP_CASE(byte_4_zeros, 4, 0, 0, 1)
-DEEP_CASE(byte_8_zeros, 8, 0, 0, 1)
 DEEP_CASE(word_2, 2, 1, 0, 0)
 DEEP_CASE(word_3, 3, 1, 0, 0)
 DEEP_CASE(word_4, 4, 1, 0, 0)
@@ -173,6 +175,29 @@ DEEP_CASE(word_2_zeros, 2, 1, 0, 1)
 DEEP_CASE(word_3_zeros, 3, 1, 0, 1)
 DEEP_CASE(word_4_zeros, 4, 1, 0, 1)
 DEEP_CASE(word_4_swapped, 4, 1, 1, 0)
+
+/* 8 bits: four tokens, two, and one in functions of their own, or registers are given out badly; two are quicker with two rows
+   at a time. */
+#define DEEP_ALONE DEEP_ENTRY __attribute__((noinline))
+#define DEEP_CASE_8(name, zeros)                                                                    \
+    DEEP_ALONE void name##_4(const Job *job, const Quad *quad, const Inputs *x, int64_t token) {    \
+        deep_tokens(job, quad, x, token, (Shape){8, 0, 0, zeros, 0, ROWS, 4});                      \
+    }                                                                                               \
+    DEEP_ALONE void name##_2(const Job *job, const Quad *quad, const Inputs *x, int64_t token) {    \
+        deep_tokens(job, quad, x, token, (Shape){8, 0, 0, zeros, 0, ROWS / 2, 2});                  \
+        deep_tokens(job, quad, x, token, (Shape){8, 0, 0, zeros, ROWS / 2, ROWS, 2});               \
+    }                                                                                               \
+    DEEP_ALONE void name##_1(const Job *job, const Quad *quad, const Inputs *x, int64_t token) {    \
+        deep_last(job, quad, x, token, (Shape){8, 0, 0, zeros, 0, ROWS, 0});                        \
+    }                                                                                               \
+    static void name(const Job *job, const Quad *quad, const Inputs *x, int64_t token) {            \
+        int64_t left = job->tokens - token;                                                         \
+        if (left >= 4) name##_4(job, quad, x, token);                                               \
+        else if (left >= 2) name##_2(job, quad, x, token);                                          \
+        if (left == 1 || left == 3) name##_1(job, quad, x, job->tokens - 1);                        \
+    }
+DEEP_CASE_8(byte_8, 0)
+DEEP_CASE_8(byte_8_zeros, 1)
 
 /* Whether codes are looked up: where they are no integers, and for four tokens and more, which share what was looked up. */
 static int in_words(const Job *job) {
