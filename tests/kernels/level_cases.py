@@ -52,8 +52,9 @@ def linear_at(level: int, x: Tensor, codes: Codes, tensors: Mapping[str, Tensor]
 def allowance(x: Tensor, codes: Codes) -> Tensor:
     """How far each output may be from exact arithmetic on the stored codes, (tokens, rows) in float64.
 
-    Its own rounding; that of float32 sums, of what codes stand for before a zero-point is taken off; of inputs of 16 bits
-    to half a 32639th of the largest of each 128, of the smallest numbers to 2**-128; of tables to half an 8191st of their largest value.
+    Its own rounding; that of float32 sums, of what codes stand for before a zero-point is taken off; of inputs of 16
+    bits to half a 32639th of the largest of each 128, of the smallest numbers to 2**-128; of tables to half an 8191st of
+    their largest value.
     """
     weight, size = codes.dequantize().double(), x.double().abs()
     spec, most = codes.spec, weight.abs()
@@ -67,7 +68,8 @@ def allowance(x: Tensor, codes: Codes) -> Tensor:
     found = EPSILON[x.dtype] * (x.double() @ weight.T).abs() + 3e-7 * size @ most.T + LEAST[x.dtype]
     if x.dtype != torch.float32:
         blocks = torch.nn.functional.pad(size, (0, -size.shape[1] % BLOCK)).view(len(x), -1, BLOCK)
-        apart = (blocks.amax(2) * 0.501 / INPUT_MOST).clamp(min=2.0**-128).repeat_interleave(BLOCK, dim=1)[:, : size.shape[1]]
+        step = (blocks.amax(2) * 0.501 / INPUT_MOST).clamp(min=2.0**-128)
+        apart = step.repeat_interleave(BLOCK, dim=1)[:, : size.shape[1]]
         found += apart @ weight.abs().T
         if codes.codebook is not None or spec.kind in FOUR_BIT:
             found += (size + apart) @ most.T * 0.501 / TABLE_MOST
