@@ -53,8 +53,8 @@ def allowance(x: Tensor, codes: Codes) -> Tensor:
     """How far each output may be from exact arithmetic on the stored codes, (tokens, rows) in float64.
 
     Its own rounding; that of float32 sums, of what codes stand for before a zero-point is taken off; of inputs of 16
-    bits to half a 32639th of the largest of each 128, of the smallest numbers to 2**-128; of tables to half an 8191st of
-    their largest value.
+    bits to half a 32639th of the largest of each 128, of the smallest numbers to 2**-128; of tables to half an 8191st
+    of their largest value.
     """
     weight, size = codes.dequantize().double(), x.double().abs()
     spec, most = codes.spec, weight.abs()
