@@ -219,7 +219,7 @@ def test_too_short_text_says_how_much_there_is_and_what_would_do(folder: Path, t
         fitting = request_of(path, said["calibration.samples"], said["calibration.sequence_length"])
         assert token_batches(fitting, folder).tokens.numel() > tokens // 2
     with pytest.raises(InputError, match="evaluation text") as caught:
-        token_batches(replace(request_of(path, 99), split="evaluation"), folder)
+        token_batches(replace(request_of(path, 99), split="evaluation", sized_by="options"), folder)
     assert "--samples" in caught.value.hint
 
 
