@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llmcompress.kernels import ops
+from llmcompress.kernels import backends, ops
 from tests.kernels.formats import FORMATS, arguments, linear_of
 
 
@@ -37,6 +37,17 @@ def test_any_leading_shape() -> None:
     assert ops.run(whole[:0], *words).shape == (0, 8)
     strided = torch.randn(192, 6).T
     assert torch.equal(ops.run(strided, *words), ops.run(strided.contiguous(), *words))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_call_that_is_bound_is_the_call_before(dtype: torch.dtype) -> None:
+    """Torch's own kernel, with the weight described once: any shape, strides, no tokens, and more than it takes."""
+    with backends.use("torch_cpu"):
+        words = arguments("int3-g64", 16, 192)
+        x = torch.randn(2, 40, 192).to(dtype)
+        for some in (x[:1, :3], x[:, :7], x[:1, :1], x.transpose(0, 1)[:2], x[:0], x):
+            fresh = [tensor.clone() for tensor in words[0]]  # nothing is known of these
+            assert torch.equal(ops.run(some, *words), ops.run(some, fresh, *words[1:]))
 
 
 def test_a_compiled_graph_is_whole_and_takes_other_sizes() -> None:

@@ -4,7 +4,7 @@ Integers of at most four bits and bfloat16 inputs go to torch's own 4-bit kernel
 and rounds weights to bfloat16 (error 3e-3); everything else is dequantized a few rows at a time and multiplied.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -49,10 +49,7 @@ def prepare(tensors: Mapping[str, Tensor], spec: LinearSpec) -> dict[str, Tensor
 
 def linear(x: Tensor, prepared: Mapping[str, Tensor], spec: LinearSpec, rows: int, columns: int) -> Tensor:
     """Inputs `(tokens, columns)` times the weight, `(tokens, rows)`."""
-    if INT4 in prepared and x.dtype == torch.bfloat16 and x.shape[0] < MANY:
-        found: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
-            x.contiguous(), prepared[INT4], spec.group_size, prepared[SCALES]
-        )
+    if (found := bind(prepared, spec, rows, columns)(x)) is not None:
         return found
     codes = stored.codes_of("", spec, lambda name: prepared[name])
     out = torch.empty((x.shape[0], rows), dtype=x.dtype)
@@ -61,6 +58,22 @@ def linear(x: Tensor, prepared: Mapping[str, Tensor], spec: LinearSpec, rows: in
     for start in range(0, rows, step):
         out[:, start : start + step] = wide @ _rows(codes, slice(start, start + step)).dequantize().T
     return out
+
+
+def bind(
+    prepared: Mapping[str, Tensor], spec: LinearSpec, rows: int, columns: int
+) -> Callable[[Tensor], Tensor | None]:
+    """Torch's own kernel for one weight; None of what it does not take."""
+    words, scales, kernel = prepared.get(INT4), prepared.get(SCALES), torch.ops.aten._weight_int4pack_mm_for_cpu.default
+
+    def call(x: Tensor) -> Tensor | None:
+        if words is None or x.dtype != torch.bfloat16 or not x.is_cpu or x.numel() >= MANY * columns:
+            return None
+        flat = x.detach().reshape(-1, columns).contiguous()
+        out: Tensor = kernel(flat, words, spec.group_size, scales)
+        return out.view(*x.shape[:-1], rows)
+
+    return call
 
 
 def _rows(codes: Codes, rows: slice) -> Codes:
