@@ -19,7 +19,7 @@ FORMATS = {
         *(LinearSpec(bits=bits, group_size=0, kind="codebook") for bits in (2, 3, 4, 8)),
         *(LinearSpec(bits=4, group_size=64, kind=kind) for kind in ("nf4", "fp4")),
         LinearSpec(bits=4, group_size=64, kind="nf4", double=True),
-        *(LinearSpec(bits=bits, group_size=64, high_share=0.125) for bits in (2, 4)),
+        *(LinearSpec(bits=bits, group_size=64, high_share=0.125) for bits in (2, 3, 4)),
     )
 }
 

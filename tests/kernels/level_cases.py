@@ -40,6 +40,8 @@ def specs() -> Iterator[LinearSpec]:
                 yield LinearSpec(bits=4, group_size=size, kind=kind, double=double)
     yield LinearSpec(bits=5, group_size=64)
     yield LinearSpec(bits=2, group_size=64, high_share=0.125)
+    yield LinearSpec(bits=3, group_size=32, high_share=0.3)
+    yield LinearSpec(bits=6, group_size=64, high_share=0.125)
 
 
 def linear_at(level: int, x: Tensor, codes: Codes, tensors: Mapping[str, Tensor]) -> Tensor:

@@ -7,6 +7,7 @@
 #include "regions.h"
 #include "team.h"
 #include "scalar.h"
+#include "mixed.h"
 #include "plain.h"
 #if defined(__x86_64__)
 #include "avx512.h"
@@ -30,6 +31,7 @@ static int in_blocks(const Job *job) {
 typedef struct {
     const Job *job;
     Way way;  /* no kernel: row by row, in plain C */
+    Mixed *mixed;  /* or null, where all columns have one width */
     int64_t step, scratch, length; /* rows at a time; floats a thread needs; columns in whole blocks */
     Inputs x;
     Regions *rows;
@@ -44,6 +46,10 @@ static void spread_inputs(const Work *work, int64_t token) {
         return;
     }
     float *to = work->x.values + token * work->length;
+    if (work->mixed) {
+        mixed_inputs(job, work->mixed, token, to);
+        return;
+    }
     if (!work->way.kernel) {
         for (int64_t k = 0; k < job->columns; k++) to[k] = read_as(job->x, job->dtype, token * job->columns + k);
         return;
@@ -85,7 +91,8 @@ static void rows_some(void *data) {
             atomic_store(&work->failed, 1);
             return;
         }
-        if (!work->way.kernel) rows_scalar(job, work->x.values, span.first, span.last, scratch);
+        if (work->mixed) rows_mixed(job, work->mixed, work->x.values, span.first, span.last, scratch);
+        else if (!work->way.kernel) rows_scalar(job, work->x.values, span.first, span.last, scratch);
         else rows_blocks(job, &work->x, span.first, span.last, scratch, &work->way);
     }
     free(scratch);
@@ -109,12 +116,17 @@ int llmcompress_linear(const Job *job) {
     work.step = blocked ? 128 : 8;
     work.length = blocked ? (job->columns + BLOCK - 1) / BLOCK * BLOCK : job->columns;
     work.scratch = blocked ? room_of(job, work.step) : 2 * job->columns + LANES;
+    if (job->high_mask && !(work.mixed = mixed_of(job))) return 1;
     char *memory = room_for_inputs(&work, &work.x);
-    if (!memory) return 1;
+    if (!memory) {
+        free(work.mixed);
+        return 1;
+    }
     int64_t threads = job->rows * job->columns * job->tokens < 1 << 17 ? 1 : job->threads;
     together(job->team, spread_some, &work, job->team && job->tokens > 7 ? threads : 1);
     set_regions(&rows, job->rows, threads, ROWS);
     together(job->team, rows_some, &work, threads);
     free(memory);
+    free(work.mixed);
     return (int)atomic_load(&work.failed);
 }

@@ -1,4 +1,4 @@
-/* Any format, on any processor: a row is unpacked to float32 and multiplied with each token. */
+/* Any format of one width, on any processor: a row is unpacked to float32 and multiplied with each token. */
 #ifndef SCALAR_H
 #define SCALAR_H
 #include "job.h"
@@ -13,7 +13,7 @@ static inline unsigned code_at(const uint8_t *row, int64_t bits, int64_t place) 
 static void unpack_row(const Job *job, int64_t row, const float *scale, float *to) {
     float table[256], step = 1.0f / (float)(1 << (8 - job->bits));
     const uint8_t *codes = job->codes + row * job->stride;
-    int64_t groups = job->groups, low = 0, high = 0, wide = job->bits + HIGH_BITS, group = -1, left = 0;
+    int64_t groups = job->groups, group = -1, left = 0;
     row_table(job, row, table);
     float zero = 0.0f;
     for (int64_t column = 0; column < job->columns; column++) {
@@ -26,16 +26,13 @@ static void unpack_row(const Job *job, int64_t row, const float *scale, float *t
         if (job->format == TABLE) {  /* the first of a pair lies in the upper half */
             uint8_t pair = codes[column >> 1];
             to[column] = table[column & 1 ? pair & 15 : pair >> 4] * scale[group];
-        } else if (job->high_mask && job->high_mask[column >> 3] >> (column & 7) & 1) {
-            unsigned code = code_at(job->high_codes + row * job->high_stride, wide, high++);
-            to[column] = ((float)code - (float)(1 << (wide - 1))) * 0.25f * scale[group];
         } else {
-            to[column] = (table[code_at(codes, job->bits, low++)] - zero) * scale[group];
+            to[column] = (table[code_at(codes, job->bits, column)] - zero) * scale[group];
         }
     }
 }
 
-static float dot(const float *left, const float *right, int64_t count) {
+static inline __attribute__((always_inline)) float dot(const float *left, const float *right, int64_t count) {
     float parts[LANES] = {0};
     int64_t place = 0;
     for (; place + LANES <= count; place += LANES)
