@@ -18,7 +18,7 @@ import triton
 
 from llmcompress.kernels.triton.layout import Packing
 from llmcompress.kernels.triton.tune import Search, Tuned, candidates, tune
-from llmcompress.kernels.triton.tuning import BUCKETS, FEW, Choice, Config, Lean, user_table
+from llmcompress.kernels.triton.tuning import BUCKETS, FEW, Choice, Config, Lean, keep, read_own
 from llmcompress.spec import LinearSpec
 
 FORMATS = {**gpu_formats.FORMATS, "codebook3": LinearSpec(bits=3, group_size=0, kind="codebook")}
@@ -26,10 +26,7 @@ FORMATS = {**gpu_formats.FORMATS, "codebook3": LinearSpec(bits=3, group_size=0, 
 
 def trials(packing: Packing, most: int, lean: bool) -> Iterator[Choice]:
     """What has a chance."""
-    if most > BUCKETS[-1]:
-        yield from candidates(packing, most, lean)
-        return
-    if most in FEW:
+    if most > BUCKETS[-1] or most in FEW:
         yield from candidates(packing, most, lean)
         return
     if lean and most <= 16:
@@ -43,16 +40,6 @@ def trials(packing: Packing, most: int, lean: bool) -> Iterator[Choice]:
                 yield Config(128, tile, split, 8, 3)
                 if tile <= 64:
                     yield Config(64, tile, split, 4, 3)
-
-
-def keep(found: list[Tuned], name: str) -> None:
-    """The best, where the kernels look first."""
-    path = user_table(name)
-    table: dict[str, dict[str, list[int]]] = json.loads(path.read_text()) if path.is_file() else {}
-    for tuned in found:
-        table.setdefault(tuned.key, {})[str(tuned.tokens)] = list(tuned.config)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(table))
 
 
 def row(tuned: Tuned) -> dict[str, object]:
@@ -82,14 +69,14 @@ def main() -> None:
     shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes.split(",")]
     linears = [(FORMATS[name], *shape) for name in options.formats.split(",") for shape in shapes]
     search = Search(tuple(int(number) for number in options.tokens.split(",")), trials)
-    device, found, rows = torch.device("cuda"), [], []
+    device, rows = torch.device("cuda"), []
     facts = {"gpu": torch.cuda.get_device_name(device), "torch": torch.__version__, "triton": triton.__version__}
+    table = read_own(facts["gpu"]) if options.keep else {}
     for tuned in tune(linears, torch.bfloat16, device, search=search):
-        found.append(tuned)
         rows.append(row(tuned))
         options.json.write_text(json.dumps({**facts, "linears": rows}) + "\n")
-    if options.keep:
-        keep(found, facts["gpu"])
+        if options.keep:
+            keep(facts["gpu"], table, tuned.key, most=tuned.tokens, config=tuned.config)
 
 
 if __name__ == "__main__":

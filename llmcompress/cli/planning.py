@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
 from llmcompress.cli.drawing import (
     measured_word,
@@ -20,6 +19,7 @@ from llmcompress.cli.options import (
     RUNTIME,
     check_place,
     find_model,
+    given,
     keep_apart,
     pick_device,
     read_recipe,
@@ -132,9 +132,8 @@ def _from_file(model: str, flags: dict[str, Any]) -> _Case:
 
     if flags["scores_path"] is not None:
         raise InputError("--scores goes with a model, not with a score file", "give one of the two")
-    for name in ("calibration", "seed"):
-        if click.get_current_context().get_parameter_source(name) is ParameterSource.COMMANDLINE:
-            raise InputError(f"--{name}: nothing is scored where scores are given", "leave it out, or give the model")
+    if (word := given("calibration", "seed")) is not None:
+        raise InputError(f"{word}: nothing is scored where scores are given", "leave it out, or give the model")
     file = read_scores(Path(model))
     scores = pick(file, flags["scorer"])
     desk = _desk(file, scores, flags["runtime"] or "any")

@@ -24,21 +24,16 @@ def tune_command(path: Path, dtype: str, device: str, speaker: Speaker) -> None:
     files = check_source(path, packed=True)
     name = _gpu(device)
     linears = _linears(files)
-    from llmcompress.files import commit_json
-    from llmcompress.kernels.triton.tuning import read_table, user_table
+    from llmcompress.kernels.triton.tuning import keep, read_own, user_table
 
-    target = user_table(name)
-    table = {key: dict(row) for key, row in read_table(target).items()} if target.is_file() else {}
-    lines, document = [], {}
-    target.parent.mkdir(parents=True, exist_ok=True)
+    table, lines, document = read_own(name), [], {}
     for tuned in _measured(linears, dtype, device, speaker):
-        table.setdefault(tuned.key, {})[str(tuned.tokens)] = tuned.config
-        document = {key: {most: list(config) for most, config in row.items()} for key, row in table.items()}
-        commit_json(target, document)  # at once: measuring takes minutes, and what was measured stays right
+        # at once: measuring takes minutes, and what was measured stays right
+        document = keep(name, table, tuned.key, most=tuned.tokens, config=tuned.config)
         lines.append(f"{tuned.key:<26} {tuned.tokens:>4} tokens  {tuned.before:8.2f} -> {tuned.microseconds:8.2f} us")
         lines += [f"  refused: {config} gives wrong products" for config in tuned.wrong]
         lines += [f"  refused: {config}: {how}" for config, how in tuned.fatal.items()]
-    end = f"written to  {target}" if lines else "no linear of this checkpoint has tiles to choose"
+    end = f"written to  {user_table(name)}" if lines else "no linear of this checkpoint has tiles to choose"
     speaker.result({"gpu": name, "table": document}, [*lines, end])
 
 

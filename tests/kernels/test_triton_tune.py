@@ -137,3 +137,17 @@ def test_without_a_gpu_the_command_says_so(run: Callable[..., subprocess.Complet
     assert "error: " in done.stderr
     assert "hint: " in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_what_is_kept_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One entry after the other, beside what was there."""
+    from llmcompress.kernels.triton import tuning
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    table = tuning.read_own("A GPU")
+    assert table == {}
+    tuning.keep("A GPU", table, "int4", most=8, config=tuning.Lean(4, 2, 1, 2))
+    tuning.keep("A GPU", tuning.read_own("A GPU"), "int4", most=512, config=tuning.Strips())
+    document = tuning.keep("A GPU", tuning.read_own("A GPU"), "int4 8x8", most=16, config=Config(64, 16, 0, 4, 3))
+    assert document == {"int4": {"8": [4, 2, 1, 2], "512": []}, "int4 8x8": {"16": [64, 16, 0, 4, 3]}}
+    assert tuning.read_own("A GPU")["int4"] == {"8": tuning.Lean(4, 2, 1, 2), "512": tuning.Strips()}

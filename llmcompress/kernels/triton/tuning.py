@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from llmcompress.errors import InputError
-from llmcompress.files import cache_folder
+from llmcompress.files import cache_folder, commit_json
 from llmcompress.kernels.triton.layout import TABLE_PER_ROW, Packing
 
 SHIPPED = Path(__file__).with_name("tuning.json")
@@ -93,6 +93,22 @@ def read_table(path: Path) -> Table:
         raise InputError(f"{path}: not a table of the kernels", "delete it and run `llmcompress tune` again") from None
 
 
+def read_own(name: str) -> Table:
+    """The user's table of a GPU, empty where there is none. Raises InputError where it is damaged."""
+    path = user_table(name)
+    return read_table(path) if path.is_file() else {}
+
+
+def keep(name: str, table: Table, key: str, *, most: int, config: Choice) -> dict[str, dict[str, list[int]]]:
+    """Add to the user's table of a GPU what is best for up to `most` tokens, and write it; returns it as JSON."""
+    table.setdefault(key, {})[str(most)] = config
+    document = {label: {tokens: list(numbers) for tokens, numbers in row.items()} for label, row in table.items()}
+    path = user_table(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    commit_json(path, document)
+    return document
+
+
 def _checked(numbers: list[int]) -> Config | Lean:
     if len(numbers) <= len(Lean._fields):
         lean = Lean(*numbers)
@@ -128,10 +144,10 @@ def _checked_many(numbers: list[int]) -> Fused | Strips:
 def _tables(name: str, device_class: str) -> tuple[Table, ...]:
     """The user's table of this GPU, where there is one, and the shipped one of its class."""
     try:
-        own = user_table(name)
-    except OSError:  # a user without a home
-        own = None
-    return ({} if own is None or not own.is_file() else read_table(own), read_shipped().get(device_class, {}))
+        own = read_own(name)
+    except FileNotFoundError:  # a user without a home
+        own = {}
+    return (own, read_shipped().get(device_class, {}))
 
 
 def read_shipped() -> dict[str, Table]:
