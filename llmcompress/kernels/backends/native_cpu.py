@@ -75,16 +75,17 @@ def bind(
 ) -> Callable[[Tensor], Tensor | None]:
     """The same for one weight, described once for as long as its tensors stay where they are."""
     tensors = tuple(prepared.values())
-    places: list[int] = []
-    fields = b""
+    known: tuple[list[int], bytes] = ([], b"")  # places and what describes them: replaced as one, for other threads
 
     def call(x: Tensor) -> Tensor | None:
-        nonlocal places, fields
+        nonlocal known
         if x.dtype not in INPUTS or not x.is_cpu:
             return None
         now = [tensor.data_ptr() for tensor in tensors]
+        places, fields = known
         if now != places:
-            places, fields = now, _weight(prepared, spec, columns)
+            fields = _weight(prepared, spec, columns)
+            known = (now, fields)
         return _call(x, fields, rows, columns, level=BEST)
 
     return call
